@@ -1,0 +1,61 @@
+"""Playing a Program in torch: ops in order, values freed after their last use."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hasten.backends.reference.kernels import compute
+from hasten.backends.reference.state import State
+from hasten.backends.reference.step import Step
+from hasten.base.errors import ConfigError
+from hasten.formats.weights import Array, Weights
+from hasten.program import Batch, Program, ops
+
+
+def play(
+    program: Program, weights: Mapping[str, Tensor], batch: Batch, state: State | None = None, given: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], State]:
+    """The program's outputs by name, and the state after this batch.
+
+    ``weights`` holds a tensor per entry of ``program.params``. With ``state`` None nothing is carried in or out (training, scoring);
+    a fresh ``State(S)`` starts S sequences. ``given`` supplies the program's inputs, those of a cut. Differentiable in weights, given
+    and state. Raises ConfigError for token ids or positions outside the tables."""
+    device = next(iter(weights.values())).device
+    _check_ids(program, batch)
+    step = Step(program, batch, weights, state, device)
+    values: dict[str, Tensor] = dict(given or {})
+    last_use = {name: index for index, op in enumerate(program.ops) for name in op.inputs}
+    for index, op in enumerate(program.ops):
+        made = compute(op, step, *(values[name] for name in op.inputs))
+        for name in op.inputs:
+            if last_use[name] == index and name not in program.outputs:
+                values.pop(name, None)
+        values.update(zip(op.outputs, made, strict=True))
+    return {name: values[name] for name in program.outputs}, step.new_state()
+
+
+def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The program's weights as tensors, mapped without a copy where dtype and device allow. Floats become ``dtype`` where given."""
+    tensors = {}
+    for name in program.params:
+        tensor = as_tensor(weights.array(name)).to(device)
+        tensors[name] = tensor if dtype is None else tensor.to(dtype)
+    return tensors
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A numpy array, bfloat16 included, as a tensor over the same memory."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _check_ids(program: Program, batch: Batch) -> None:
+    for op in program.ops:
+        if isinstance(op, ops.Embed):
+            vocab = program.params[op.weight][0]
+            if batch.tokens.size and int(batch.tokens.max()) >= vocab:
+                raise ConfigError(f"token id {int(batch.tokens.max())} is outside the vocabulary; accepted are 0 to {vocab - 1}")
+    if batch.positions.size and int(batch.positions.max()) >= program.context:
+        raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {program.context} tokens; shorten the input")

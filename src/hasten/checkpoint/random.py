@@ -1,0 +1,109 @@
+"""``random:SHAPE``: models of well-known shapes with random weights, for speed work without a download."""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hasten.base.errors import UnsupportedError, one_line
+from hasten.families import find_family
+from hasten.formats.weights import Array, Weight, Weights
+from hasten.model import Model, Provenance, Source
+from hasten.program import lower
+from hasten.spec import RMSNorm
+
+PREFIX = "random:"
+
+_LLAMA31 = {
+    "model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40960,
+          "rope_theta": 1000000.0}  # fmt: skip
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "tinyllama-1.1b": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    },
+    "llama-2-7b": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    },
+    "llama-3.2-1b": {
+        **_LLAMA31, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+    },
+    "llama-3.1-8b": {
+        **_LLAMA31, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+    },
+    "qwen3-0.6b": {
+        **_QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {**_QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "mistral-7b": {
+        "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "sliding_window": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0,
+    },
+    "gpt2": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    "gemma-3-1b": {
+        "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32768,
+    },
+    "mamba2-1.3b": {
+        "model_type": "mamba2", "vocab_size": 50288, "hidden_size": 2048, "num_heads": 64, "head_dim": 64, "state_size": 128,
+        "n_groups": 1, "num_hidden_layers": 48, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Published shapes, as the configs their authors ship."""
+
+
+def random_model(shape: str, seed: int = 0) -> Model:
+    """A model of that shape whose bfloat16 weights are made when first asked for, from ``seed`` and their name, on pages of their own.
+
+    Raises UnsupportedError listing the shapes."""
+    if shape not in SHAPES:
+        raise UnsupportedError(f"no shape {one_line(shape)} for {PREFIX}SHAPE; shapes are {', '.join(SHAPES)}")
+    config = SHAPES[shape]
+    family = find_family(config["model_type"])
+    spec = family.spec(config)
+    offset = spec.norm.offset if isinstance(spec.norm, RMSNorm) else 0.0
+    weights = {
+        name: Weight(size, np.dtype(ml_dtypes.bfloat16), functools.partial(_make, name, size, seed, 1.0 - offset))
+        for name, size in lower(spec).params.items()
+    }
+    return Model(
+        name=PREFIX + shape,
+        spec=spec,
+        weights=Weights(weights),
+        tokenizer_error=f"{PREFIX}{shape} has random weights and no tokenizer; give token ids instead of text",
+        provenance=(Provenance("random", {"shape": shape, "seed": seed}),),
+        source=Source(family.name, config),
+    )
+
+
+def _make(name: str, shape: tuple[int, ...], seed: int, norm_weight: float) -> Array:
+    """Random signs and mantissas at one exponent, which gives a spread of about fan_in^−½ at the speed of memory."""
+    if len(shape) == 1 and "norm" in name:
+        return np.full(shape, norm_weight if name.endswith("weight") else 0.0, ml_dtypes.bfloat16)
+    exponent = round(np.log2(shape[-1] ** -0.5 / 1.53)) + 127  # 1.53: root mean square of a mantissa uniform in [1, 2)
+    count = int(np.prod(shape))
+    generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    bits = generator.integers(0, 1 << 64, size=-(-count // 4), dtype=np.uint64).view(np.uint16)[:count]
+    np.bitwise_and(bits, 0x807F, out=bits)
+    np.bitwise_or(bits, exponent << 7, out=bits)
+    return bits.view(ml_dtypes.bfloat16).reshape(shape)

@@ -1,0 +1,279 @@
+"""From one row of logits to one token id: the same id whatever else the engine is doing.
+
+The order of steps, each working on what the one before it left:
+
+1. forbidden ids leave;
+2. repetition penalty, then frequency and presence penalties (vLLM's order);
+3. temperature;
+4. top-k, then top-p, then min-p: transformers' order. vLLM takes min-p before top-k and top-p. The two differ only when min-p and
+   top-p are both on: here top-p counts its mass before min-p has removed any, so top-p keeps as many ids or more;
+5. one draw by the Gumbel-max rule (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the largest of log-weight + noise wins.
+
+Equal logits rank by id, the lowest first, everywhere: in the greedy choice, at the edge of top-k and top-p, and in the draw.
+Arithmetic is float64. The noise belongs to an id, not to a rank, so that a drafter drawing with the same noise tends to agree with its
+target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import ConfigError, UserError, one_line
+
+MAX_INT = 2**31 - 1
+MAX_SEED = 2**63 - 1
+MAX_STOPS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_IDS = 1024
+
+
+class Purpose(IntEnum):
+    """What noise is for; each purpose has its own stream at every position."""
+
+    TOKEN = 0
+    """The draw of the output token; a drafter coupled to its target uses this stream too."""
+    DRAFT = 1
+    """Draws of a drafter that must be independent of the target's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it stops.
+
+    ``stop`` may be given as one string or any list or tuple of them, ``stop_token_ids`` as a list or tuple; both are tuples once made.
+    A value of the wrong type or out of range raises `ConfigError`, one line that names the field.
+    """
+
+    max_tokens: int = 128
+    """Most tokens to generate, 1 or more."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest id (after penalties) without drawing."""
+    top_k: int = 0
+    """Keep this many likeliest ids; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest ids whose probability reaches this; the likeliest always stays (Holtzman et al. 2019, arXiv:1904.09751)."""
+    min_p: float = 0.0
+    """Keep ids at least this probable relative to the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of ids in prompt or output (Keskar et al. 2019, arXiv:1909.05858); 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each id in the output (OpenAI's definition)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from an id's logit once for each time the output holds it (OpenAI's definition)."""
+    seed: int | None = None
+    """Key of the request's noise; None lets the engine choose one."""
+    stop: Sequence[str] = ()
+    """Text that ends the output; it is not part of the output."""
+    stop_token_ids: Sequence[int] = ()
+    """Ids that end the output as end-of-sequence does."""
+    ignore_eos: bool = False
+    """Generate on past end-of-sequence."""
+    min_tokens: int = 0
+    """End-of-sequence and ``stop_token_ids`` are not drawn before this many tokens; at most ``max_tokens``."""
+
+    def __post_init__(self) -> None:
+        _check_int("max_tokens", self.max_tokens, 1, MAX_INT, "ask for at least one token")
+        _check_real("temperature", self.temperature, 0.0, 100.0, "use 0 for greedy, 1 for the model's own distribution")
+        _check_int("top_k", self.top_k, 0, MAX_INT, "use 0 to keep every id")
+        _check_real("top_p", self.top_p, 0.0, 1.0, "use 1 to keep every id")
+        _check_real("min_p", self.min_p, 0.0, 1.0, "use 0 to keep every id")
+        _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "use 1 for no penalty")
+        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0, "use 0 for no penalty")
+        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "use 0 for no penalty")
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, MAX_SEED, "leave it out for a fresh seed")
+        if type(self.ignore_eos) is not bool:
+            raise ConfigError(f"ignore_eos is {_shown(self.ignore_eos)}: give true or false")
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens, "use 0 for no minimum, or raise max_tokens")
+        # The documented way to normalise a field of a frozen dataclass; nothing is rewritten after construction.
+        object.__setattr__(self, "stop", _checked_stops(self.stop))
+        object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
+
+
+def noise(seed: int, choice: int, position: int, purpose: Purpose, n: int) -> NDArray[np.float64]:
+    """Uniform noise, float64 [n], strictly between 0 and 1; entry i depends on the four keys and i alone, never on ``n``.
+
+    Philox4x64-10 (Salmon et al., SC 2011) with key (seed, choice) and counter (index, 0, purpose, position). ``seed`` is 0 … 2⁶⁴−1, the
+    others 0 or more. Raw words are taken because NumPy freezes them between versions (NEP 19), which it does not do for
+    ``Generator.random``.
+    """
+    key = np.array([seed, choice], dtype=np.uint64)
+    counter = np.array([0, 0, int(purpose), position], dtype=np.uint64)  # numpy counts blocks up in the first word
+    words = np.random.Philox(key=key, counter=counter).random_raw(n)
+    # 52 bits plus a half are exact in float64 and never reach 0 or 1, where the logarithms below would be infinite.
+    uniform: NDArray[np.float64] = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return uniform
+
+
+def candidates(
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    *,
+    forbidden: Sequence[int] = (),
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The ids that may be drawn, ascending, int64 [M], and their log-weights, float64 [M]; M is 1 or more.
+
+    Log-weights are relative to the likeliest id's, which is 0; a softmax of them is the distribution drawn from. At temperature 0 the
+    one id is the likeliest. Arguments and errors are those of `sample`.
+    """
+    row = _penalised(logits, params, prompt_ids, output_ids, forbidden)
+    best = _likeliest(row)
+    if params.temperature == 0.0:
+        return np.array([best], dtype=np.int64), np.zeros(1)
+    with np.errstate(over="ignore"):  # a tiny temperature sends the others to -inf, as it should
+        scaled = (row - row[best]) / params.temperature
+    ids = np.flatnonzero(scaled > -np.inf)
+    scaled = scaled[ids]
+    if 0 < params.top_k < len(ids):
+        kept = _largest(scaled, params.top_k)
+        ids, scaled = ids[kept], scaled[kept]
+    if params.top_p < 1.0:
+        kept = _nucleus(scaled, params.top_p)
+        ids, scaled = ids[kept], scaled[kept]
+    if params.min_p > 0.0:
+        kept = np.flatnonzero(np.exp(scaled) >= params.min_p)
+        ids, scaled = ids[kept], scaled[kept]
+    return ids, scaled
+
+
+def sample(
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    *,
+    seed: int,
+    choice: int,
+    position: int,
+    forbidden: Sequence[int] = (),
+) -> int:
+    """Choose one token id; the module's text gives the steps.
+
+    ``logits`` is [vocab]; -inf masks an id. ``prompt_ids`` and ``output_ids`` are what the request holds so far; ids that are not in the
+    vocabulary (an embedding may be wider than the logits) are passed over. ``seed``, ``choice`` and ``position`` (the drawn token's place
+    in the sequence, counted from the prompt's start) key the noise. ``forbidden`` ids are not chosen: the engine passes end-of-sequence and
+    stop ids while fewer than ``min_tokens`` are out. Raises `UserError` when the logits hold NaN or +inf, or leave no id to choose.
+    """
+    ids, weights = candidates(logits, params, prompt_ids, output_ids, forbidden=forbidden)
+    if len(ids) == 1:
+        return int(ids[0])
+    uniform = noise(seed, choice, position, Purpose.TOKEN, int(ids[-1]) + 1)[ids]
+    gumbel = -np.log(-np.log(uniform))
+    return int(ids[np.argmax(weights + gumbel)])
+
+
+def _penalised(
+    logits: NDArray[np.float32], params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int], forbidden: Sequence[int]
+) -> NDArray[np.float64]:
+    """A float64 copy of the row with forbidden ids at -inf and the three penalties applied."""
+    row = np.array(logits, dtype=np.float64)
+    if row.ndim != 1 or row.size == 0:
+        raise UserError(f"logits have shape {row.shape}: one row of at least one entry is sampled at a time")
+    if len(forbidden):
+        row[_counts(forbidden, row.size) > 0] = -np.inf
+    repetition = params.repetition_penalty != 1.0
+    additive = params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+    if repetition or additive:
+        in_output = _counts(output_ids, row.size)
+        if repetition:
+            seen = (in_output > 0) | (_counts(prompt_ids, row.size) > 0)
+            row[seen] = np.where(row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty)
+        row -= params.frequency_penalty * in_output
+        row -= params.presence_penalty * (in_output > 0)
+    return row
+
+
+def _counts(ids: Sequence[int], vocab: int) -> NDArray[np.int64]:
+    """How often each id of the vocabulary occurs, int64 [vocab]; ids outside it are passed over."""
+    given = np.asarray(ids, dtype=np.int64)
+    return np.bincount(given[(given >= 0) & (given < vocab)], minlength=vocab)
+
+
+def _likeliest(row: NDArray[np.float64]) -> int:
+    """The first id of the largest logit; one pass finds every unusable row, since argmax stops at a NaN."""
+    best = int(np.argmax(row))
+    value = row[best]
+    if np.isnan(value):
+        raise UserError(f"logits hold NaN, first at id {best}: the model overflowed; check its weights, or run it in wider activations")
+    if value == np.inf:
+        raise UserError(f"logits hold +inf, first at id {best}: the model overflowed; check its weights, or run it in wider activations")
+    if value == -np.inf:
+        raise UserError("every logit is -inf: masks and forbidden ids leave no id to choose; allow at least one")
+    return best
+
+
+def _largest(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    """Indices, ascending, of the ``k`` largest values (1 ≤ k ≤ len); of equal values at the edge, the first."""
+    edge = np.partition(values, len(values) - k)[len(values) - k]
+    above = values > edge
+    ties = np.flatnonzero(values == edge)[: k - np.count_nonzero(above)]
+    above[ties] = True
+    return np.flatnonzero(above)
+
+
+def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Indices, ascending, of the fewest largest weights whose share reaches ``top_p``; never none."""
+    weights = np.exp(scaled)
+    target = top_p * weights.sum()
+    size = 1024
+    while True:
+        # A whole vocabulary is slow to sort and rarely needed: sort a head, and a longer one if its mass falls short.
+        head = _largest(scaled, min(size, len(scaled)))
+        ranked = head[np.argsort(-scaled[head], kind="stable")]
+        reached = np.cumsum(weights[ranked])
+        if reached[-1] >= target or len(ranked) == len(scaled):
+            kept = int(np.searchsorted(reached, target)) + 1
+            return np.sort(ranked[:kept])
+        size *= 16
+
+
+def _check_int(field: str, value: object, low: int, high: int, remedy: str) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ConfigError(f"{field} is {_shown(value)}: give a whole number from {low} to {high}; {remedy}")
+
+
+def _check_real(field: str, value: object, low: float, high: float, remedy: str) -> None:
+    # NaN fails the comparison; bool is refused because its type is neither.
+    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
+        raise ConfigError(f"{field} is {_shown(value)}: give a number from {low:g} to {high:g}; {remedy}")
+
+
+def _checked_stops(given: object) -> tuple[str, ...]:
+    remedy = f"give a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters; leave it out for none"
+    stops = (given,) if isinstance(given, str) else given
+    if not isinstance(stops, list | tuple):
+        raise ConfigError(f"stop is {_shown(given)}: {remedy}")
+    if len(stops) > MAX_STOPS:
+        raise ConfigError(f"stop is a list of {len(stops)}: {remedy}")
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise ConfigError(f"stop holds {_shown(stop)}: {remedy}")
+    return tuple(stops)
+
+
+def _checked_ids(given: object) -> tuple[int, ...]:
+    remedy = f"give a list of at most {MAX_STOP_IDS} token ids, each from 0 to {MAX_INT}; leave it out for none"
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"stop_token_ids is {_shown(given)}: {remedy}")
+    if len(given) > MAX_STOP_IDS:
+        raise ConfigError(f"stop_token_ids is a list of {len(given)}: {remedy}")
+    for token in given:
+        if type(token) is not int or not 0 <= token <= MAX_INT:
+            raise ConfigError(f"stop_token_ids holds {_shown(token)}: {remedy}")
+    return tuple(given)
+
+
+def _shown(value: object) -> str:
+    """A foreign value for an error message, at bounded cost: a huge int has no repr, and a huge list's is slow."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float | str):
+        return one_line(value[:200] if isinstance(value, str) else value)
+    return f"a {type(value).__name__}"

@@ -1,0 +1,179 @@
+"""Typed, complete reading of a foreign ``config.json``: every key is used, declared neutral, or refused by name."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from hasten.base.errors import ConfigError, UnsupportedError, one_line
+
+_T = TypeVar("_T")
+
+# Keys that change no logit: training, generation defaults, bookkeeping. Everything else must be read by the family.
+NEUTRAL_KEYS = frozenset(
+    "_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map "
+    "bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout "
+    "decoder_start_token_id do_sample dtype embd_pdrop embedding_dropout eos_token_id finetuning_task head_pruning hidden_dropout "
+    "id2label initializer_range init_std is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id max_length max_new_tokens "
+    "min_length model_type output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type "
+    "pruned_heads repetition_penalty resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature "
+    "tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_cache "
+    "use_return_dict".split()
+)
+
+
+class ConfigReader:
+    """Reads one JSON object key by key. Every accessor checks type and range and remembers the key; ``finish`` refuses what is left."""
+
+    def __init__(self, data: Mapping[str, Any], where: str = "config.json") -> None:
+        self._data, self._where, self._seen = data, where, set[str]()
+
+    def has(self, key: str) -> bool:
+        """Whether ``key`` is there with a value other than null. Does not count as reading it."""
+        return self._data.get(key) is not None
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        return self._whole(key, default, 1)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 0."""
+        return self._whole(key, default, 0)
+
+    def signed(self, key: str, default: int | None = None) -> int:
+        """A whole number of either sign."""
+        return self._whole(key, default, -(1 << 31))
+
+    def optional_size(self, key: str) -> int | None:
+        """A whole number of at least 1, or None where the key is absent or null."""
+        return self._whole(key, None, 1) if self._peek(key) is not None else None
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(key, value, "a finite number is needed")
+        return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.wrong(key, value, "a number above 0 is needed")
+        return value
+
+    def optional_positive(self, key: str) -> float | None:
+        """A finite number above 0, or None where the key is absent or null."""
+        return self.positive(key) if self._peek(key) is not None else None
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self._take(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "true or false is needed")
+        return value
+
+    def choice(self, key: str, choices: Mapping[str, _T], default: str | None = None) -> _T:
+        """One of the named choices, translated."""
+        value = self._take(key, default)
+        if not isinstance(value, str) or value not in choices:
+            raise UnsupportedError(f"{self._where}: {key!r} is {one_line(value)}, which is not supported; supported are {', '.join(choices)}")
+        return choices[value]
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        value = self._take(key, None)
+        if not isinstance(value, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value):
+            raise self.wrong(key, value, "a list of finite numbers is needed")
+        return tuple(float(v) for v in value)
+
+    def pair(self, key: str) -> tuple[float, float | None] | None:
+        """[low, high], or None where the key is absent or null; an infinite high (also as {"__float__": "Infinity"}) is None."""
+        value = self._peek(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2:
+            raise self.wrong(key, value, "two numbers are needed")
+        low, high = (math.inf if v == {"__float__": "Infinity"} else v for v in value)
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or v != v for v in (low, high)) or not 0 <= low <= high or math.isinf(low):
+            raise self.wrong(key, value, "two numbers are needed, low ≤ high")
+        return float(low), None if math.isinf(high) else float(high)
+
+    def names(self, key: str) -> tuple[str, ...] | None:
+        """A list of strings, or None where the key is absent or null."""
+        value = self._peek(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self.wrong(key, value, "a list of strings is needed")
+        return tuple(value)
+
+    def whole_numbers(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """A list of whole numbers, ``default`` where absent or null."""
+        value = self._peek(key)
+        if value is None:
+            return default
+        if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            raise self.wrong(key, value, "a list of whole numbers is needed")
+        return tuple(value)
+
+    def section(self, key: str) -> "ConfigReader | None":
+        """A reader of the object under ``key``, or None where it is absent or null. Call its ``finish`` too."""
+        value = self._peek(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(key, value, "an object is needed")
+        return ConfigReader(value, f"{self._where}: {key}")
+
+    def must_be(self, key: str, *allowed: Any) -> None:
+        """Refuse every value of ``key`` but these; absent and null pass."""
+        value = self._peek(key)
+        if value is not None and not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in allowed):
+            accepted = ", ".join(one_line(good) for good in allowed) or "null"
+            raise UnsupportedError(f"{self._where}: {key!r} is {one_line(value)}, which is not supported; supported: {accepted}")
+
+    def neutral(self, *keys: str) -> None:
+        """Declare that these keys change no logit."""
+        self._seen.update(keys)
+
+    def finish(self) -> None:
+        """Refuse keys nobody read. Null, false and empty values say nothing, and pass."""
+        for key, value in self._data.items():
+            if key not in self._seen and key not in NEUTRAL_KEYS and value not in (None, False, [], {}, ""):
+                raise UnsupportedError(
+                    f"{self._where}: {key!r} = {one_line(value)} is not understood by this family; remove the key if it changes no logit"
+                )
+
+    def wrong(self, key: str, value: object, needed: str) -> ConfigError:
+        """The error for a bad value."""
+        return ConfigError(f"{self._where}: {key!r} is {one_line(value)}; {needed}")
+
+    def _peek(self, key: str) -> Any:
+        self._seen.add(key)
+        return self._data.get(key)
+
+    def _take(self, key: str, default: Any) -> Any:
+        value = self._peek(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise ConfigError(f"{self._where}: {key!r} is missing; this family needs it")
+        return default
+
+    def _whole(self, key: str, default: int | None, least: int) -> int:
+        value = self._take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+            raise self.wrong(key, value, f"a whole number of at least {least} is needed" if least > -1 else "a whole number is needed")
+        return value
+
+
+def check_layer_types(reader: ConfigReader, kinds: tuple[str, ...] | None, layers: int, known: Iterable[str]) -> None:
+    """Refuse a ``layer_types`` list of a wrong length or with unknown entries."""
+    if kinds is None:
+        return
+    if len(kinds) != layers:
+        raise reader.wrong("layer_types", list(kinds), f"{layers} entries are needed, one a layer")
+    unknown = set(kinds) - set(known)
+    if unknown:
+        raise UnsupportedError(f"config.json: 'layer_types' has {sorted(unknown)[0]!r}, which is not supported; supported are {', '.join(known)}")

@@ -1,0 +1,56 @@
+"""Which family reads a `model_type`: the built-in ones, then entry points of the group ``hasten.families``."""
+
+import importlib
+import importlib.metadata
+from collections.abc import Iterator
+
+from hasten.base.errors import UnsupportedError, one_line
+from hasten.families.family import Family
+
+# model_type → module of hasten.families that exports FAMILY
+BUILT_IN = {
+    "deepseek_v3": "deepseek_v3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mamba2": "mamba2",
+    "transfo-xl": "transformer_xl",
+}
+
+ENTRY_POINTS = "hasten.families"
+
+
+def find_family(model_type: object) -> Family:
+    """The family of a config's ``model_type``. Raises UnsupportedError listing the known ones."""
+    if isinstance(model_type, str):
+        if model_type in BUILT_IN:
+            return _built_in(BUILT_IN[model_type])
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=model_type):
+            return _from_entry_point(entry)
+    raise UnsupportedError(f"model_type {one_line(model_type)} is not a known family; known are {', '.join(model_types())}")
+
+
+def model_types() -> list[str]:
+    """Every `model_type` that can be read, third-party ones included."""
+    return sorted({*BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def all_families() -> Iterator[Family]:
+    """Every family once, built-in ones first."""
+    for module in dict.fromkeys(BUILT_IN.values()):
+        yield _built_in(module)
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if entry.name not in BUILT_IN:
+            yield _from_entry_point(entry)
+
+
+def _built_in(module: str) -> Family:
+    family: Family = importlib.import_module(f"hasten.families.{module}").FAMILY
+    return family
+
+
+def _from_entry_point(entry: importlib.metadata.EntryPoint) -> Family:
+    family = entry.load()
+    if not isinstance(family, Family):
+        raise UnsupportedError(f"entry point {entry.name!r} of group {ENTRY_POINTS} is {one_line(family)}; a hasten.families.Family is needed")
+    return family

@@ -1,0 +1,87 @@
+"""Hugging Face's rotary settings, old (`rope_theta` + `rope_scaling`) and new (`rope_parameters`), as a Spec's Rotary."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hasten.base.errors import ConfigError
+from hasten.families.config import ConfigReader
+from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Scaling, Yarn
+
+
+def read_rotary(
+    reader: ConfigReader, *, head_dim: int, context: int, theta: float = 10000.0, partial: float = 1.0, interleaved: bool = False,
+    layer_type: str | None = None,
+) -> Rotary:  # fmt: skip
+    """The Rotary of a model whose heads have ``head_dim`` features. ``theta`` and ``partial`` are the family's defaults.
+
+    With ``layer_type``, its own object inside `rope_parameters` is read where there is one."""
+    base = reader.positive("rope_theta", theta)
+    partial = reader.positive("partial_rotary_factor", partial)
+    original = reader.size("original_max_position_embeddings", context)
+    section = reader.section("rope_parameters")
+    nested = None if section is None or layer_type is None else section.section(layer_type)
+    section = nested or section or reader.section("rope_scaling")
+    scaling: Scaling | None = None
+    if section is not None:
+        base = section.positive("rope_theta", base)
+        partial = section.positive("partial_rotary_factor", partial)
+        scaling = _read_scaling(section, context, original)
+        section.finish()
+    dims = int(head_dim * partial)
+    if isinstance(scaling, LongRope) and len(scaling.short_factor) != dims // 2:
+        raise ConfigError(f"config.json: longrope has {len(scaling.short_factor)} factors; {dims // 2} are needed, one a rotated pair")
+    return Rotary(base=base, dims=dims, interleaved=interleaved, scaling=scaling)
+
+
+def _read_scaling(section: ConfigReader, context: int, original: int) -> Scaling | None:
+    kinds = {kind: kind for kind in ("default", "linear", "llama3", "yarn", "longrope")} | {"su": "longrope"}
+    kind = section.choice("rope_type" if section.has("rope_type") else "type", kinds, "default")
+    section.neutral("rope_type", "type")
+    original = section.size("original_max_position_embeddings", original)
+    match kind:
+        case "linear":
+            return LinearScaling(factor=section.positive("factor"))
+        case "llama3":
+            return Llama3Scaling(
+                factor=section.positive("factor"),
+                low_frequency_factor=section.positive("low_freq_factor"),
+                high_frequency_factor=section.positive("high_freq_factor"),
+                original_context=original,
+            )
+        case "yarn":
+            return _read_yarn(section, context, original)
+        case "longrope":
+            factor = section.positive("factor", context / original)
+            magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            return LongRope(
+                short_factor=section.numbers("short_factor"),
+                long_factor=section.numbers("long_factor"),
+                original_context=original,
+                attention_factor=section.positive("attention_factor", magnitude),
+            )
+    return None
+
+
+def _read_yarn(section: ConfigReader, context: int, original: int) -> Yarn:
+    factor = section.positive("factor", context / original)
+    mscale, all_dims = section.number("mscale", 0.0), section.number("mscale_all_dim", 0.0)
+    magnitude = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dims) if mscale and all_dims else yarn_magnitude(factor)
+    return Yarn(
+        factor=factor,
+        original_context=original,
+        beta_fast=section.positive("beta_fast", 32.0),
+        beta_slow=section.positive("beta_slow", 1.0),
+        truncate=section.flag("truncate", True),
+        attention_factor=section.positive("attention_factor", magnitude),
+    )
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature correction for a context ``factor`` times longer (Peng et al. 2023, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rope object of a raw config, {} where there is none."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}

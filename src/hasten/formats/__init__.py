@@ -1,0 +1,1 @@
+"""Formats: how weights lie on disk and in memory, as numpy; the plain meaning of each layout."""

@@ -1,0 +1,318 @@
+"""Invertible maps between a checkpoint's tensors and hasten's canonical weights.
+
+A map is a list of mappings; each takes some source tensors through a chain of steps to some target weights. Every step can say what
+it does to shapes without touching data, can do it to arrays (as views where numpy allows), and has an inverse, so that what was read
+can be written back under its own names.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hasten.base.errors import CheckpointError
+from hasten.formats.weights import Array, Weight
+
+Shape = tuple[int, ...]
+
+
+class Step(Protocol):
+    """An invertible function from a list of arrays to a list of arrays."""
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """The shapes made from arrays of these shapes. Raises ValueError where they do not fit."""
+        ...
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """Do it. Views where possible."""
+        ...
+
+    def inverse(self) -> "Step":
+        """The step that undoes this one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Permute:
+    """Reorder the axes of every array."""
+
+    axes: tuple[int, ...]
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """Permuted."""
+        if any(len(shape) != len(self.axes) for shape in shapes):
+            raise ValueError(f"{len(self.axes)} axes expected, shapes are {shapes}")
+        return [tuple(shape[axis] for axis in self.axes) for shape in shapes]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """Views."""
+        return [array.transpose(self.axes) for array in arrays]
+
+    def inverse(self) -> "Permute":
+        """The permutation back."""
+        return Permute(tuple(int(i) for i in np.argsort(self.axes)))
+
+
+TRANSPOSE = Permute((1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape:
+    """Give every array, of shape ``before``, the shape ``after``."""
+
+    before: Shape
+    after: Shape
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """``after``, once per array."""
+        if any(shape != self.before for shape in shapes):
+            raise ValueError(f"shape {self.before} expected, found {shapes}")
+        return [self.after for _ in shapes]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """Views of contiguous arrays, copies of others."""
+        return [array.reshape(self.after) for array in arrays]
+
+    def inverse(self) -> "Reshape":
+        """The other way round."""
+        return Reshape(self.after, self.before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Cut one array along ``axis`` into pieces of ``sizes``."""
+
+    sizes: tuple[int, ...]
+    axis: int = 0
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """One shape per piece."""
+        (shape,) = shapes
+        if self.axis >= len(shape) or shape[self.axis] != sum(self.sizes):
+            raise ValueError(f"axis {self.axis} must have {sum(self.sizes)} entries, shape is {shape}")
+        return [(*shape[: self.axis], size, *shape[self.axis + 1 :]) for size in self.sizes]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """Views."""
+        return np.split(arrays[0], np.cumsum(self.sizes)[:-1], axis=self.axis)
+
+    def inverse(self) -> "Join":
+        """Lay the pieces together again."""
+        return Join(self.sizes, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """Lay arrays together along ``axis``, piece i having ``sizes[i]`` entries there."""
+
+    sizes: tuple[int, ...]
+    axis: int = 0
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """The one joined shape."""
+        if tuple(shape[self.axis] for shape in shapes) != self.sizes:
+            raise ValueError(f"pieces of {self.sizes} expected along axis {self.axis}, shapes are {shapes}")
+        first = shapes[0]
+        if any(shape[: self.axis] + shape[self.axis + 1 :] != first[: self.axis] + first[self.axis + 1 :] for shape in shapes):
+            raise ValueError(f"pieces must agree outside axis {self.axis}, shapes are {shapes}")
+        return [(*first[: self.axis], sum(self.sizes), *first[self.axis + 1 :])]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """A copy."""
+        return [np.concatenate(arrays, axis=self.axis)]
+
+    def inverse(self) -> Split:
+        """Cut them apart."""
+        return Split(self.sizes, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Make ``count`` arrays of one shape into one with a new first axis."""
+
+    count: int
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """The one stacked shape."""
+        if len(shapes) != self.count or len(set(shapes)) != 1:
+            raise ValueError(f"{self.count} equal shapes expected, found {shapes}")
+        return [(self.count, *shapes[0])]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """A copy."""
+        return [np.stack(arrays)]
+
+    def inverse(self) -> "Unstack":
+        """Take them apart."""
+        return Unstack(self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstack:
+    """One array per entry of the first axis."""
+
+    count: int
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """``count`` shapes."""
+        (shape,) = shapes
+        if not shape or shape[0] != self.count:
+            raise ValueError(f"first axis of {self.count} expected, shape is {shape}")
+        return [shape[1:]] * self.count
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """Views."""
+        return list(arrays[0])
+
+    def inverse(self) -> Stack:
+        """Stack them again."""
+        return Stack(self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """One array under ``count`` names (a tensor that several layers share)."""
+
+    count: int
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """The same shape, ``count`` times."""
+        (shape,) = shapes
+        return [shape] * self.count
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """The same array."""
+        return [arrays[0]] * self.count
+
+    def inverse(self) -> "Merge":
+        """Back to one, which must be one."""
+        return Merge(self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """``count`` equal arrays become one; different ones cannot be written under one name."""
+
+    count: int
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """The one shape."""
+        if len(set(shapes)) != 1:
+            raise ValueError(f"shared weights must have one shape, found {shapes}")
+        return shapes[:1]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """The first, once the others were compared with it."""
+        if any(array is not arrays[0] and not np.array_equal(array, arrays[0]) for array in arrays):
+            raise CheckpointError("weights that this layout shares between layers have become different; save with layout 'hasten' instead")
+        return arrays[:1]
+
+    def inverse(self) -> Repeat:
+        """Under many names again."""
+        return Repeat(self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """One step per array, side by side; ``None`` leaves an array as it is."""
+
+    steps: tuple[Step | None, ...]
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """Each step's."""
+        return [shape if step is None else step.shapes([shape])[0] for step, shape in zip(self.steps, shapes, strict=True)]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """Each step's."""
+        return [array if step is None else step.apply([array])[0] for step, array in zip(self.steps, arrays, strict=True)]
+
+    def inverse(self) -> "Each":
+        """Each step's inverse."""
+        return Each(tuple(step and step.inverse() for step in self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMapping:
+    """``sources`` taken through ``steps`` give ``targets``."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    steps: tuple[Step, ...] = ()
+
+    def inverse(self) -> "TensorMapping":
+        """From targets to sources."""
+        return TensorMapping(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.steps)))
+
+    def shapes(self, sources: Sequence[Shape]) -> list[Shape]:
+        """Target shapes for these source shapes. Raises CheckpointError naming the tensors where they do not fit."""
+        shapes = list(sources)
+        try:
+            for step in self.steps:
+                shapes = step.shapes(shapes)
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"tensor {_names(self.sources)} has the wrong shape for {_names(self.targets)}: {error}") from None
+        return shapes
+
+    def apply(self, arrays: Sequence[Array]) -> list[Array]:
+        """Target arrays."""
+        result = list(arrays)
+        for step in self.steps:
+            result = step.apply(result)
+        return result
+
+
+def rename(source: str, target: str, *steps: Step) -> TensorMapping:
+    """One tensor under another name, perhaps permuted or reshaped."""
+    return TensorMapping((source,), (target,), steps)
+
+
+def split(source: str, targets: Iterable[str], *steps: Step) -> TensorMapping:
+    """One tensor that holds several weights."""
+    return TensorMapping((source,), tuple(targets), steps)
+
+
+def stack(sources: Iterable[str], target: str) -> TensorMapping:
+    """Tensors of one shape that make one weight with a new first axis."""
+    names = tuple(sources)
+    return TensorMapping(names, (target,), (Stack(len(names)),))
+
+
+TensorMap = tuple[TensorMapping, ...]
+
+
+def inverse(tensor_map: TensorMap) -> TensorMap:
+    """The map that writes back what ``tensor_map`` read."""
+    return tuple(mapping.inverse() for mapping in tensor_map)
+
+
+def apply_map(tensor_map: TensorMap, sources: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Lazy target weights from lazy source weights. Every source a mapping names must be there.
+
+    Raises CheckpointError naming missing tensors, or tensors of a wrong shape."""
+    missing = [name for mapping in tensor_map for name in mapping.sources if name not in sources]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"tensor {', '.join(missing[:3])}{more} missing from the checkpoint; download it again, or check config.json")
+    targets: dict[str, Weight] = {}
+    for mapping in tensor_map:
+        weights = [sources[name] for name in mapping.sources]
+        for index, (target, shape) in enumerate(zip(mapping.targets, mapping.shapes([w.shape for w in weights]), strict=True)):
+            targets[target] = Weight(shape, weights[0].dtype, _Lazy(mapping, weights, index))
+    return targets
+
+
+class _Lazy:
+    """Loads one target of a mapping."""
+
+    def __init__(self, mapping: TensorMapping, weights: list[Weight], index: int) -> None:
+        self._mapping, self._weights, self._index = mapping, weights, index
+
+    def __call__(self) -> Array:
+        return self._mapping.apply([weight.load() for weight in self._weights])[self._index]
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+

@@ -1,0 +1,93 @@
+"""Model: a Spec, named weights, perhaps a tokenizer, and the record of what made it."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import TokenizerError, UnsupportedError
+from hasten.formats.weights import Weights
+from hasten.model.tokenizer import Tokenizer
+from hasten.spec import Spec
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One step of a model's history: the transform, its settings, and the evidence that it paid."""
+
+    transform: str
+    settings: dict[str, Any] = {}
+    evidence: dict[str, Any] = {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """The foreign checkpoint a Model was read from: its family's name and its config, kept so that it can be written back."""
+
+    family: str
+    config: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Model:
+    """Everything needed to run one decoder. Frozen: a transform makes a new one.
+
+    ``generation`` is `generation_config.json`; ``tokenizer_error`` says why there is no tokenizer, for when text is asked for."""
+
+    name: str
+    spec: Spec
+    weights: Weights
+    tokenizer: Tokenizer | None = None
+    tokenizer_error: str = ""
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: tuple[Provenance, ...] = ()
+    source: Source | None = None
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises TokenizerError saying what is missing and how to get it."""
+        if self.tokenizer is None:
+            raise TokenizerError(self.tokenizer_error or f"model {self.name!r} has no tokenizer; give token ids instead of text")
+        return self.tokenizer
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Token ids that end a text, from `generation_config.json`, else `config.json`, else none."""
+        config = self.source.config if self.source is not None else {}
+        for settings in (self.generation, config):
+            match settings.get("eos_token_id"):
+                case int(token):
+                    return (token,)
+                case [*tokens] if tokens and all(isinstance(token, int) for token in tokens):
+                    return tuple(tokens)
+        return ()
+
+    def logits(self, token_ids: Sequence[int], backend: str = "reference") -> NDArray[np.float32]:
+        """Logits float32 [T, vocab] of one sequence of T token ids, row t predicting token t + 1.
+
+        Raises ConfigError for ids outside the vocabulary or a sequence longer than the context."""
+        return load_backend(backend).logits(self, token_ids)
+
+
+class LogitsBackend(Protocol):
+    """The least a backend must offer to Model.logits."""
+
+    def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits float32 [T, vocab] of one sequence."""
+        ...
+
+
+BACKENDS = "hasten.backends"
+
+
+def load_backend(name: str) -> Any:
+    """The backend registered under ``name`` in the entry points of group hasten.backends, made with its defaults.
+
+    Backends stand above models, so they are found by name rather than imported."""
+    entries = importlib.metadata.entry_points(group=BACKENDS)
+    for entry in entries:
+        if entry.name == name:
+            return entry.load()()
+    raise UnsupportedError(f"no backend {name!r}; there are {', '.join(sorted({entry.name for entry in entries}))}")

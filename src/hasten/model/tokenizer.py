@@ -1,0 +1,98 @@
+"""Text ↔ token ids, through the `tokenizers` library."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.base.errors import TokenizerError, one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+
+class Tokenizer:
+    """A `tokenizer.json`, with the settings of `tokenizer_config.json` that matter to hasten: chat template and special tokens.
+
+    One instance serves one thread at a time. Reading the file waits for the first use."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], chat_template: str | None) -> None:
+        self.path, self.settings, self.chat_template = path, settings, chat_template
+        self._tokenizer: RustTokenizer | None = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``; special tokens are added as the model's own tokenizer would."""
+        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``token_ids``. Bytes that are no UTF-8 come out as U+FFFD."""
+        return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        return self._rust.token_to_id(token)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._rust.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token` and the like, as chat templates want them."""
+        found = {}
+        for key, value in self.settings.items():
+            if key.endswith("_token") and isinstance(value, dict):
+                value = value.get("content")
+            if key.endswith("_token") and isinstance(value, str):
+                found[key] = value
+        return found
+
+    @property
+    def _rust(self) -> "RustTokenizer":
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer as RustTokenizer
+
+            try:
+                self._tokenizer = RustTokenizer.from_file(str(self.path))
+            except Exception as error:  # the library raises bare Exception
+                raise TokenizerError(f"{self.path}: not a usable tokenizer.json: {one_line(str(error))}") from None
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        return self._tokenizer
+
+
+def find_tokenizer(directory: Path) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of a model directory, or None and the reason, fit for a user."""
+    path = directory / "tokenizer.json"
+    if path.is_file():
+        settings = _read_settings(directory / "tokenizer_config.json")
+        return Tokenizer(path, settings, _find_template(directory, settings)), ""
+    convert = "convert it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    for pattern, kind in (("*.model", "a sentencepiece model"), ("*.tiktoken", "a tiktoken file"), ("vocab.json", "vocab.json and merges.txt")):
+        if any(directory.glob(pattern)):
+            return None, f"{directory} has {kind} but no tokenizer.json, which text needs; {convert}"
+    return None, f"{directory} has no tokenizer.json, so it takes token ids but no text; add the tokenizer.json of this model"
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not valid JSON: {one_line(str(error))}") from None
+    if not isinstance(settings, dict):
+        raise TokenizerError(f"{path}: an object is needed, not {one_line(settings)}")
+    return settings
+
+
+def _find_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named templates; the default one chats
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

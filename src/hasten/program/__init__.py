@@ -1,0 +1,11 @@
+"""Program: what a Spec lowers to, op by op."""
+
+from hasten.program.batch import Batch, token_array
+from hasten.program.lower import LinearFormats, Precision, lower
+from hasten.program.ops import OPS, Contract, In, Op, Out, Param, StateRef
+from hasten.program.program import KvGroup, LatentGroup, Layer, Program, RecurrentGroup, StateGroup, Value, oldest_visible
+
+__all__ = [
+    "OPS", "Batch", "Contract", "In", "KvGroup", "LatentGroup", "Layer", "LinearFormats", "Op", "Out", "Param", "Precision", "Program",
+    "RecurrentGroup", "StateGroup", "StateRef", "Value", "lower", "oldest_visible", "token_array",
+]  # fmt: skip

@@ -1,0 +1,50 @@
+"""Batch: what one step of a Program is asked to do, as plain arrays."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import ConfigError, one_line
+
+Int32 = NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences laid end to end.
+
+    tokens, positions [T]; offsets [S + 1], where sequence s owns rows offsets[s] to offsets[s + 1]; rows [R], the rows whose logits are
+    wanted. Positions of one sequence are consecutive, and continue what its state already holds."""
+
+    tokens: Int32
+    positions: Int32
+    offsets: Int32
+    rows: Int32
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, rows: str = "all") -> "Batch":
+        """A batch of token lists, sequence s beginning at position ``starts[s]`` (0 unless given).
+
+        ``rows`` is 'all', 'last' (of each sequence) or 'none'."""
+        lengths = [len(sequence) for sequence in sequences]
+        if not lengths or 0 in lengths:
+            raise ConfigError("a batch needs at least one sequence, and every sequence at least one token")
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        begin = [0] * len(lengths) if starts is None else list(starts)
+        positions = np.concatenate([np.arange(b, b + n) for b, n in zip(begin, lengths, strict=True)]).astype(np.int32)
+        wanted = {"all": np.arange(offsets[-1]), "last": offsets[1:] - 1, "none": np.arange(0)}
+        if rows not in wanted:
+            raise ConfigError(f"rows={rows!r}; accepted are {', '.join(wanted)}")
+        return cls(np.concatenate([token_array(s) for s in sequences]), positions, offsets, wanted[rows].astype(np.int32))
+
+
+def token_array(tokens: Sequence[int]) -> Int32:
+    """Token ids as int32 [T]. Raises ConfigError for anything that is not a flat list of whole numbers."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise ConfigError(f"token ids must be a flat, non-empty list of whole numbers, not {one_line(tokens)}")
+    if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
+        raise ConfigError(f"token ids must be between 0 and the vocabulary size, not {int(array.min())} to {int(array.max())}")
+    return array.astype(np.int32)

@@ -1,0 +1,527 @@
+"""The op set: what a Program may say, one frozen class per op, each with its contract.
+
+Shape legend: T tokens of the batch (sequences laid end to end), S sequences, R rows whose logits were asked for, D width, H heads,
+K key/value heads, N features in general, E experts, A experts chosen per token. Every value is [rows, features] unless its line says otherwise; heads lie
+side by side in the features. Norms, softmax and scans compute in float32 at least, whatever the dtypes around them.
+
+Fields are typed by role: ``In`` and ``Out`` name values, ``Param`` names a weight, ``StateRef`` names one layer's place in a state
+group; everything else is an attribute. A pass reads the roles from the class, so a new op needs no visitor.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, NewType, dataclass_transform, get_args
+
+from hasten.spec import Activation, ClampedSwiglu, Dtype, Visibility
+
+In = NewType("In", str)
+Out = NewType("Out", str)
+Param = NewType("Param", str)
+
+ShardAxis = Literal["out", "in"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateRef:
+    """Layer ``slot`` of state group ``group``."""
+
+    group: str
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contract:
+    """What any backend must keep to, against ``reference`` in float64 on the same inputs.
+
+    ``tolerance`` is the largest |difference| over the largest |reference value|, for float32 then bfloat16 outputs (0 = exact).
+    ``state`` says what the op does to its state group."""
+
+    tolerance: tuple[float, float]
+    differentiable: bool = True
+    state: Literal["none", "reads", "writes", "reads and writes"] = "none"
+
+
+_ROUNDING = (2e-6, 1e-2)
+_REDUCTION = (2e-5, 2e-2)
+_EXACT = (0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """Base of every op. ``roles`` maps field names to 'in', 'out', 'param' or 'state'."""
+
+    contract: ClassVar[Contract]
+    roles: ClassVar[dict[str, str]]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values read, in field order."""
+        return tuple(self._names("in"))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the values made, in field order."""
+        return tuple(self._names("out"))
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the weights read, in field order."""
+        return tuple(self._names("param"))
+
+    @property
+    def state_refs(self) -> tuple[StateRef, ...]:
+        """The places in state groups this op touches."""
+        return tuple(getattr(self, name) for name, role in self.roles.items() if role == "state")
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Every field that is neither a value, a weight nor a state."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.roles}
+
+    def renamed(self, rename: Callable[[str], str]) -> "Op":
+        """The same op with every value name passed through ``rename``."""
+        changes: dict[str, Any] = {}
+        for name, role in self.roles.items():
+            value = getattr(self, name)
+            if role in {"in", "out"} and value is not None:
+                changes[name] = tuple(map(rename, value)) if isinstance(value, tuple) else rename(value)
+        return dataclasses.replace(self, **changes)
+
+    def _names(self, role: str) -> Iterator[str]:
+        for name, its_role in self.roles.items():
+            value = getattr(self, name)
+            if its_role == role and value is not None:
+                yield from value if isinstance(value, tuple) else (value,)
+
+
+_ROLE_OF_TYPE: dict[Any, str] = {In: "in", Out: "out", Param: "param", StateRef: "state"}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _op(tolerance: tuple[float, float], *, differentiable: bool = True, state: Any = "none") -> Callable[[type[Op]], type[Op]]:
+    def decorate(cls: type[Op]) -> type[Op]:
+        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        made.contract = Contract(tolerance, differentiable, state)
+        roles: dict[str, str] = {}
+        for field in dataclasses.fields(made):
+            for candidate in (field.type, *get_args(field.type)):
+                if candidate in _ROLE_OF_TYPE:
+                    roles[field.name] = _ROLE_OF_TYPE[candidate]
+        made.roles = roles
+        return made
+
+    return decorate
+
+
+# --- rows in and out
+
+
+@_op(_ROUNDING)
+class Embed(Op):
+    """y[T, D] = weight[tokens] · scale, in ``dtype``. weight [V, D]. Token ids come from the batch."""
+
+    weight: Param
+    y: Out
+    scale: float = 1.0
+    dtype: Dtype = "float32"
+
+
+@_op(_EXACT)
+class EmbedPositions(Op):
+    """y[T, D] = weight[positions + offset], in ``dtype``. weight [count, D]. Positions come from the batch."""
+
+    weight: Param
+    y: Out
+    offset: int = 0
+    dtype: Dtype = "float32"
+
+
+@_op(_EXACT)
+class SelectRows(Op):
+    """y[R, N] = x[rows]. The rows whose logits are wanted come from the batch."""
+
+    x: In
+    y: Out
+
+
+@_op(_EXACT)
+class Split(Op):
+    """x[T, sum(sizes)] cut along its features into ``ys`` of the given sizes."""
+
+    x: In
+    ys: tuple[Out, ...]
+    sizes: tuple[int, ...]
+
+
+@_op(_EXACT)
+class Concat(Op):
+    """``xs`` laid side by side, head by head: with ``heads`` H each x is [T, H·nᵢ] and y is [T, H·Σnᵢ]."""
+
+    xs: tuple[In, ...]
+    y: Out
+    heads: int = 1
+
+
+@_op(_EXACT)
+class HeadSplit(Op):
+    """The inverse of Concat: x[T, H·Σsizes] cut inside every head into ``ys`` of [T, H·size]."""
+
+    x: In
+    ys: tuple[Out, ...]
+    sizes: tuple[int, ...]
+    heads: int
+
+
+# --- dtypes
+
+
+@_op(_EXACT)
+class Cast(Op):
+    """y = x in another dtype, round to nearest even."""
+
+    x: In
+    y: Out
+    dtype: Dtype
+
+
+@_op(_EXACT, differentiable=False)
+class QuantizeRows(Op):
+    """Symmetric int8 per row: scale[T, 1] = max|x| / 127 (1 where the row is zero), q[T, N] = round_half_even(x / scale)."""
+
+    x: In
+    q: Out
+    scale: Out
+
+
+# --- linear
+
+
+@_op(_REDUCTION)
+class Linear(Op):
+    """y[T, out] = x[T, in] · weightᵀ + bias. weight [out, in], bias [out].
+
+    ``weight_format`` names how the weight is stored, ``activation_format`` how x is fed to the product ('none': as it comes, 'int8':
+    quantized per row): choosing one never changes the other. ``adapter`` names the slot a low-rank adapter plugs into. ``shard`` is
+    the axis tensor parallelism may cut."""
+
+    x: In
+    weight: Param
+    y: Out
+    bias: Param | None = None
+    weight_format: str = "dense"
+    activation_format: str = "none"
+    adapter: str | None = None
+    shard: ShardAxis | None = None
+
+
+@_op(_REDUCTION)
+class HeadLinear(Op):
+    """One product per head: y[T, H·out] from x[T, H·in], weight [H, out, in]."""
+
+    x: In
+    weight: Param
+    y: Out
+    heads: int
+    weight_format: str = "dense"
+
+
+@_op(_REDUCTION)
+class ExpertLinear(Op):
+    """y[T, A, out] = x · weight[expert]ᵀ + bias[expert]. weight [E, out, in], bias [E, out].
+
+    x is [T, in] (every chosen expert reads the token) or [T, A, in] (each reads its own row). ``experts`` is [T, A] int32."""
+
+    x: In
+    experts: In
+    weight: Param
+    y: Out
+    bias: Param | None = None
+    weight_format: str = "dense"
+    activation_format: str = "none"
+    shard: ShardAxis | None = None
+
+
+@_op(_REDUCTION)
+class Route(Op):
+    """Choose experts from router logits [T, E]: experts[T, A] int32 in falling score, ties to the lower index; weights[T, A].
+
+    See hasten.spec.Router for the attributes. ``correction`` [E] is added to the scores for choosing only."""
+
+    logits: In
+    experts: Out
+    weights: Out
+    correction: Param | None = None
+    top_k: int
+    score: Literal["softmax", "sigmoid"]
+    normalize: bool
+    scale: float
+    groups: int = 1
+    top_groups: int = 1
+
+
+@_op(_REDUCTION)
+class Combine(Op):
+    """y[T, N] = Σₐ weights[T, a] · x[T, a, N], summed in the order the experts were chosen."""
+
+    x: In
+    weights: In
+    y: Out
+
+
+# --- norms and pointwise
+
+
+@_op(_REDUCTION)
+class RmsNorm(Op):
+    """y = x / sqrt(mean(x²) + eps) · (offset + weight) over each run of ``group`` features. weight [group] or [N]; y in ``dtype``."""
+
+    x: In
+    weight: Param
+    y: Out
+    group: int
+    eps: float
+    offset: float = 0.0
+    dtype: Dtype = "float32"
+
+
+@_op(_REDUCTION)
+class LayerNorm(Op):
+    """y = (x − mean) / sqrt(var + eps) · weight + bias over each run of ``group`` features. weight, bias [group] or [N]; y in ``dtype``."""
+
+    x: In
+    weight: Param
+    y: Out
+    bias: Param | None = None
+    group: int
+    eps: float
+    dtype: Dtype = "float32"
+
+
+@_op(_ROUNDING)
+class Add(Op):
+    """y = a + b, in a's dtype (b may be narrower)."""
+
+    a: In
+    b: In
+    y: Out
+
+
+@_op(_ROUNDING)
+class Scale(Op):
+    """y = x · factor."""
+
+    x: In
+    y: Out
+    factor: float
+
+
+@_op(_ROUNDING)
+class Clip(Op):
+    """y = min(max(x, −limit), limit)."""
+
+    x: In
+    y: Out
+    limit: float
+
+
+@_op(_ROUNDING)
+class SoftCap(Op):
+    """y = cap · tanh(x / cap)."""
+
+    x: In
+    y: Out
+    cap: float
+
+
+@_op(_ROUNDING)
+class Activate(Op):
+    """y = activation(x)."""
+
+    x: In
+    y: Out
+    activation: Activation
+
+
+@_op(_ROUNDING)
+class Gate(Op):
+    """y = activation(gate) · up, or hasten.spec.ClampedSwiglu of both. ``gate`` may be [T, 1], one number for the whole row."""
+
+    gate: In
+    up: In
+    y: Out
+    activation: Activation | ClampedSwiglu
+
+
+# --- positions and attention
+
+
+@_op(_ROUNDING)
+class Rotate(Op):
+    """Rotary embedding of ``dims`` features of every head, from feature ``start``.
+
+    Angles are position · frequencies[i] (float32), cosines and sines are multiplied by ``magnitude``. Pairs are (i, i + dims/2), or
+    (2i, 2i + 1) where ``interleaved``. Positions come from the batch."""
+
+    x: In
+    y: Out
+    heads: int
+    dims: int
+    frequencies: tuple[float, ...]
+    start: int = 0
+    interleaved: bool = False
+    magnitude: float = 1.0
+
+
+@_op(_EXACT, state="writes")
+class AppendKv(Op):
+    """Adds each token's key [T, K·dk] and value [T, K·dv] to its sequence's cache. A latent group takes one row and no value."""
+
+    k: In
+    v: In | None
+    state: StateRef
+
+
+@_op(_REDUCTION, state="reads")
+class Attend(Op):
+    """y[T, H·dv] = softmax(q·k·scale + bias) v over what ``visible`` lets each query see in its sequence's cache.
+
+    ``slopes`` adds slope[h] · (key position − query position) (ALiBi); ``softcap`` squashes the scores before any bias; ``sinks`` [H]
+    joins the softmax's denominator and takes no value. In a latent group the values are the first ``value_dim`` features of the keys.
+    Appends of the same step are visible; masked lanes are exactly zero."""
+
+    q: In
+    y: Out
+    state: StateRef
+    sinks: Param | None = None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    visible: Visibility
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+
+
+@_op(_REDUCTION, state="reads")
+class AttendRelative(Op):
+    """Transformer-XL attention: score(i, j) = ((qᵢ + u)·kⱼ + (qᵢ + w)·(position_weight · R[i − j])) · scale.
+
+    R is the sinusoid of the distance, sines then cosines, distances above ``clamp`` read as ``clamp``. position_weight [H·d, width];
+    u, w [H, d]. Shapes as in Attend, with as many key/value heads as heads."""
+
+    q: In
+    y: Out
+    position_weight: Param
+    content_bias: Param
+    position_bias: Param
+    state: StateRef
+    heads: int
+    head_dim: int
+    width: int
+    scale: float
+    visible: Visibility
+    clamp: int | None = None
+
+
+@_op(_REDUCTION, state="reads")
+class AttentionMap(Op):
+    """The probabilities of the Attend that names the same state: y[T, H, context], the cache's oldest kept position first.
+
+    Made only where a tap asks for it. Rows of shorter sequences end in zeros."""
+
+    q: In
+    y: Out
+    state: StateRef
+    sinks: Param | None = None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    visible: Visibility
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+
+
+# --- recurrences
+
+
+@_op(_REDUCTION, state="reads and writes")
+class CausalConv(Op):
+    """Depthwise convolution over time: y[t] = activation(Σᵢ weight[:, i] · x[t − taps + 1 + i] + bias).
+
+    weight [N, taps], bias [N]. The state keeps the last taps − 1 rows of each sequence."""
+
+    x: In
+    weight: Param
+    y: Out
+    state: StateRef
+    bias: Param | None = None
+    activation: Activation | None = None
+
+
+@_op(_REDUCTION, state="reads and writes")
+class SelectiveScan(Op):
+    """Mamba's recurrence, per channel n and state s: h = exp(dt·A)·h + dt·b·x; y = Σₛ c·h + d·x, with dt = softplus(dt + dt_bias).
+
+    x, dt, y [T, N]; b, c [T, states]; A = −exp(a_log) with a_log [N, states]; d, dt_bias [N]. The state is h [N, states]."""
+
+    x: In
+    dt: In
+    b: In
+    c: In
+    a_log: Param
+    d: Param
+    dt_bias: Param
+    y: Out
+    state: StateRef
+
+
+@_op(_REDUCTION, state="reads and writes")
+class DualScan(Op):
+    """Mamba-2's recurrence, per head: h = exp(dt·A)·h + dt·x⊗b; y = h·c + d·x, with dt = clip(softplus(dt + dt_bias), dt_min, dt_max).
+
+    x, y [T, H·P]; dt [T, H]; b, c [T, groups·states]; A = −exp(a_log), a_log, d, dt_bias [H]. The state is h [H, P, states]."""
+
+    x: In
+    dt: In
+    b: In
+    c: In
+    a_log: Param
+    d: Param
+    dt_bias: Param
+    y: Out
+    state: StateRef
+    heads: int
+    groups: int
+    dt_min: float = 0.0
+    dt_max: float | None = None
+
+
+@_op(_REDUCTION, state="reads and writes")
+class GatedDeltaScan(Op):
+    """Gated delta rule, per value head: S = exp(g)·S; S += k ⊗ beta·(v − Sᵀk); y = Sᵀq, with q and k of unit length, q · key_dim^−½.
+
+    g = −exp(a_log)·softplus(a + dt_bias), beta = sigmoid(b). q, k [T, key_heads·key_dim]; v, y [T, value_heads·value_dim];
+    a, b [T, value_heads]; a_log, dt_bias [value_heads]. Value head h reads key head h // (value_heads / key_heads).
+    The state is S [value_heads, key_dim, value_dim]."""
+
+    q: In
+    k: In
+    v: In
+    a: In
+    b: In
+    a_log: Param
+    dt_bias: Param
+    y: Out
+    state: StateRef
+    key_heads: int
+    value_heads: int
+
+
+OPS: tuple[type[Op], ...] = (
+    Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, Linear, HeadLinear, ExpertLinear, Route, Combine,
+    RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap, CausalConv,
+    SelectiveScan, DualScan, GatedDeltaScan,
+)  # fmt: skip
+"""Every op there is. The generic tests walk this list: an op without a case fails them."""

@@ -1,0 +1,294 @@
+"""Program: the flat list of ops a Spec lowers to, over symbolic sizes. Passes rewrite it; it prints as text."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.program.ops import Attend, AttentionMap, Op, Out, Param, StateRef
+from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
+
+RowSymbol = Literal["T", "S", "R"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Value:
+    """A named array: ``rows`` is symbolic (T tokens, S sequences, R logit rows), ``features`` the fixed trailing sizes (−1: as long as
+    the context)."""
+
+    rows: RowSymbol
+    features: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        sizes = ", ".join([self.rows, *("C" if size < 0 else str(size) for size in self.features)])
+        return f"{self.dtype}[{sizes}]"
+
+
+# --- state groups: what must outlive a step
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KvGroup:
+    """Paged keys and values of ``layers`` layers with one geometry and one rule of visibility; one block table serves them all."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    visible: Visibility
+
+    def bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Cache bytes one token adds, over all layers."""
+        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
+
+    def bytes_per_sequence(self) -> int:
+        """Bytes a sequence holds whatever its length: none."""
+        return 0
+
+    def oldest_visible(self, position: int) -> int:
+        """First position a query at ``position`` may see; older pages can be freed."""
+        return oldest_visible(self.visible, position)
+
+    reuse: str = "any exact prefix; under a window only its last pages are needed"
+    rollback: str = "drop the newest tokens"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LatentGroup:
+    """Paged rows of latent attention: one row of ``width`` features per token, whose first ``value_dim`` are also the values."""
+
+    name: str
+    layers: int
+    width: int
+    value_dim: int
+    visible: Visibility = Causal()
+
+    def bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Cache bytes one token adds, over all layers."""
+        return self.layers * self.width * element_bytes
+
+    def bytes_per_sequence(self) -> int:
+        """Bytes a sequence holds whatever its length: none."""
+        return 0
+
+    def oldest_visible(self, position: int) -> int:
+        """First position a query at ``position`` may see."""
+        return oldest_visible(self.visible, position)
+
+    reuse: str = "any exact prefix"
+    rollback: str = "drop the newest tokens"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecurrentGroup:
+    """Slots of fixed size, one per sequence and layer, overwritten by every token. Kept in float32 or better."""
+
+    name: str
+    layers: int
+    shape: tuple[int, ...]
+
+    def bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Cache bytes one token adds: none."""
+        return 0
+
+    def bytes_per_sequence(self) -> int:
+        """Bytes one sequence holds, over all layers."""
+        size = 4 * self.layers
+        for length in self.shape:
+            size *= length
+        return size
+
+    reuse: str = "only at positions where a snapshot was kept"
+    rollback: str = "restore a snapshot, replay from it"
+
+
+StateGroup = KvGroup | LatentGroup | RecurrentGroup
+
+
+def oldest_visible(visible: Visibility, position: int) -> int:
+    """First position that a query at ``position`` may see under ``visible``."""
+    match visible:
+        case Causal():
+            return 0
+        case SlidingWindow(size=size):
+            return max(0, position - size + 1)
+        case SegmentMemory(segment=segment, memory=memory):
+            return max(0, position // segment * segment - memory)
+
+
+# --- the program
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """Ops [start, stop) make one piece of the model: the embedding, a block, an exit or the head. Programs are cut between layers."""
+
+    label: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Ops in order, the type of every value, the shape of every weight, and what outlives a step.
+
+    ``inputs`` are values handed in beside the batch (none but after a cut); ``outputs`` are the values a backend returns."""
+
+    ops: tuple[Op, ...]
+    values: Mapping[str, Value]
+    params: Mapping[str, tuple[int, ...]]
+    states: tuple[StateGroup, ...]
+    layers: tuple[Layer, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    context: int
+
+    def state(self, name: str) -> StateGroup:
+        """The state group of that name."""
+        for group in self.states:
+            if group.name == name:
+                return group
+        raise ConfigError(f"no state group {name!r}; there are {[group.name for group in self.states]}")
+
+    def with_outputs(self, names: Iterable[str]) -> "Program":
+        """The Program that returns exactly ``names`` (taps), without the ops nothing needs any more.
+
+        ``blocks.N.mixer.map`` names the attention probabilities, which are computed only when tapped. State is still written by every
+        layer up to the last op that is needed. Raises UnsupportedError for a name that is no value, listing near ones."""
+        program, wanted = self, tuple(dict.fromkeys(names))
+        for name in wanted:
+            if name.endswith(".mixer.map") and name not in program.values:
+                program = program._with_map(name)
+        for name in wanted:
+            if name not in program.values:
+                prefix = name.rsplit(".", 1)[0]
+                near = [known for known in program.values if known.startswith(prefix)] or list(program.values)
+                raise UnsupportedError(f"no value {one_line(name)} to tap; near it there are {', '.join(near[:12])}")
+        return program._without_dead_ops(wanted)
+
+    def cut(self, after: str) -> tuple["Program", "Program"]:
+        """Cut behind the layer labelled ``after``: what crosses the cut is the first part's outputs and the second's inputs.
+
+        Early exit compacts rows at such a cut, pipeline stages send it. Wanted outputs made before the cut stay with the first part."""
+        labels = [layer.label for layer in self.layers]
+        if after not in labels[:-1]:
+            raise UnsupportedError(f"cannot cut after {one_line(after)}; layers to cut after are {', '.join(labels[:-1])}")
+        index = labels.index(after) + 1
+        stop = self.layers[index].start
+        made = {name for op in self.ops[:stop] for name in op.outputs} | set(self.inputs)
+        needed = {name for op in self.ops[stop:] for name in op.inputs}
+        crossing = tuple(name for name in self.values if name in made and name in needed)
+        first = self._part(0, stop, self.layers[:index], self.inputs, (*crossing, *(n for n in self.outputs if n in made)))
+        second = self._part(stop, len(self.ops), self.layers[index:], crossing, tuple(n for n in self.outputs if n not in made))
+        return first, second
+
+    def text(self) -> str:
+        """The Program for people: sizes, state, then one line per op."""
+        lines = [
+            "# T tokens, S sequences, R logit rows, C context",
+            f"# {len(self.ops)} ops, {len(self.params)} weights, context {self.context}",
+            *(f"state {_state_text(group)}" for group in self.states),
+            *(f"input {name}: {self.values[name]}" for name in self.inputs),
+        ]
+        for layer in self.layers:
+            lines.append(f"{layer.label}:")
+            lines.extend("  " + self._op_text(op) for op in self.ops[layer.start : layer.stop])
+        lines.append(f"return {', '.join(self.outputs)}")
+        return "\n".join(lines) + "\n"
+
+    def _op_text(self, op: Op) -> str:
+        made = ", ".join(f"{name}: {self.values[name]}" for name in op.outputs)
+        weights = [f"{name}{list(self.params[name])}" for name in op.params]
+        states = [f"@{ref.group}[{ref.slot}]" for ref in op.state_refs]
+        defaults = {f.name: f.default for f in dataclasses.fields(op)}
+        attributes = [f"{k}={_attribute_text(v)}" for k, v in op.attributes.items() if v != defaults[k]]
+        call = f"{type(op).__name__}({', '.join([*op.inputs, *weights, *states, *attributes])})"
+        return f"{made} = {call}" if made else call
+
+    def _part(self, start: int, stop: int, layers: tuple[Layer, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> "Program":
+        ops = self.ops[start:stop]
+        return dataclasses.replace(
+            self,
+            ops=ops,
+            layers=tuple(Layer(layer.label, layer.start - start, layer.stop - start) for layer in layers),
+            inputs=inputs,
+            outputs=outputs,
+        )._trimmed()
+
+    def _with_map(self, name: str) -> "Program":
+        prefix = name.removesuffix("map")
+        for index, op in enumerate(self.ops):
+            if isinstance(op, Attend) and op.y.startswith(prefix):
+                break
+        else:
+            return self
+        extra = AttentionMap(
+            q=op.q, y=Out(name), state=op.state, sinks=op.sinks, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.head_dim,
+            scale=op.scale, visible=op.visible, softcap=op.softcap, slopes=op.slopes,
+        )  # fmt: skip
+        layers = tuple(
+            Layer(layer.label, layer.start + (layer.start > index), layer.stop + (layer.stop > index)) for layer in self.layers
+        )
+        return dataclasses.replace(
+            self,
+            ops=(*self.ops[: index + 1], extra, *self.ops[index + 1 :]),
+            layers=layers,
+            values={**self.values, name: Value("T", (op.heads, -1), "float32")},
+        )
+
+    def _without_dead_ops(self, outputs: tuple[str, ...]) -> "Program":
+        needed, keep, live = set(outputs), [False] * len(self.ops), False
+        for index in range(len(self.ops) - 1, -1, -1):
+            op = self.ops[index]
+            wanted = any(name in needed for name in op.outputs)
+            live = live or wanted
+            if wanted or (live and "writes" in op.contract.state):
+                keep[index] = True
+                needed.update(op.inputs)
+        layers, ops = [], []
+        for layer in self.layers:
+            start = len(ops)
+            ops.extend(op for op, kept in zip(self.ops[layer.start : layer.stop], keep[layer.start : layer.stop]) if kept)
+            if len(ops) > start:
+                layers.append(Layer(layer.label, start, len(ops)))
+        return dataclasses.replace(self, ops=tuple(ops), layers=tuple(layers), outputs=outputs)._trimmed()
+
+    def _trimmed(self) -> "Program":
+        """Without the values, weights and state groups that no op names."""
+        names = {name for op in self.ops for name in (*op.inputs, *op.outputs)} | set(self.inputs)
+        params = {Param(name) for op in self.ops for name in op.params}
+        groups = {ref.group for op in self.ops for ref in op.state_refs}
+        return dataclasses.replace(
+            self,
+            values={name: value for name, value in self.values.items() if name in names},
+            params={name: shape for name, shape in self.params.items() if name in params},
+            states=tuple(group for group in self.states if group.name in groups),
+        )
+
+
+def _attribute_text(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 4:
+        return f"({value[0]:.4g}, …, {value[-1]:.4g}; {len(value)})"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def _state_text(group: StateGroup) -> str:
+    sizes = [f"{n:,} bytes a token (2-byte elements)" for n in [group.bytes_per_token()] if n]
+    sizes += [f"{n:,} bytes a sequence" for n in [group.bytes_per_sequence()] if n]
+    match group:
+        case KvGroup():
+            shape = f"keys and values, {group.layers} layers × {group.kv_heads} heads × ({group.key_dim} + {group.value_dim}), {group.visible}"
+        case LatentGroup():
+            shape = f"latent rows, {group.layers} layers × {group.width} (values: first {group.value_dim})"
+        case RecurrentGroup():
+            shape = f"recurrent, {group.layers} layers × {' × '.join(map(str, group.shape))}"
+    return f"{group.name}: {shape}; {', '.join(sizes)}; reuse: {group.reuse}; rollback: {group.rollback}"
+
+
+def find_ops(program: Program, ref: StateRef) -> tuple[Op, ...]:
+    """The ops of ``program`` that touch ``ref``."""
+    return tuple(op for op in program.ops if ref in op.state_refs)

@@ -1,0 +1,48 @@
+"""Rotary frequencies and their context extensions, as plain numbers."""
+
+import math
+
+from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Yarn
+
+
+def rotary_frequencies(rotary: Rotary, context: int) -> tuple[tuple[float, ...], float]:
+    """Angles per position (radians, dims/2 of them) and the factor on cosines and sines, for sequences of up to ``context`` tokens."""
+    half = rotary.dims // 2
+    frequencies = tuple(rotary.base ** (-2.0 * i / rotary.dims) for i in range(half))
+    match rotary.scaling:
+        case None:
+            return frequencies, 1.0
+        case LinearScaling(factor=factor):
+            return tuple(f / factor for f in frequencies), 1.0
+        case Llama3Scaling():
+            return tuple(_llama3(f, rotary.scaling) for f in frequencies), 1.0
+        case Yarn():
+            return _yarn(frequencies, rotary, rotary.scaling), rotary.scaling.attention_factor
+        case LongRope() as scaling:
+            divisors = scaling.long_factor if context > scaling.original_context else scaling.short_factor
+            return tuple(f / d for f, d in zip(frequencies, divisors, strict=True)), scaling.attention_factor
+
+
+def _llama3(frequency: float, scaling: Llama3Scaling) -> float:
+    turns = scaling.original_context * frequency / (2 * math.pi)  # full turns over the original context
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    if turns < low:
+        return frequency / scaling.factor
+    if turns > high:
+        return frequency
+    keep = (turns - low) / (high - low)
+    return (1 - keep) * frequency / scaling.factor + keep * frequency
+
+
+def _yarn(frequencies: tuple[float, ...], rotary: Rotary, scaling: Yarn) -> tuple[float, ...]:
+    def pair_with(turns: float) -> float:
+        """The (fractional) pair that makes this many turns over the original context."""
+        return rotary.dims * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(rotary.base))
+
+    first, last = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary.dims - 1)
+    span = last - first if last != first else 1e-3
+    kept = (1 - min(max((i - first) / span, 0.0), 1.0) for i in range(len(frequencies)))
+    return tuple(f / scaling.factor * (1 - k) + f * k for f, k in zip(frequencies, kept))

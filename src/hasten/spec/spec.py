@@ -1,0 +1,477 @@
+"""What a decoder is, block by block, as frozen data.
+
+A Spec holds no code and no arrays. It round-trips through JSON, and carries a schema version so that a file from a newer hasten is
+refused instead of misread. Kinds are types: a new kind of mixer, norm or wiring is a new class here, never another flag on an old one.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from hasten.base.errors import ConfigError, UnsupportedError, one_line
+
+SCHEMA_VERSION = 1
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Eps = Annotated[float, msgspec.Meta(ge=0)]
+
+Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+def _snake_case(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=_snake_case, tag_field="kind"):
+    """A piece of a Spec. Floats must be finite; subclasses check how their fields fit together in ``_check``."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ConfigError(f"{type(self).__name__}.{name} is {one_line(value)}; a finite number is needed")
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ConfigError where fields contradict each other."""
+
+
+# --- norms
+
+
+class RMSNorm(Part):
+    """x / sqrt(mean(x²) + eps) · (offset + weight). Zhang & Sennrich 2019; Gemma adds 1 to the weight."""
+
+    eps: Eps
+    offset: float = 0.0
+
+
+class LayerNorm(Part):
+    """(x − mean) / sqrt(var + eps) · weight + bias. Ba et al. 2016."""
+
+    eps: Eps
+    bias: bool = True
+
+
+Norm = RMSNorm | LayerNorm
+
+
+# --- positions
+
+
+class LinearScaling(Part):
+    """Positions divided by ``factor`` (position interpolation, Chen et al. 2023)."""
+
+    factor: Positive
+
+
+class Llama3Scaling(Part):
+    """Low frequencies divided by ``factor``, high ones kept, a smooth ramp between (Llama 3.1)."""
+
+    factor: Positive
+    low_frequency_factor: Positive
+    high_frequency_factor: Positive
+    original_context: Size
+
+
+class Yarn(Part):
+    """NTK-by-parts interpolation (Peng et al. 2023). ``attention_factor`` multiplies the rotated queries and keys."""
+
+    factor: Positive
+    original_context: Size
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: Positive = 1.0
+
+
+class LongRope(Part):
+    """One divisor per frequency, the long set once the context exceeds the original (Ding et al. 2024).
+
+    A Program is lowered for one context, so the choice is made once and holds for every token of every request."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_context: Size
+    attention_factor: Positive
+
+    def _check(self) -> None:
+        if len(self.short_factor) != len(self.long_factor):
+            raise ConfigError(f"LongRope has {len(self.short_factor)} short and {len(self.long_factor)} long factors; they must match")
+
+
+Scaling = LinearScaling | Llama3Scaling | Yarn | LongRope
+
+
+class Rotary(Part):
+    """Rotary embedding (Su et al. 2021) of ``dims`` features of each head.
+
+    Pairs are (i, i + dims/2), or (2i, 2i + 1) where ``interleaved``."""
+
+    base: Positive
+    dims: Size
+    interleaved: bool = False
+    scaling: Scaling | None = None
+
+    def _check(self) -> None:
+        if self.dims % 2:
+            raise ConfigError(f"Rotary.dims is {self.dims}; rotation works on pairs, so an even number is needed")
+
+
+class Alibi(Part):
+    """slope[h] · (key position − query position) added to the scores (Press et al. 2021)."""
+
+    slopes: tuple[float, ...]
+
+
+class RelativeSinusoid(Part):
+    """Transformer-XL's relative positions (Dai et al. 2019, section 3.3): content bias u, position bias v, projected sinusoids.
+
+    Distances beyond ``clamp`` are treated as ``clamp``."""
+
+    clamp: Size | None = None
+
+
+Position = Rotary | Alibi | RelativeSinusoid
+
+
+class LearnedPositions(Part):
+    """A table of ``count`` vectors added to the token embeddings; position p uses row p + offset."""
+
+    count: Size
+    offset: Count = 0
+
+
+# --- what a query may see (itself always included)
+
+
+class Causal(Part):
+    """Every earlier position."""
+
+
+class SlidingWindow(Part):
+    """The last ``size`` positions, the query's own among them."""
+
+    size: Size
+
+
+class SegmentMemory(Part):
+    """Positions are cut into segments of ``segment``; a query sees its segment so far and the ``memory`` positions before it."""
+
+    segment: Size
+    memory: Count
+
+
+Visibility = Causal | SlidingWindow | SegmentMemory
+
+
+# --- mixers
+
+
+class Attention(Part):
+    """Softmax attention: multi-head, grouped or multi-query. Scores are q·k·scale.
+
+    ``norm_span`` says whether q_norm and k_norm run over each head or over the whole projected row; ``clip`` bounds the projections;
+    ``sinks`` adds one learned logit per head to the softmax's denominator; ``gate`` multiplies the output by a learned sigmoid."""
+
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    value_dim: Size
+    scale: Positive
+    position: Position | None
+    visible: Visibility = Causal()
+    bias: bool = False
+    out_bias: bool = False
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm_span: Literal["head", "row"] = "head"
+    softcap: Positive | None = None
+    clip: Positive | None = None
+    sinks: bool = False
+    gate: bool = False
+
+    def _check(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads; the first must be a multiple")
+        if isinstance(self.position, Rotary) and self.position.dims > self.head_dim:
+            raise ConfigError(f"rotary dims {self.position.dims} exceed the head dimension {self.head_dim}")
+        if isinstance(self.position, Alibi) and len(self.position.slopes) != self.heads:
+            raise ConfigError(f"{len(self.position.slopes)} ALiBi slopes for {self.heads} heads; one a head is needed")
+
+
+class LatentAttention(Part):
+    """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are up-projections of one cached vector per token.
+
+    A head's query is ``nope_dim`` features compared with the latent, then ``rope_dim`` rotated features compared with a shared key."""
+
+    heads: Size
+    q_rank: Size | None
+    kv_rank: Size
+    nope_dim: Size
+    rope_dim: Size
+    value_dim: Size
+    scale: Positive
+    rotary: Rotary
+    norm: Norm
+    bias: bool = False
+
+
+class Mamba(Part):
+    """Selective state space, one step size per channel (Gu & Dao 2023)."""
+
+    inner: Size
+    state: Size
+    conv: Size
+    dt_rank: Size
+    bias: bool = False
+    conv_bias: bool = True
+
+
+class Mamba2(Part):
+    """State-space duality: one decay per head, B and C shared by groups (Dao & Gu 2024)."""
+
+    heads: Size
+    head_dim: Size
+    state: Size
+    groups: Size
+    conv: Size
+    norm: RMSNorm
+    bias: bool = False
+    conv_bias: bool = True
+    dt_min: float = 0.0
+    dt_max: float | None = None
+
+    def _check(self) -> None:
+        if self.heads % self.groups:
+            raise ConfigError(f"{self.heads} Mamba-2 heads cannot share {self.groups} groups; the first must be a multiple")
+
+
+class GatedDeltaNet(Part):
+    """Linear attention with a gated delta rule (Yang et al. 2024), as in Qwen3-Next."""
+
+    key_heads: Size
+    value_heads: Size
+    key_dim: Size
+    value_dim: Size
+    conv: Size
+    norm: RMSNorm
+
+    def _check(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise ConfigError(f"{self.value_heads} value heads cannot share {self.key_heads} key heads; the first must be a multiple")
+
+
+Mixer = Attention | LatentAttention | Mamba | Mamba2 | GatedDeltaNet
+
+
+# --- feed-forwards
+
+
+class ClampedSwiglu(Part):
+    """gpt-oss's gate: g = min(g, limit), u = clip(u, ±limit), g · sigmoid(alpha·g) · (u + 1)."""
+
+    alpha: Positive
+    limit: Positive
+
+
+class MLP(Part):
+    """down(activation(up(x)))."""
+
+    hidden: Size
+    activation: Activation
+    bias: bool = False
+
+
+class GatedMLP(Part):
+    """down(activation(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    hidden: Size
+    activation: Activation | ClampedSwiglu
+    bias: bool = False
+
+
+class Router(Part):
+    """Scores every expert, picks the best.
+
+    ``correction`` is a learned bias used to choose but not to weigh; with ``groups`` > 1 only the ``top_groups`` groups whose two best
+    experts score highest compete (DeepSeek-V3). ``normalize`` divides the chosen weights by their sum, ``scale`` multiplies them."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = True
+    scale: Positive = 1.0
+    bias: bool = False
+    correction: bool = False
+    groups: Size = 1
+    top_groups: Size = 1
+
+
+class MixtureOfExperts(Part):
+    """``top_k`` of ``experts`` feed-forwards per token, beside one that always runs where ``shared`` is given."""
+
+    experts: Size
+    top_k: Size
+    expert: GatedMLP
+    router: Router
+    shared: GatedMLP | None = None
+    shared_gate: bool = False
+
+    def _check(self) -> None:
+        if self.top_k > self.experts:
+            raise ConfigError(f"{self.top_k} experts per token, but the layer has only {self.experts}")
+        if self.experts % self.router.groups:
+            raise ConfigError(f"{self.experts} experts cannot be split into {self.router.groups} groups")
+        if self.router.top_groups > self.router.groups:
+            raise ConfigError(f"{self.router.top_groups} groups are to be picked of {self.router.groups}")
+        if self.top_k > self.router.top_groups * (self.experts // self.router.groups):
+            raise ConfigError(f"{self.top_k} experts per token, but the {self.router.top_groups} chosen groups hold fewer")
+
+
+FeedForward = MLP | GatedMLP | MixtureOfExperts
+
+
+# --- wiring: how a block's two branches join the residual stream
+
+
+class PreNorm(Part):
+    """x += mixer(norm(x)); x += feed_forward(norm(x))."""
+
+    mixer: Norm
+    feed_forward: Norm | None
+
+
+class Sandwich(Part):
+    """x += post(mixer(pre(x))), and the same for the feed-forward (Gemma 2)."""
+
+    mixer: Norm
+    mixer_post: Norm
+    feed_forward: Norm
+    feed_forward_post: Norm
+
+
+class BranchNorm(Part):
+    """x += norm(mixer(x)); x += norm(feed_forward(x)) (OLMo 2)."""
+
+    mixer_post: Norm
+    feed_forward_post: Norm
+
+
+class PostNorm(Part):
+    """x = norm(x + mixer(x)); x = norm(x + feed_forward(x)) (Vaswani et al. 2017)."""
+
+    mixer: Norm
+    feed_forward: Norm
+
+
+class Parallel(Part):
+    """x += mixer(norm(x)) + feed_forward(norm(x)); one norm serves both where ``feed_forward`` is absent."""
+
+    mixer: Norm
+    feed_forward: Norm | None
+
+
+Wiring = PreNorm | Sandwich | BranchNorm | PostNorm | Parallel
+
+
+class Block(Part):
+    """One layer. Blocks of a model may differ in every field."""
+
+    mixer: Mixer | None
+    feed_forward: FeedForward | None
+    wiring: Wiring
+
+    def _check(self) -> None:
+        if self.mixer is None and self.feed_forward is None:
+            raise ConfigError("a block needs a mixer, a feed-forward, or both")
+
+
+# --- ends
+
+
+class Embedding(Part):
+    """Token table, multiplied by ``scale``; positions are added and ``norm`` applied where given."""
+
+    scale: Positive = 1.0
+    positions: LearnedPositions | None = None
+    norm: Norm | None = None
+
+
+class Head(Part):
+    """Hidden state to logits; ``tied`` reads the embedding table."""
+
+    tied: bool
+    bias: bool = False
+    softcap: Positive | None = None
+    scale: Positive = 1.0
+
+
+class Exit(Part):
+    """An early exit after block ``after`` (0-based): its own norm, then its own head."""
+
+    after: Count
+    norm: Norm
+    head: Head
+
+
+class Spec(Part, kw_only=True):
+    """A whole decoder. ``context`` is the longest sequence it was made for, in tokens."""
+
+    schema_version: int = SCHEMA_VERSION
+    vocab: Size
+    width: Size
+    context: Size
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    norm: Norm | None
+    head: Head
+    exits: tuple[Exit, ...] = ()
+    residual: Dtype = "float32"
+
+    def _check(self) -> None:
+        if self.schema_version > SCHEMA_VERSION:
+            raise UnsupportedError(
+                f"schema_version {self.schema_version} is newer than this hasten reads ({SCHEMA_VERSION}); upgrade hasten to load it"
+            )
+        if not self.blocks:
+            raise ConfigError("a Spec needs at least one block")
+        for early in self.exits:
+            if early.after >= len(self.blocks) - 1:
+                raise ConfigError(f"an exit after block {early.after} is not early in a model of {len(self.blocks)} blocks")
+
+    def to_json(self) -> bytes:
+        """This Spec as indented UTF-8 JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> "Spec":
+        """Read what ``to_json`` wrote. Raises ConfigError on anything else, UnsupportedError on a newer schema."""
+        return cls.from_data(parse_json(text, "Spec"))
+
+    @classmethod
+    def from_data(cls, data: Any) -> "Spec":
+        """Build from parsed JSON, checking every field's type and range."""
+        if isinstance(data, dict) and isinstance(data.get("schema_version"), int) and data["schema_version"] > SCHEMA_VERSION:
+            raise UnsupportedError(
+                f"schema_version {data['schema_version']} is newer than this hasten reads ({SCHEMA_VERSION}); upgrade hasten to load it"
+            )
+        try:
+            return msgspec.convert(data, cls)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise ConfigError(f"Spec: {error}".replace("\n", " ")) from None
+
+    def checked(self) -> "Spec":
+        """This Spec with every field's declared range enforced, which constructors alone do not do."""
+        return Spec.from_data(msgspec.to_builtins(self))
+
+
+def parse_json(text: bytes | str, what: str) -> Any:
+    """Parse strict JSON (no NaN), turning every failure into a ConfigError that begins with ``what``."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{what}: not valid JSON: {error}".replace("\n", " ")) from None
