@@ -86,7 +86,8 @@ TEMPLATES = {"plain": PLAIN_TEMPLATE, "chatml": CHATML, "llama": LLAMA, "macros"
 CHATS = [
     [{"role": "user", "content": "Hi"}],
     [{"role": "system", "content": " Be <brief> & 'kind'. "}, {"role": "user", "content": "a\nb\n\n"}]
-    + [{"role": "assistant", "content": "日本 👍🏽 \u2028"}, {"role": "user", "content": "{{ 7 * 7 }} {% raw %} \\n"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "x"}],
+    + [{"role": "assistant", "content": "日本 👍🏽 \u2028"}, {"role": "user", "content": "{{ 7 * 7 }} {% raw %} \\n"}]
+    + [{"role": "assistant", "content": ""}, {"role": "user", "content": "x"}],
 ]  # fmt: skip
 
 
@@ -117,6 +118,11 @@ def test_a_template_does_not_change_the_messages_it_is_given():
         with suppress(UserError):
             render(attempt, messages)
         assert messages == [{"role": "user", "content": "a"}]
+
+
+def test_a_long_message_as_indented_json_is_fine():
+    text = "é\n" * 300_000
+    assert len(render("{{ messages | tojson(indent=4) }}", [{"role": "user", "content": text}])) > len(text)
 
 
 def test_a_long_ordinary_chat_is_fine():
@@ -187,8 +193,10 @@ HOSTILE = {
     "percent filter": "{{ '%10000000000d' | format(1) }}",
     "format width": "{{ '{:10000000000}'.format(1) }}",
     "format nested width": "{{ '{:{w}}'.format(1, w=10**9) }}",
+    "format to trip the check": "{{ ('{' + ':' * 4000000).format(1) }}",
     "format many": "{{ ('{0}' * 100000).format('x' * 100000) }}",
     "replace": "{{ ('a' * 100000) | replace('a', 'b' * 100000) }}",
+    "replace by name": "{{ ('a' * 100000) | replace(new='b' * 100000, old='a') }}",
     "replace method": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
     "replace nothing": "{{ ('a' * 100000).replace('', 'b' * 100000) }}",
     "translate": "{{ ('a' * 100000).translate({97: 'b' * 100000}) }}",
@@ -211,7 +219,7 @@ HOSTILE = {
     "output kept": "{% set y %}{% for i in range(90000) %}" + "x" * 100_000 + "{% endfor %}{% endset %}",
     "macro output kept": "{% macro f() %}{% for i in range(90000) %}{{ 'x' * 100000 }}{% endfor %}{% endmacro %}{{ f() | length }}",
     "slices": "{% set a = 'x' * 4000000 %}" + "".join(f"{{% set v{i} = a[1:] %}}" for i in range(3000)),
-    "slow scans": "{% set a = 'x' * 4000000 %}{% for i in range(99999) %}{% for j in range(99) %}{{ a.count('yz') }}{% endfor %}{% endfor %}",
+    "slow scans": "{% set a = 'x' * 4000000 %}{% for i in range(99999) %}{{ a.count('yz') }}{% endfor %}",
     "deep brackets": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
     "deep lists": "{{ " + "[" * 400 + "]" * 400 + " }}",
     "deep blocks": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,

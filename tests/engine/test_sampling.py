@@ -161,6 +161,13 @@ def test_ties_go_to_the_lowest_id():
     assert candidates(np.zeros(10, np.float32), SamplingParams(top_p=0.25, **params), [], [])[0].tolist() == [0, 1, 2]
     assert candidates(np.zeros(5000, np.float32), SamplingParams(top_p=0.5, **params), [], [])[0].tolist() == list(range(2500))
     assert candidates(logits, SamplingParams(min_p=1.0, **params), [], [])[0].tolist() == [1, 3, 4]
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        many = rng.integers(3, size=3000).astype(np.float32)
+        ranked = np.lexsort((np.arange(3000), -many))
+        reached = np.cumsum(softmax(many)[ranked])
+        expected = sorted(ranked[: np.searchsorted(reached, 0.6) + 1].tolist())
+        assert candidates(many, SamplingParams(top_p=0.6, **params), [], [])[0].tolist() == expected
 
 
 def test_extreme_temperatures():

@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,13 @@ def read_checkpoint(directory: Path) -> Logits:
 
         weights = load_file(directory / "model.safetensors")
         return lambda ids: transformer_xl_logits(weights, config, ids, segment=config["tgt_len"], memory=config["mem_len"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    # Transformers' eager Falcon adds ALiBi twice, once inside the mask; its default adds it once, as the published code does.
+    attention = "sdpa" if config["model_type"] == "falcon" and config["alibi"] else "eager"
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation=attention, dtype=torch.float32).eval()
+    if config["model_type"] == "mpt":
+        # Transformers' MPT never passes alibi_bias_max on; the published code does.
+        build = partial(model.transformer.build_mpt_alibi_tensor, alibi_bias_max=model.config.attn_config.alibi_bias_max)
+        model.transformer.build_mpt_alibi_tensor = build
 
     def logits(ids: list[int]) -> np.ndarray:
         with torch.no_grad():

@@ -273,14 +273,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         if name in _SIZED:
             numbers = max((value for value in rest if isinstance(value, int)), default=0)
             texts = sum(_extent(value)[0] for value in rest if not isinstance(value, int))
-            size, depth = _extent(subject)
-            lines = subject.count("\n") + subject.count("\t") + 1 if isinstance(subject, str) else size * depth
+            size, items, depth = _extent(subject)
+            lines = subject.count("\n") + subject.count("\t") + 1 if isinstance(subject, str) else items * depth
             self._meter.expect((numbers + texts) * lines if name in {"indent", "tojson", "expandtabs"} else numbers + texts * size)
         elif name == "translate":
             raise _TooMuchError("it calls translate, whose result has no bound; use replace")
         elif name == "replace" and len(rest) > 1:
-            text, old, new = _text(subject), _text(rest[0]), _text(rest[1])
-            self._meter.expect(len(text) + text.count(old) * len(new))
+            # Named arguments may come in either order.
+            text, one, other = _text(subject), _text(rest[0]), _text(rest[1])
+            self._meter.expect(len(text) + max(text.count(one) * len(other), text.count(other) * len(one)))
         elif name == "join":
             # Which of the values is the separator differs between filter and method: any of the texts may be.
             separator = max((len(value) for value in given if isinstance(value, str)), default=0)
@@ -320,27 +321,28 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _extent(value: Any) -> tuple[int, int]:
-    """Characters in a value all the way down, an item counting as `ITEM`, and how deep it nests; what occurs twice counts twice."""
-    size, deepest, waiting = 0, 1, [(value, 1)]
+def _extent(value: Any) -> tuple[int, int, int]:
+    """Characters (an item counting as `ITEM`) and items in a value all the way down, and how deep it nests; repeats count again."""
+    size, items, deepest, waiting = 0, 0, 1, [(value, 1)]
     while waiting:
         item, depth = waiting.pop()
         deepest = max(deepest, depth)
         if isinstance(item, str | bytes):
             size += len(item)
         elif isinstance(item, list | tuple | dict):
+            items += len(item)
             size += ITEM * len(item)
             if size <= MAX_VALUE:
                 waiting += [(inner, depth + 1) for inner in (item.items() if isinstance(item, dict) else item)]
         if size > MAX_VALUE or deepest > MAX_DEPTH:
             raise _TooMuchError(f"it makes text or lists of more than {MAX_VALUE} characters, or more than {MAX_DEPTH} deep")
-    return size, deepest
+    return size, items, deepest
 
 
 def _check_format(text: str) -> None:
     """Refuse field widths that are huge or taken from the arguments, in both of Python's format languages."""
-    if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", text):
-        raise _TooMuchError("it formats with a width of five digits or more, or one taken from an argument")
+    if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}:]*:[^{}]*\{", text):
+        raise _TooMuchError("it formats with a number of five digits or more, or with a width taken from an argument")
 
 
 def _raise_exception(message: object) -> None:

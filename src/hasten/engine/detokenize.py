@@ -38,7 +38,7 @@ class Detokenizer:
 
     ``decode`` maps ids to text and is called with short windows of them; it should skip special tokens. ``skipped_ids`` are ids that it
     turns into nothing (special tokens, padding past the vocabulary); they are dropped on arrival, so that a thousand in a row cost nothing.
-    ``byte_ids`` are the byte-fallback tokens (`byte_token_ids`); without them a decoder that has them can revise text already emitted.
+    ``byte_ids`` are the byte-fallback tokens (`byte_token_ids`); a decoder that has them can revise emitted text unless both are told.
     ``lag`` holds back that many characters more, for a ``decode`` that edits its text afterwards (transformers' clean-up of spaces reaches
     back 4). To continue a prompt's text, feed the prompt's ids first and drop what comes back.
     """
@@ -95,7 +95,7 @@ class Detokenizer:
         ids = self._window
         place = len(ids) - KEPT
         while ids[place - 1] in self._byte_ids and ids[place] in self._byte_ids:
-            place += 1  # a run is read as a whole; the window's last id is not of one
+            place += 1  # part of a run may read otherwise than the whole; the window's last id ends any run
         short = ids[place - KEPT :]
         before, short_before, short_text = self._decode(ids[:place]), self._decode(short[:KEPT]), self._decode(short)
         if not text.startswith(before) or not short_text.startswith(short_before):

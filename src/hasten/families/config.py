@@ -48,6 +48,19 @@ class ConfigReader:
         """A whole number of at least 1, or None where the key is absent or null."""
         return self._whole(key, None, 1) if self._peek(key) is not None else None
 
+    def size_under(self, *keys: str) -> int:
+        """A whole number of at least 1 that checkpoints have called by several names; where several are given they must agree."""
+        given = [key for key in keys if self._peek(key) is not None]
+        value = self.size(given[0] if given else keys[0])
+        for key in given[1:]:
+            if self.size(key) != value:
+                raise self.wrong(key, self._data[key], f"{given[0]!r} is another name of it and says {value}; the two must agree")
+        return value
+
+    def size_or_auto(self, key: str, auto: int) -> int:
+        """A whole number of at least 1; ``auto`` where the key is absent, null or "auto"."""
+        return auto if self._peek(key) == "auto" else self.size(key, auto)
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._take(key, default)

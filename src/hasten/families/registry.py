@@ -9,11 +9,25 @@ from hasten.families.family import Family
 
 # model_type → module of hasten.families that exports FAMILY
 BUILT_IN = {
+    "bloom": "bloom",
     "deepseek_v3": "deepseek_v3",
+    "falcon": "falcon",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "gpt_oss": "gpt_oss",
     "llama": "llama",
+    "mamba": "mamba",
     "mamba2": "mamba2",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "mpt": "mpt",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
     "transfo-xl": "transformer_xl",
 }
 

@@ -1,5 +1,6 @@
 """Text ↔ token ids, through the `tokenizers` library."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,22 @@ class Tokenizer:
         """The id of a token, or None."""
         return self._rust.token_to_id(token)
 
+    @functools.cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token, added tokens included."""
+        return dict(self._rust.get_vocab(with_added_tokens=True))
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that decode to nothing: special tokens."""
+        added = self._rust.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
-        return int(self._rust.get_vocab_size(with_added_tokens=True))
+    def start_id(self) -> int | None:
+        """The id of the document-start token, None where the model has none."""
+        token = self.special_tokens.get("bos_token")
+        return None if token is None else self.id_of(token)
 
     @property
     def special_tokens(self) -> dict[str, str]:

@@ -500,7 +500,9 @@ class DualScan(Op):
 
 @_op(_REDUCTION, state="reads and writes")
 class GatedDeltaScan(Op):
-    """Gated delta rule, per value head: S = exp(g)·S; S += k ⊗ beta·(v − Sᵀk); y = Sᵀq, with q and k of unit length, q · key_dim^−½.
+    """Gated delta rule, per value head: S = exp(g)·S; S += k ⊗ beta·(v − Sᵀk); y = Sᵀq.
+
+    q and k are first divided by sqrt(|·|² + 1e-6), then q by sqrt(key_dim).
 
     g = −exp(a_log)·softplus(a + dt_bias), beta = sigmoid(b). q, k [T, key_heads·key_dim]; v, y [T, value_heads·value_dim];
     a, b [T, value_heads]; a_log, dt_bias [value_heads]. Value head h reads key head h // (value_heads / key_heads).

@@ -36,10 +36,10 @@ def play(
 
 
 def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The program's weights as tensors, mapped without a copy where dtype and device allow. Floats become ``dtype`` where given."""
+    """The program's weights as tensors, mapped without a copy where dtype, device and layout allow. Floats become ``dtype`` where given."""
     tensors = {}
     for name in program.params:
-        tensor = as_tensor(weights.array(name)).to(device)
+        tensor = as_tensor(weights.array(name)).to(device).contiguous()  # rounding must not depend on how a checkpoint lays a weight out
         tensors[name] = tensor if dtype is None else tensor.to(dtype)
     return tensors
 

@@ -13,7 +13,7 @@ Entry = tuple[Tensor, ...]
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """For each layer's StateRef, one Entry per sequence; a missing ref means that nothing was kept yet."""
+    """For each layer's StateRef, one Entry per sequence; a missing ref or an empty Entry means that nothing was kept yet."""
 
     sequences: int
     entries: Mapping[StateRef, tuple[Entry, ...]] = dataclasses.field(default_factory=dict)
@@ -21,6 +21,18 @@ class State:
     def select(self, indices: Sequence[int]) -> "State":
         """The state of these sequences, in this order; repeating one forks it."""
         return State(len(indices), {ref: tuple(entries[i] for i in indices) for ref, entries in self.entries.items()})
+
+    def joined(self, other: "State") -> "State":
+        """These sequences, then the other's."""
+        refs = {*self.entries, *other.entries}
+        nothing: tuple[Entry, ...] = ((),)
+        return State(
+            self.sequences + other.sequences,
+            {
+                ref: self.entries.get(ref, nothing * self.sequences) + other.entries.get(ref, nothing * other.sequences)
+                for ref in refs
+            },
+        )
 
     def detached(self) -> "State":
         """The same numbers, cut off from the graph that made them."""

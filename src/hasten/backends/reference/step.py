@@ -55,7 +55,7 @@ class Step:
         """What was kept of ``sequence``, None at its beginning."""
         if self.state is None or ref not in self.state.entries:
             return None
-        return self.state.entries[ref][sequence]
+        return self.state.entries[ref][sequence] or None
 
     def keep(self, ref: StateRef, cohort: Cohort, entries: Sequence[Entry]) -> None:
         """Hand on one entry per sequence of the group, if anybody wants a state."""

@@ -1,0 +1,5 @@
+"""``python -m hasten.cli``."""
+
+from hasten.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""The `hasten` command: its subcommands, and what happens when one fails."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from hasten.base.errors import UserError
+from hasten.cli.chat import chat
+from hasten.cli.doctor import doctor
+from hasten.cli.eval import evaluate
+from hasten.cli.generate import generate
+from hasten.cli.inspect import inspect
+
+app = typer.Typer(
+    name="hasten",
+    help="Tell it what quality you must keep; it makes your model as fast as your machine allows, and shows you the measurements.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("doctor")(doctor)
+app.command("inspect")(inspect)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("eval")(evaluate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hasten import __version__
+
+        typer.echo(f"hasten {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"hasten: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away; point stdout elsewhere so that the interpreter's last flush does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

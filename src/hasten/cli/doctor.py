@@ -1,0 +1,73 @@
+"""`hasten doctor`: what this machine can do."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+from typing import Annotated, Any
+
+import typer
+
+from hasten.cli.options import JsonOption
+
+
+def doctor(
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure memory bandwidth and arithmetic peaks (some seconds).")] = True,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads to measure with; all cores granted unless given.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Processor, memory, backends, and how fast they can be at most."""
+    from rich.console import Console
+
+    from hasten.base import hardware
+
+    machine = hardware.detect()
+    facts: dict[str, Any] = {
+        "cpu": {**dataclasses.asdict(machine.cpu), "features": sorted(machine.cpu.features), "cores": machine.cpu.cores},
+        "memory": dataclasses.asdict(machine.memory),
+        "backends": _backends(),
+    }
+    if measure:
+        with Console(stderr=True).status("measuring memory bandwidth and arithmetic peaks …"):
+            facts["roofline"] = dataclasses.asdict(hardware.measure_roofline(threads))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for line in _lines(facts):
+        typer.echo(line)
+
+
+def _backends() -> dict[str, str]:
+    """For each registered backend, what it runs on or why it cannot."""
+    states = {}
+    for entry in importlib.metadata.entry_points(group="hasten.backends"):
+        if entry.name == "reference":
+            found = importlib.util.find_spec("torch") is not None
+            states[entry.name] = f"torch {importlib.metadata.version('torch')}" if found else "needs torch: pip install 'hasten[torch]'"
+        else:
+            states[entry.name] = entry.value
+    return states
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    cpu, memory = facts["cpu"], facts["memory"]
+    limit = "" if memory["limit"] is None else f", {_gib(memory['limit'])} GiB allowed"
+    lines = [
+        f"cpu       {cpu['brand']}, {cpu['cores']} cores granted",
+        f"isa       {' '.join(cpu['features']) or 'generic'}",
+        f"amx       {'granted by the kernel' if cpu['amx_granted'] else 'not available'}",
+        f"memory    {_gib(memory['total'])} GiB, {_gib(memory['available'])} available{limit}; huge pages: {memory['huge_pages'] or 'unknown'}",
+        *(f"backend   {name}: {state}" for name, state in facts["backends"].items()),
+    ]
+    if (roofline := facts.get("roofline")) is not None:
+        lines += [
+            f"read      {roofline['read_gb_per_s']:.1f} GB/s ({roofline['read_isa']}, {roofline['threads']} threads)",
+            f"bf16      {roofline['bf16_tflops']:.2f} TFLOP/s ({roofline['bf16_isa']})",
+            f"int8      {roofline['int8_tops']:.2f} TOP/s ({roofline['int8_isa']})",
+            f"f32       {roofline['f32_tflops']:.3f} TFLOP/s ({roofline['f32_isa']})",
+        ]
+    return lines
+
+
+def _gib(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**30:.1f}"

@@ -1,0 +1,89 @@
+"""`hasten generate MODEL`: complete a prompt."""
+
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from hasten.base.errors import ConfigError, UserError
+from hasten.cli import options
+
+
+def generate(
+    model: options.ModelArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")] = None,
+    token_ids: Annotated[str | None, typer.Option("--token-ids", help="Prompt as comma-separated ids, for models without tokenizer.")] = None,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_eos: options.IgnoreEos = False,
+    min_tokens: options.MinTokens = 0,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    backend: options.BackendOption = "reference",
+    as_json: options.JsonOption = False,
+) -> None:
+    """Continue a prompt, printing text as it comes."""
+    if (prompt is None) == (token_ids is None):
+        raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, or --token-ids 1,2,3")
+    from hasten.engine import LLM, SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
+        min_tokens=min_tokens,
+    )  # fmt: skip
+    text = sys.stdin.read() if prompt == "-" else prompt
+    given: Any = parse_ids(token_ids) if token_ids is not None else text
+    llm = LLM(model, backend=backend)
+    if text is not None:
+        given = llm.encode(text)
+    if as_json:
+        began = time.perf_counter()
+        (done,) = llm.generate([given], params)
+        seconds = time.perf_counter() - began
+        typer.echo(
+            json.dumps(
+                {
+                    "model": model, "prompt": text, "prompt_token_ids": done.prompt_token_ids, "text": done.text,
+                    "token_ids": done.token_ids, "finish_reason": done.finish_reason, "seconds": seconds,
+                    "tokens_per_s": len(done.token_ids) / seconds,
+                }
+            )
+        )  # fmt: skip
+        return
+    if echo and text is not None:
+        write(text)
+    began, count, has_text = time.perf_counter(), 0, llm.model.tokenizer is not None
+    for chunk in llm.stream([given], params):
+        count += len(chunk.token_ids)
+        write(chunk.text if has_text else "".join(f"{token} " for token in chunk.token_ids))
+    seconds = time.perf_counter() - began
+    write("\n")
+    if sys.stderr.isatty():
+        print(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, {chunk.finish_reason}]", file=sys.stderr)
+
+
+def write(text: str) -> None:
+    """Text to standard output at once; what its encoding cannot say is replaced rather than fatal."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def parse_ids(text: str) -> list[int]:
+    """Comma-separated token ids. Raises UserError naming the piece that is no number."""
+    ids = []
+    for piece in text.split(","):
+        if not piece.strip().isdecimal() or len(piece.strip()) > 9:
+            raise UserError(f"--token-ids has {piece.strip()[:40]!r}; comma-separated whole numbers are needed, as in 1,2,3")
+        ids.append(int(piece))
+    return ids

@@ -1,0 +1,115 @@
+"""`hasten inspect MODEL`: what a model is made of."""
+
+import json
+import time
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli.options import JsonOption, ModelArgument
+
+if TYPE_CHECKING:
+    from hasten.model import Model
+    from hasten.program import Program
+
+
+def inspect(
+    model: ModelArgument,
+    program: Annotated[bool, typer.Option("--program", help="Print the ops the model lowers to.")] = False,
+    spec: Annotated[bool, typer.Option("--spec", help="Print the Spec as JSON.")] = False,
+    load_all: Annotated[bool, typer.Option("--load", help="Read (or make) every weight, and say how long that took.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Spec, bytes by part, cache cost, provenance."""
+    from hasten.checkpoint import load
+    from hasten.program import lower
+
+    loaded = load(model)
+    lowered = lower(loaded.spec)
+    if program:
+        typer.echo(lowered.text(), nl=False)
+        return
+    if spec:
+        typer.echo(loaded.spec.to_json().decode())
+        return
+    facts = describe(loaded, lowered)
+    if load_all:
+        began = time.perf_counter()
+        arrays = [loaded.weights.array(name) for name in loaded.weights]
+        touched = sum(int(array.reshape(-1).view("uint8")[::4096].sum() >= 0) for array in arrays if array.size)
+        facts["load_seconds"] = round(time.perf_counter() - began, 3)
+        facts["loaded_tensors"] = touched
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def describe(model: "Model", program: "Program") -> dict[str, Any]:
+    """What `--json` prints."""
+    import msgspec
+
+    parts: dict[str, dict[str, int]] = {}
+    for name, weight in model.weights.items():
+        part = parts.setdefault(_part(name), {"parameters": 0, "bytes": 0})
+        part["parameters"] += weight.size
+        part["bytes"] += weight.nbytes
+    return {
+        "model": model.name,
+        "family": model.source.family if model.source else "hasten",
+        "parameters": model.weights.parameters,
+        "bytes": model.weights.nbytes,
+        "vocabulary": model.spec.vocab,
+        "width": model.spec.width,
+        "context": model.spec.context,
+        "blocks": [
+            {"count": len(list(same)), "mixer": _kind(block.mixer), "feed_forward": _kind(block.feed_forward), "wiring": _kind(block.wiring)}
+            for block, same in groupby(model.spec.blocks)
+        ],
+        "parts": parts,
+        "cache_bytes_per_token": sum(group.bytes_per_token() for group in program.states),
+        "state_bytes_per_sequence": sum(group.bytes_per_sequence() for group in program.states),
+        "tokenizer": model.tokenizer is not None,
+        "formats": sorted({f"{weight.format} {weight.dtype}" for weight in model.weights.values()}),
+        "provenance": msgspec.to_builtins(model.provenance),
+    }
+
+
+def _part(name: str) -> str:
+    pieces = name.split(".")
+    return pieces[2].removesuffix("_norm").removesuffix("_post") + ("" if not pieces[2].endswith("norm") else " norms") if pieces[0] == "blocks" else pieces[0]
+
+
+def _kind(part: object) -> str:
+    """A part in a few words: its kind and its whole-number sizes."""
+    if part is None:
+        return "none"
+    fields = {name: getattr(part, name) for name in getattr(part, "__struct_fields__", ())}
+    sizes = ", ".join(f"{name} {value}" for name, value in fields.items() if isinstance(value, int) and not isinstance(value, bool))
+    flags = ", ".join(name for name, value in fields.items() if value is True)
+    kinds = ", ".join(f"{type(value).__name__}" for name, value in fields.items() if name in {"position", "visible", "rotary"} and value is not None)
+    return f"{type(part).__name__}({', '.join(text for text in (sizes, kinds, flags) if text)})"
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{facts['model']}[/]  {facts['family']}, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes ({', '.join(facts['formats'])})")
+    console.print(f"vocabulary {facts['vocabulary']:,}, width {facts['width']:,}, context {facts['context']:,}, tokenizer {'yes' if facts['tokenizer'] else 'no'}")
+    for block in facts["blocks"]:
+        console.print(f"{block['count']} × {block['mixer']} + {block['feed_forward']}, {block['wiring'].split('(')[0]}", markup=False)
+    cache, state = facts["cache_bytes_per_token"], facts["state_bytes_per_sequence"]
+    console.print(f"cache {cache:,} bytes a token (2-byte elements)" + (f", state {state:,} bytes a sequence" if state else ""))
+    table = Table("part", "parameters", "bytes", "share", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, part in facts["parts"].items():
+        table.add_row(name, f"{part['parameters']:,}", f"{part['bytes']:,}", f"{part['bytes'] / facts['bytes']:.1%}")
+    console.print(table)
+    for step in facts["provenance"]:
+        console.print(f"made by {step['transform']} {step['settings']} {step['evidence'] or ''}", markup=False)
+    if "load_seconds" in facts:
+        console.print(f"all {facts['loaded_tensors']} weights in memory in {facts['load_seconds']} s")

@@ -1,0 +1,171 @@
+"""LLM: a model and a backend, ready to complete prompts, many at a time."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import ConfigError, MissingExtraError, one_line
+from hasten.checkpoint import load
+from hasten.engine.detokenize import Detokenizer, byte_token_ids
+from hasten.engine.request import Chunk, FinishReason, Request
+from hasten.engine.sampling import SamplingParams
+from hasten.model import Model, load_backend
+from hasten.program import Batch, token_array
+
+Prompt = str | Sequence[int]
+
+
+class Session(Protocol):
+    """What the engine needs of a backend: a state for new sequences, and a step that takes and returns one.
+
+    The state is the backend's own; it can ``select`` sequences and be ``joined`` with another."""
+
+    def start(self, sequences: int) -> Any:
+        """The state of sequences that have seen nothing."""
+        ...
+
+    def step(self, batch: Batch, state: Any) -> tuple[NDArray[np.float32], Any]:
+        """Logits [R, vocab] of the batch's rows, and the state afterwards."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """One prompt's output. ``finish_reason`` is 'stop' (end of text, stop string or stop token) or 'length'."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+class LLM:
+    """Completes prompts. ``model`` is whatever `hasten.load` takes, or a loaded Model.
+
+    At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
+    own unless given)."""
+
+    def __init__(self, model: str | Path | Model, *, backend: str = "reference", context: int | None = None, max_sequences: int = 16) -> None:
+        self.model = model if isinstance(model, Model) else load(model)
+        longest = self.model.spec.context
+        self.context = longest if context is None else context
+        if not 1 < self.context <= longest:
+            raise ConfigError(f"context {self.context} is out of range; {self.model.name} accepts 2 to {longest}")
+        if max_sequences < 1:
+            raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
+        self.max_sequences = max_sequences
+        self._session = open_session(self.model, backend, self.context)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+        """One Completion per prompt, in order. A prompt is text or token ids; ``params`` is one for all or one per prompt."""
+        requests = self._requests(prompts, params)
+        texts = [""] * len(requests)
+        for chunk in self._run(requests):
+            texts[chunk.index] += chunk.text
+        return [
+            Completion(request.prompt, tuple(request.output), text, request.finish_reason or "length")
+            for request, text in zip(requests, texts)
+        ]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[Chunk]:
+        """Chunks as they are made; ``index`` says whose. Every prompt's last chunk has a finish_reason."""
+        return self._run(self._requests(prompts, params))
+
+    def _requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+        many = _as_prompts(prompts)
+        each = [params or SamplingParams()] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise ConfigError(f"{len(each)} SamplingParams for {len(many)} prompts; give one, or one per prompt")
+        return [self._request(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, each))]
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).tolist()
+        vocab = self.model.spec.vocab
+        if max(ids) >= vocab:
+            raise ConfigError(f"prompt {index}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
+        if len(ids) >= self.context:
+            raise ConfigError(f"prompt {index} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer")
+        if params.stop:
+            self.model.text_tokenizer()  # a stop string needs text
+        return Request(
+            index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer()
+        )  # fmt: skip
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, begun as the model's own tokenizer begins it; an empty one is the document start alone."""
+        tokenizer = self.model.text_tokenizer()
+        ids = tokenizer.encode(text)
+        start = tokenizer.start_id
+        if start is not None and (not ids or (tokenizer.settings.get("add_bos_token") is True and ids[0] != start)):
+            ids = [start, *ids]
+        if not ids:
+            raise ConfigError("the prompt is empty and this model has no document-start token; give at least one character")
+        return ids
+
+    def _detokenizer(self) -> Detokenizer | None:
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
+            return None
+        return Detokenizer(tokenizer.decode, skipped_ids=tokenizer.special_ids, byte_ids=byte_token_ids(tokenizer.vocabulary))
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """Every running request catches its computed tokens up to its known ones, one step after another."""
+        waiting, running = list(requests), list[Request]()
+        state = self._session.start(0)
+        while waiting or running:
+            joining = waiting[: self.max_sequences - len(running)]
+            waiting, running = waiting[len(joining) :], running + joining
+            if joining:
+                state = state.joined(self._session.start(len(joining)))
+            batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
+            logits, state = self._session.step(batch, state)
+            chunks = []
+            for request, row in zip(running, logits, strict=True):
+                request.computed += len(request.pending)
+                chunks.append(request.take(row))
+            staying = [index for index, request in enumerate(running) if request.finish_reason is None]
+            if len(staying) < len(running):
+                running, state = [running[index] for index in staying], state.select(staying)
+            yield from chunks
+
+
+class Scorer(Protocol):
+    """What scoring needs of a backend: logits of whole sequences, nothing carried on."""
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [R, vocab] of the batch's rows."""
+        ...
+
+
+def open_session(model: Model, backend: str, context: int) -> Session:
+    """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
+    session: Session = _open(model, backend, context)
+    return session
+
+
+def open_scorer(model: Model, backend: str, context: int) -> Scorer:
+    """The same, for scoring."""
+    scorer: Scorer = _open(model, backend, context)
+    return scorer
+
+
+def _open(model: Model, backend: str, context: int) -> Any:
+    try:
+        return load_backend(backend).session(model, context)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError(f"{model.name}: backend {backend!r}", "torch") from None
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and all(isinstance(item, int | np.integer) for item in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    wrong = [item for item in prompts if not isinstance(item, str | Sequence | np.ndarray)]
+    if wrong:
+        raise ConfigError(f"prompt {one_line(wrong[0])} is neither text nor a list of token ids")
+    return list(prompts)  # type: ignore[arg-type]
