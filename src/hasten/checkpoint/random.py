@@ -106,4 +106,5 @@ def _make(name: str, shape: tuple[int, ...], seed: int, norm_weight: float) -> A
     bits = generator.integers(0, 1 << 64, size=-(-count // 4), dtype=np.uint64).view(np.uint16)[:count]
     np.bitwise_and(bits, 0x807F, out=bits)
     np.bitwise_or(bits, exponent << 7, out=bits)
-    return bits.view(ml_dtypes.bfloat16).reshape(shape)
+    weight: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
+    return weight

@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator
 
-import ml_dtypes
-import numpy as np
-
 from hasten.base.errors import UnsupportedError
 from hasten.families.alibi import alibi_slopes
 from hasten.families.config import ConfigReader
@@ -56,10 +53,9 @@ def _kv_heads(reader: ConfigReader, heads: int) -> int:
 def _position(reader: ConfigReader, heads: int, head_dim: int, context: int) -> Rotary | Alibi:
     if reader.flag("alibi", False):
         reader.neutral("rope_parameters", "rope_scaling", "rope_theta")
-        # The bias is made in bfloat16, and added before the scores are divided by the root of the head dimension. The rounding of a
-        # slope is kept; that of slope · position is not, which shows past position 256 or where slopes are no powers of 2 (> 8 heads).
-        rounded = np.array(alibi_slopes(heads), np.float32).astype(ml_dtypes.bfloat16)
-        return Alibi(slopes=tuple(float(slope) * head_dim**-0.5 for slope in rounded))
+        # The bias is added before the scores are divided by the root of the head dimension. Transformers rounds it to bfloat16 whatever
+        # the model's dtype, which shows past position 256 or with more than 8 heads, and which no slope can say.
+        return Alibi(slopes=tuple(slope * head_dim**-0.5 for slope in alibi_slopes(heads)))
     rotary = read_rotary(reader, head_dim=head_dim, context=context)
     if rotary.dims != head_dim:
         raise UnsupportedError(f"config.json: 'partial_rotary_factor' is {rotary.dims / head_dim}, which is not supported; supported: 1")

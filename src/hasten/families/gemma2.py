@@ -4,8 +4,8 @@ from hasten.families.config import ConfigReader, check_layer_types
 from hasten.families.family import Family
 from hasten.families.gemma3 import tensors
 from hasten.families.llama import ACTIVATIONS
-from hasten.families.mistral import absent, read_whole_rotary
-from hasten.spec import Attention, Block, Causal, Embedding, GatedMLP, Head, RMSNorm, Sandwich, SlidingWindow, Spec
+from hasten.families.mistral import absent, read_whole_rotary, read_window, window
+from hasten.spec import Attention, Block, Embedding, GatedMLP, Head, RMSNorm, Sandwich, Spec
 
 _KINDS = ("sliding_attention", "full_attention")
 
@@ -19,7 +19,9 @@ def read(reader: ConfigReader) -> Spec:
     kinds = reader.names("layer_types")
     check_layer_types(reader, kinds, layers, _KINDS)
     kinds = kinds or tuple(_KINDS[index % 2] for index in range(layers))
-    window = SlidingWindow(size=reader.size("sliding_window", 4096))
+    size = read_window(reader, 4096)
+    if size is None and "sliding_attention" in kinds:
+        raise reader.wrong("sliding_window", None, "sliding layers need a window")
     position = read_whole_rotary(reader, head_dim, context)
     norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6), offset=1.0)
     bias, kv_heads = reader.flag("attention_bias", False), reader.size("num_key_value_heads", 4)
@@ -36,7 +38,7 @@ def read(reader: ConfigReader) -> Spec:
             Block(
                 mixer=Attention(
                     heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=scale, position=position,
-                    visible=window if kind == "sliding_attention" else Causal(), bias=bias, out_bias=bias, softcap=softcap,
+                    visible=window(size if kind == "sliding_attention" else None), bias=bias, out_bias=bias, softcap=softcap,
                 ),
                 feed_forward=feed_forward,
                 wiring=Sandwich(mixer=norm, mixer_post=norm, feed_forward=norm, feed_forward_post=norm),

@@ -1,14 +1,14 @@
 """Llama: pre-norm, rotary, grouped-query attention, gated feed-forward. Most later families differ from it by a line or two."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from hasten.families.config import ConfigReader
 from hasten.families.family import Config, Family
 from hasten.families.rope import read_rotary
 from hasten.formats.tensor_map import TensorMap, TensorMapping, rename
-from hasten.spec import Attention, Block, Embedding, GatedMLP, Head, PreNorm, RMSNorm, Spec
+from hasten.spec import Activation, Attention, Block, Embedding, GatedMLP, Head, PreNorm, RMSNorm, Spec
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",

@@ -85,7 +85,7 @@ FAMILY = Family(
         {**_TINY, "sliding_window": 7},
         {**_TINY, "sliding_window": None, "head_dim": 12, "num_key_value_heads": 4, "rms_norm_eps": 1e-3, "tie_word_embeddings": True,
          "hidden_act": "gelu"},
-        {**_TINY, "sliding_window": 1, "num_hidden_layers": 1, "num_key_value_heads": 1},
+        {**_TINY, "sliding_window": 2, "num_hidden_layers": 1, "num_key_value_heads": 1},
         {**_TINY, "sliding_window": 36, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "mscale": 1.0,
          "mscale_all_dim": 0.5, "original_max_position_embeddings": 16}},
     ),

@@ -30,17 +30,25 @@ def _rotary(reader: ConfigReader, head_dim: int, context: int) -> Rotary:
     original = reader.size("original_max_position_embeddings", 4096)
     section = reader.section("rope_parameters") or reader.section("rope_scaling")
     if section is None:
-        return Rotary(base=base, dims=int(head_dim * partial))
+        return Rotary(base=base, dims=_rotated(reader, head_dim, partial))
     base, partial = section.positive("rope_theta", base), section.positive("partial_rotary_factor", partial)
     section.must_be("original_max_position_embeddings", original)
     long = section.choice(
         "rope_type" if section.has("rope_type") else "type", {"default": False, "longrope": True, "su": True, "yarn": True}, "default"
     )
     section.neutral("rope_type", "type")
-    dims = int(head_dim * partial)
+    dims = _rotated(reader, head_dim, partial)
     scaling = _long_rope(section, dims // 2, context, original) if long else None
     section.finish()
     return Rotary(base=base, dims=dims, scaling=scaling)
+
+
+def _rotated(reader: ConfigReader, head_dim: int, partial: float) -> int:
+    """How many features of a head turn."""
+    dims = int(head_dim * partial)
+    if dims % 2 or not 0 < dims <= head_dim:
+        raise reader.wrong("partial_rotary_factor", partial, f"{dims} of {head_dim} would turn; an even number up to all is needed")
+    return dims
 
 
 def _long_rope(section: ConfigReader, pairs: int, context: int, original: int) -> LongRope:

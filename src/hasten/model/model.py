@@ -68,7 +68,8 @@ class Model:
         """Logits float32 [T, vocab] of one sequence of T token ids, row t predicting token t + 1.
 
         Raises ConfigError for ids outside the vocabulary or a sequence longer than the context."""
-        return load_backend(backend).logits(self, token_ids)
+        player: LogitsBackend = load_backend(backend)
+        return player.logits(self, token_ids)
 
 
 class LogitsBackend(Protocol):

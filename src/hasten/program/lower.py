@@ -10,11 +10,13 @@ from hasten.program.program import KvGroup, LatentGroup, Layer, Program, Recurre
 from hasten.program.rotary import rotary_frequencies
 from hasten.spec import (
     MLP,
+    Activation,
     Alibi,
     Attention,
     Block,
     BranchNorm,
     Causal,
+    ClampedSwiglu,
     Dtype,
     FeedForward,
     GatedDeltaNet,
@@ -169,7 +171,7 @@ class _Builder:
         self.ops.append(ops.Add(a=In(a), b=In(b), y=y))
         return y
 
-    def gate(self, name: str, gate: str, up: str, activation: ops.Activation | ops.ClampedSwiglu) -> Out:
+    def gate(self, name: str, gate: str, up: str, activation: Activation | ClampedSwiglu) -> Out:
         y = self.value(name, self.values[up].features, self.values[up].dtype)
         self.ops.append(ops.Gate(gate=In(gate), up=In(up), y=y, activation=activation))
         return y

@@ -247,7 +247,8 @@ class Program:
             if wanted or (live and "writes" in op.contract.state):
                 keep[index] = True
                 needed.update(op.inputs)
-        layers, ops = [], []
+        layers: list[Layer] = []
+        ops: list[Op] = []
         for layer in self.layers:
             start = len(ops)
             ops.extend(op for op, kept in zip(self.ops[layer.start : layer.stop], keep[layer.start : layer.stop]) if kept)

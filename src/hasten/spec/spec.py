@@ -44,14 +44,14 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 # --- norms
 
 
-class RMSNorm(Part):
+class RMSNorm(Part, frozen=True):
     """x / sqrt(mean(x²) + eps) · (offset + weight). Zhang & Sennrich 2019; Gemma adds 1 to the weight."""
 
     eps: Eps
     offset: float = 0.0
 
 
-class LayerNorm(Part):
+class LayerNorm(Part, frozen=True):
     """(x − mean) / sqrt(var + eps) · weight + bias. Ba et al. 2016."""
 
     eps: Eps
@@ -64,13 +64,13 @@ Norm = RMSNorm | LayerNorm
 # --- positions
 
 
-class LinearScaling(Part):
+class LinearScaling(Part, frozen=True):
     """Positions divided by ``factor`` (position interpolation, Chen et al. 2023)."""
 
     factor: Positive
 
 
-class Llama3Scaling(Part):
+class Llama3Scaling(Part, frozen=True):
     """Low frequencies divided by ``factor``, high ones kept, a smooth ramp between (Llama 3.1)."""
 
     factor: Positive
@@ -79,7 +79,7 @@ class Llama3Scaling(Part):
     original_context: Size
 
 
-class Yarn(Part):
+class Yarn(Part, frozen=True):
     """NTK-by-parts interpolation (Peng et al. 2023). ``attention_factor`` multiplies the rotated queries and keys."""
 
     factor: Positive
@@ -90,7 +90,7 @@ class Yarn(Part):
     attention_factor: Positive = 1.0
 
 
-class LongRope(Part):
+class LongRope(Part, frozen=True):
     """One divisor per frequency, the long set once the context exceeds the original (Ding et al. 2024).
 
     A Program is lowered for one context, so the choice is made once and holds for every token of every request."""
@@ -108,7 +108,7 @@ class LongRope(Part):
 Scaling = LinearScaling | Llama3Scaling | Yarn | LongRope
 
 
-class Rotary(Part):
+class Rotary(Part, frozen=True):
     """Rotary embedding (Su et al. 2021) of ``dims`` features of each head.
 
     Pairs are (i, i + dims/2), or (2i, 2i + 1) where ``interleaved``."""
@@ -123,13 +123,13 @@ class Rotary(Part):
             raise ConfigError(f"Rotary.dims is {self.dims}; rotation works on pairs, so an even number is needed")
 
 
-class Alibi(Part):
+class Alibi(Part, frozen=True):
     """slope[h] · (key position − query position) added to the scores (Press et al. 2021)."""
 
     slopes: tuple[float, ...]
 
 
-class RelativeSinusoid(Part):
+class RelativeSinusoid(Part, frozen=True):
     """Transformer-XL's relative positions (Dai et al. 2019, section 3.3): content bias u, position bias v, projected sinusoids.
 
     Distances beyond ``clamp`` are treated as ``clamp``."""
@@ -140,7 +140,7 @@ class RelativeSinusoid(Part):
 Position = Rotary | Alibi | RelativeSinusoid
 
 
-class LearnedPositions(Part):
+class LearnedPositions(Part, frozen=True):
     """A table of ``count`` vectors added to the token embeddings; position p uses row p + offset."""
 
     count: Size
@@ -150,17 +150,17 @@ class LearnedPositions(Part):
 # --- what a query may see (itself always included)
 
 
-class Causal(Part):
+class Causal(Part, frozen=True):
     """Every earlier position."""
 
 
-class SlidingWindow(Part):
+class SlidingWindow(Part, frozen=True):
     """The last ``size`` positions, the query's own among them."""
 
     size: Size
 
 
-class SegmentMemory(Part):
+class SegmentMemory(Part, frozen=True):
     """Positions are cut into segments of ``segment``; a query sees its segment so far and the ``memory`` positions before it."""
 
     segment: Size
@@ -173,7 +173,7 @@ Visibility = Causal | SlidingWindow | SegmentMemory
 # --- mixers
 
 
-class Attention(Part):
+class Attention(Part, frozen=True):
     """Softmax attention: multi-head, grouped or multi-query. Scores are q·k·scale.
 
     ``norm_span`` says whether q_norm and k_norm run over each head or over the whole projected row; ``clip`` bounds the projections;
@@ -205,7 +205,7 @@ class Attention(Part):
             raise ConfigError(f"{len(self.position.slopes)} ALiBi slopes for {self.heads} heads; one a head is needed")
 
 
-class LatentAttention(Part):
+class LatentAttention(Part, frozen=True):
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are up-projections of one cached vector per token.
 
     A head's query is ``nope_dim`` features compared with the latent, then ``rope_dim`` rotated features compared with a shared key."""
@@ -222,7 +222,7 @@ class LatentAttention(Part):
     bias: bool = False
 
 
-class Mamba(Part):
+class Mamba(Part, frozen=True):
     """Selective state space, one step size per channel (Gu & Dao 2023)."""
 
     inner: Size
@@ -233,7 +233,7 @@ class Mamba(Part):
     conv_bias: bool = True
 
 
-class Mamba2(Part):
+class Mamba2(Part, frozen=True):
     """State-space duality: one decay per head, B and C shared by groups (Dao & Gu 2024)."""
 
     heads: Size
@@ -252,7 +252,7 @@ class Mamba2(Part):
             raise ConfigError(f"{self.heads} Mamba-2 heads cannot share {self.groups} groups; the first must be a multiple")
 
 
-class GatedDeltaNet(Part):
+class GatedDeltaNet(Part, frozen=True):
     """Linear attention with a gated delta rule (Yang et al. 2024), as in Qwen3-Next."""
 
     key_heads: Size
@@ -273,14 +273,14 @@ Mixer = Attention | LatentAttention | Mamba | Mamba2 | GatedDeltaNet
 # --- feed-forwards
 
 
-class ClampedSwiglu(Part):
+class ClampedSwiglu(Part, frozen=True):
     """gpt-oss's gate: g = min(g, limit), u = clip(u, ±limit), g · sigmoid(alpha·g) · (u + 1)."""
 
     alpha: Positive
     limit: Positive
 
 
-class MLP(Part):
+class MLP(Part, frozen=True):
     """down(activation(up(x)))."""
 
     hidden: Size
@@ -288,7 +288,7 @@ class MLP(Part):
     bias: bool = False
 
 
-class GatedMLP(Part):
+class GatedMLP(Part, frozen=True):
     """down(activation(gate(x)) · up(x)) (Shazeer 2020)."""
 
     hidden: Size
@@ -296,7 +296,7 @@ class GatedMLP(Part):
     bias: bool = False
 
 
-class Router(Part):
+class Router(Part, frozen=True):
     """Scores every expert, picks the best.
 
     ``correction`` is a learned bias used to choose but not to weigh; with ``groups`` > 1 only the ``top_groups`` groups whose two best
@@ -311,7 +311,7 @@ class Router(Part):
     top_groups: Size = 1
 
 
-class MixtureOfExperts(Part):
+class MixtureOfExperts(Part, frozen=True):
     """``top_k`` of ``experts`` feed-forwards per token, beside one that always runs where ``shared`` is given."""
 
     experts: Size
@@ -338,14 +338,14 @@ FeedForward = MLP | GatedMLP | MixtureOfExperts
 # --- wiring: how a block's two branches join the residual stream
 
 
-class PreNorm(Part):
+class PreNorm(Part, frozen=True):
     """x += mixer(norm(x)); x += feed_forward(norm(x))."""
 
     mixer: Norm
     feed_forward: Norm | None
 
 
-class Sandwich(Part):
+class Sandwich(Part, frozen=True):
     """x += post(mixer(pre(x))), and the same for the feed-forward (Gemma 2)."""
 
     mixer: Norm
@@ -354,21 +354,21 @@ class Sandwich(Part):
     feed_forward_post: Norm
 
 
-class BranchNorm(Part):
+class BranchNorm(Part, frozen=True):
     """x += norm(mixer(x)); x += norm(feed_forward(x)) (OLMo 2)."""
 
     mixer_post: Norm
     feed_forward_post: Norm
 
 
-class PostNorm(Part):
+class PostNorm(Part, frozen=True):
     """x = norm(x + mixer(x)); x = norm(x + feed_forward(x)) (Vaswani et al. 2017)."""
 
     mixer: Norm
     feed_forward: Norm
 
 
-class Parallel(Part):
+class Parallel(Part, frozen=True):
     """x += mixer(norm(x)) + feed_forward(norm(x)); one norm serves both where ``feed_forward`` is absent."""
 
     mixer: Norm
@@ -378,7 +378,7 @@ class Parallel(Part):
 Wiring = PreNorm | Sandwich | BranchNorm | PostNorm | Parallel
 
 
-class Block(Part):
+class Block(Part, frozen=True):
     """One layer. Blocks of a model may differ in every field."""
 
     mixer: Mixer | None
@@ -393,7 +393,7 @@ class Block(Part):
 # --- ends
 
 
-class Embedding(Part):
+class Embedding(Part, frozen=True):
     """Token table, multiplied by ``scale``; positions are added and ``norm`` applied where given."""
 
     scale: Positive = 1.0
@@ -401,7 +401,7 @@ class Embedding(Part):
     norm: Norm | None = None
 
 
-class Head(Part):
+class Head(Part, frozen=True):
     """Hidden state to logits; ``tied`` reads the embedding table."""
 
     tied: bool
@@ -410,7 +410,7 @@ class Head(Part):
     scale: Positive = 1.0
 
 
-class Exit(Part):
+class Exit(Part, frozen=True):
     """An early exit after block ``after`` (0-based): its own norm, then its own head."""
 
     after: Count
@@ -418,7 +418,7 @@ class Exit(Part):
     head: Head
 
 
-class Spec(Part, kw_only=True):
+class Spec(Part, frozen=True, kw_only=True):
     """A whole decoder. ``context`` is the longest sequence it was made for, in tokens."""
 
     schema_version: int = SCHEMA_VERSION

@@ -65,7 +65,7 @@ def _(op: ops.SelectRows, step: Step, x: Tensor) -> Outputs:
 
 @compute.register
 def _(op: ops.Split, step: Step, x: Tensor) -> Outputs:
-    return x.split(op.sizes, dim=-1)
+    return tuple(x.split(op.sizes, dim=-1))
 
 
 @compute.register
@@ -88,6 +88,7 @@ def _(op: ops.Cast, step: Step, x: Tensor) -> Outputs:
 
 @compute.register
 def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
+    x = x.detach()  # rounding has no gradient; a pass that trains through it says so with ops of its own
     scale = x.abs().amax(dim=-1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32)) / 127
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale
@@ -215,7 +216,8 @@ def _(op: ops.Rotate, step: Step, x: Tensor) -> Outputs:
     work = torch.promote_types(x.dtype, torch.float32)
 
     def make() -> tuple[Tensor, Tensor]:
-        angles = step.positions[:, None].to(work) * torch.tensor(op.frequencies, dtype=work, device=x.device)
+        frequencies = torch.tensor(op.frequencies, dtype=torch.float32, device=x.device)
+        angles = (step.positions[:, None].float() * frequencies).to(work)
         return (angles.cos() * op.magnitude).to(x.dtype)[:, None], (angles.sin() * op.magnitude).to(x.dtype)[:, None]
 
     cos, sin = step.table((op.frequencies, op.magnitude, x.dtype), make)

@@ -21,7 +21,7 @@ def play(
     ``weights`` holds a tensor per entry of ``program.params``. With ``state`` None nothing is carried in or out (training, scoring);
     a fresh ``State(S)`` starts S sequences. ``given`` supplies the program's inputs, those of a cut. Differentiable in weights, given
     and state. Raises ConfigError for token ids or positions outside the tables."""
-    device = next(iter(weights.values())).device
+    device = next((tensor.device for tensor in (*weights.values(), *(given or {}).values())), torch.device("cpu"))
     _check_ids(program, batch)
     step = Step(program, batch, weights, state, device)
     values: dict[str, Tensor] = dict(given or {})
@@ -57,5 +57,9 @@ def _check_ids(program: Program, batch: Batch) -> None:
             vocab = program.params[op.weight][0]
             if batch.tokens.size and int(batch.tokens.max()) >= vocab:
                 raise ConfigError(f"token id {int(batch.tokens.max())} is outside the vocabulary; accepted are 0 to {vocab - 1}")
+        if isinstance(op, ops.EmbedPositions):
+            count = program.params[op.weight][0] - op.offset
+            if batch.positions.size and int(batch.positions.max()) >= count:
+                raise ConfigError(f"position {int(batch.positions.max())} has no learned vector; accepted are 0 to {count - 1}")
     if batch.positions.size and int(batch.positions.max()) >= program.context:
         raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {program.context} tokens; shorten the input")

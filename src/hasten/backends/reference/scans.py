@@ -13,6 +13,7 @@ from torch import Tensor
 from hasten.backends.reference.step import Cohort, Step
 from hasten.program import StateRef
 from hasten.program.ops import CausalConv, DualScan, GatedDeltaScan, SelectiveScan
+from hasten.spec import Activation
 
 _CHUNK = 64  # positions that DualScan treats as one quadratic block
 
@@ -24,7 +25,7 @@ def recurrent_past(step: Step, cohort: Cohort, ref: StateRef, shape: tuple[int, 
     return torch.stack([zeros if entry is None else entry[0].to(like.dtype) for entry in pasts])
 
 
-def causal_conv(op: CausalConv, step: Step, x: Tensor, activate: Callable[[Tensor, str], Tensor]) -> Tensor:
+def causal_conv(op: CausalConv, step: Step, x: Tensor, activate: Callable[[Tensor, Activation], Tensor]) -> Tensor:
     """[T, N] → [T, N]."""
     weight, bias = step.weight(op.weight).to(x.dtype), step.optional(op.bias)
     channels, taps = weight.shape

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,8 @@ class Step:
         self.state_groups = {group.name: group for group in program.states}
         self.tokens = torch.as_tensor(batch.tokens, device=device).long()
         self.positions = torch.as_tensor(batch.positions, device=device).long()
-        self.rows = None if len(batch.rows) == len(batch.tokens) else torch.as_tensor(batch.rows, device=device).long()
+        every = np.array_equal(batch.rows, np.arange(len(batch.tokens)))
+        self.rows = None if every else torch.as_tensor(batch.rows, device=device).long()
         self.cohorts = _cohorts(batch, device)
         self.contexts: dict[StateRef, list[tuple[Tensor, Tensor]]] = {}  # keys, values [B, C, K, d] of each cohort
         self.kept: dict[StateRef, list[Entry]] = {}
