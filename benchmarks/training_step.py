@@ -7,13 +7,14 @@ import json
 import statistics
 import time
 
-import hasten
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hasten
 from hasten.backends.reference import play, weights_of
 from hasten.program import Batch, Precision, lower
-from torch import Tensor, nn
 
 
 class HandWritten(nn.Module):

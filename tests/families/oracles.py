@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+
 from tests.families.transformer_xl_oracle import random_checkpoint, transformer_xl_logits
 
 transformers.utils.logging.set_verbosity_error()

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from hasten.backends.reference import ReferenceBackend, play, weights_of
 from hasten.checkpoint import load, save
-from hasten.families import all_families
+from hasten.families import all_families, find_family
 from hasten.program import Batch, Precision, lower
 from hasten.spec import Spec
 from tests.families.oracles import make_checkpoint, read_checkpoint
@@ -52,6 +53,14 @@ def test_logits(checkpoint):
     model, ids, expected = checkpoint
     assert np.abs(expected).max() > 0.5  # an oracle near zero would agree with anything
     assert difference(model.logits(ids), expected) <= TOLERANCE
+
+
+def test_the_saved_config_says_what_the_example_said(checkpoint):
+    """transformers writes every default out; reading the short form must give the same Spec as reading the long one."""
+    model, _, _ = checkpoint
+    family = find_family(model.source.config["model_type"])
+    specs = [family.spec(example) for example in family.examples]
+    assert model.spec in specs
 
 
 def test_logits_chunked_at_random(checkpoint):

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from tests.families.transformer_xl_oracle import TINY, attention_probabilities, embed, random_checkpoint, transformer_xl_logits
 
 TOKENS = np.random.default_rng(0).integers(0, TINY["vocab_size"], 11).tolist()

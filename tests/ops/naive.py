@@ -1,4 +1,4 @@
-"""Every op written again from its docstring: NumPy, float64, plain loops, no thought for speed. Shares no code with the reference backend."""
+"""Every op written again from its docstring: NumPy, float64, plain loops. Shares no code with the reference backend."""
 
 import dataclasses
 import math

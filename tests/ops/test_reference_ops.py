@@ -174,9 +174,8 @@ def attention(kind: type[ops.Op], id: str, *, heads=2, kv_heads=2, head_dim=3, v
         del inputs["v"]
     if kind is ops.Attend:
         fields["value_dim"] = value_dim
-    op = kind(
-        q="q", y="y", state=REF, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=fields.pop("scale", 0.7), visible=visible, **fields
-    )
+    fields.setdefault("scale", 0.7)
+    op = kind(q="q", y="y", state=REF, heads=heads, kv_heads=kv_heads, head_dim=head_dim, visible=visible, **fields)
     append = ops.AppendKv(k="k", v=None if latent else "v", state=REF)
     return Case(op, inputs, weights, group=group, before=(append,), id=id, **settings)
 
@@ -362,7 +361,7 @@ CASES: dict[type[ops.Op], list[Case]] = {
         x_to_y(ops.LayerNorm, 6, {"w": (3,), "b": (3,)}, weight="w", bias="b", group=3, eps=1e-5, id="head-weight"),
         x_to_y(ops.LayerNorm, 6, {"w": (6,), "b": (6,)}, weight="w", bias="b", group=3, eps=1e-5, id="row-weight-of-groups"),
     ],
-    ops.Add: [Case(ops.Add(a="a", b="b", y="y"), {"a": (5,), "b": (5,)}), Case(ops.Add(a="a", b="b", y="y"), {"a": (1,), "b": (1,)}, lengths=ONE)],
+    ops.Add: [Case(ops.Add(a="a", b="b", y="y"), {"a": (5,), "b": (5,)})],
     ops.Scale: [x_to_y(ops.Scale, factor=-0.3)],
     ops.Clip: [x_to_y(ops.Clip, limit=0.8)],
     ops.SoftCap: [x_to_y(ops.SoftCap, cap=0.9), x_to_y(ops.SoftCap, cap=30.0, lengths=ONE, id="loose")],
@@ -439,11 +438,12 @@ def test_every_op_has_cases_and_an_oracle(op):
 
 def test_the_table_says_what_it_covers():
     assert len({str(case) for case in EVERY}) == len(EVERY), "case names must differ: their numbers are drawn from them"
+    labels = {"adapter", "shard", "weight_format", "activation_format"}  # name how a backend holds and feeds a weight, not what is computed
     for op in OPS:
-        touched = {name for case in CASES[op] for name, value in case.op.attributes.items() if value is not None}
-        assert touched == {f.name for f in dataclasses.fields(op) if f.name not in op.roles}, f"{op.__name__}: an attribute is never tried"
-        optional = {name for name, role in op.roles.items() if role == "param"}
-        assert all(any(getattr(case.op, name) is not None for case in CASES[op]) for name in optional), op.__name__
+        for field in dataclasses.fields(op):
+            if field.name not in labels | {"dtype"}:  # every dtype is tried by the tests below
+                tried = {str(getattr(case.op, field.name)) for case in CASES[op]} - {str(field.default)}
+                assert tried, f"{op.__name__}.{field.name} is never tried with anything but its default"
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
@@ -458,10 +458,11 @@ def test_means_what_its_docstring_says(case):
             assert got.dtype == want.dtype
             assert np.array_equal(got, want), name
         else:
-            np.testing.assert_allclose(got.astype(np.float64), want, rtol=0, atol=1e-10 * max(1.0, np.abs(want).max(initial=0)), err_msg=name)
+            largest = max(1.0, np.abs(want).max(initial=0))
+            np.testing.assert_allclose(got.astype(np.float64), want, rtol=0, atol=1e-10 * largest, err_msg=name)
 
 
-@pytest.mark.parametrize("case", [case for case in EVERY if case.op.contract.differentiable], ids=str)
+@pytest.mark.parametrize("case", [case for case in EVERY if case.op.contract.differentiable and tied not in case.fill.values()], ids=str)
 def test_gradients(case):
     tensors = tensors_of(data_of(case))
     if getattr(case.op, "dtype", "float64") in {"float32", "bfloat16", "float16"} and isinstance(case.op, ops.Cast):
@@ -469,7 +470,7 @@ def test_gradients(case):
         run(case, tensors)["y"].double().sum().backward()
         assert torch.equal(x.grad, torch.ones_like(x))  # no differences to take of a rounded number: the gradient passes straight through
         return
-    leaves = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    leaves = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
 
     def of_leaves(*values):
         made = run(case, tensors | dict(zip(leaves, values)))
@@ -517,9 +518,9 @@ def absolute(y: torch.Tensor, case: Case, batch: Batch, held: list[int], whole: 
     return laid
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("largest", [1, 4])
 @pytest.mark.parametrize("case", STATEFUL, ids=str)
-def test_in_chunks_equals_at_once(case, seed):
+def test_in_chunks_equals_at_once(case, largest):
     """Each sequence is cut at places of its own; sequences come and go between the steps, their states selected and joined."""
     tensors = tensors_of(data_of(case))
     weights = {name: tensors[f"w:{name}"] for name in case.weights}
@@ -537,13 +538,13 @@ def test_in_chunks_equals_at_once(case, seed):
         counts = [held(state, s) + length for s, length in enumerate(case.lengths)]
         at_once = {"y": absolute(at_once["y"], case, batch, counts, longest)}
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(largest)
     states = [state.select([s]) for s in range(len(case.lengths))]
     done = [0] * len(case.lengths)
     pieces = {name: torch.zeros_like(whole) for name, whole in at_once.items()}
     steps = 0
     while active := [s for s, length in enumerate(case.lengths) if done[s] < length]:
-        sizes = [int(rng.integers(1, 1 + min(case.lengths[s] - done[s], max(3, case.lengths[s] // 3)))) for s in active]
+        sizes = [int(rng.integers(1, 1 + min(case.lengths[s] - done[s], largest * (1 + case.lengths[s] // 16)))) for s in active]
         rows = [offsets[s] + done[s] + i for s, size in zip(active, sizes) for i in range(size)]
         part = Batch.of([[0] * size for size in sizes], [starts[s] + done[s] for s in active])
         carried = states[active[0]]
@@ -558,7 +559,7 @@ def test_in_chunks_equals_at_once(case, seed):
             states[s] = left.select([index])
             done[s] += size
         steps += 1
-    assert steps > 1 or max(case.lengths) == 1
+    assert largest > 1 or steps > 1 or max(case.lengths) == 1
     for name, whole in at_once.items():
         torch.testing.assert_close(pieces[name], whole, rtol=0, atol=1e-12)
     for s, kept in enumerate(after.entries[REF]):

@@ -9,7 +9,7 @@ from hasten.spec import MLP, Alibi, Attention, Block, Embedding, Head, LayerNorm
 
 def read(reader: ConfigReader) -> Spec:
     """Spec of a BloomConfig."""
-    width, heads = reader.size_under("hidden_size", "n_embed"), reader.size_under("n_head", "num_attention_heads")
+    width, heads = reader.size_under("hidden_size", "n_embed"), reader.parts_under("n_head", "num_attention_heads")
     if width % heads:
         raise reader.wrong("n_head", heads, f"a divisor of hidden_size = {width} is needed")
     head_dim = width // heads
@@ -32,7 +32,7 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=reader.size("seq_length", 2048), embedding=Embedding(norm=norm),
-        blocks=(block,) * reader.size_under("n_layer", "num_hidden_layers"), norm=norm,
+        blocks=(block,) * reader.parts_under("n_layer", "num_hidden_layers"), norm=norm,
         head=Head(tied=reader.flag("tie_word_embeddings", True)),
     )  # fmt: skip
 

@@ -1,25 +1,83 @@
 """Typed, complete reading of a foreign ``config.json``: every key is used, declared neutral, or refused by name."""
 
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 
 _T = TypeVar("_T")
 
+PARTS_LIMIT = 4096
+"""Most layers, or experts of a layer, that a config may ask for; ten times what any published model has."""
+
 # Keys that change no logit: training, generation defaults, bookkeeping. Everything else must be read by the family.
-NEUTRAL_KEYS = frozenset(
-    "_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map "
-    "bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout "
-    "decoder_start_token_id do_sample dtype embd_pdrop embedding_dropout eos_token_id finetuning_task head_pruning hidden_dropout "
-    "id2label initializer_range init_std is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id max_length max_new_tokens "
-    "min_length model_type output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type "
-    "pruned_heads repetition_penalty resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id summary_activation "
-    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature "
-    "tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_cache "
-    "use_return_dict".split()
-)
+NEUTRAL_KEYS = frozenset([
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "attn_pdrop",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "classifier_dropout",
+    "decoder_start_token_id",
+    "do_sample",
+    "dtype",
+    "embd_pdrop",
+    "embedding_dropout",
+    "eos_token_id",
+    "finetuning_task",
+    "head_pruning",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "init_std",
+    "is_decoder",
+    "is_encoder_decoder",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "prefix",
+    "pretraining_tp",
+    "problem_type",
+    "pruned_heads",
+    "repetition_penalty",
+    "resid_pdrop",
+    "return_dict",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "sep_token_id",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    "task_specific_params",
+    "temperature",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "use_cache",
+    "use_return_dict",
+])
 
 
 class ConfigReader:
@@ -32,6 +90,10 @@ class ConfigReader:
         """Whether ``key`` is there with a value other than null. Does not count as reading it."""
         return self._data.get(key) is not None
 
+    def absent(self, key: str) -> bool:
+        """Whether ``key`` is not there at all; a null is there, and means 'none' where the default is something."""
+        return key not in self._data
+
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
         return self._whole(key, default, 1)
@@ -39,6 +101,10 @@ class ConfigReader:
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 0."""
         return self._whole(key, default, 0)
+
+    def parts(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A number of things that are spelled out one by one: layers, experts, ALiBi heads. At least ``least``, at most PARTS_LIMIT."""
+        return self._whole(key, default, least, PARTS_LIMIT)
 
     def signed(self, key: str, default: int | None = None) -> int:
         """A whole number of either sign."""
@@ -50,12 +116,11 @@ class ConfigReader:
 
     def size_under(self, *keys: str) -> int:
         """A whole number of at least 1 that checkpoints have called by several names; where several are given they must agree."""
-        given = [key for key in keys if self._peek(key) is not None]
-        value = self.size(given[0] if given else keys[0])
-        for key in given[1:]:
-            if self.size(key) != value:
-                raise self.wrong(key, self._data[key], f"{given[0]!r} is another name of it and says {value}; the two must agree")
-        return value
+        return self._under(keys, self.size)
+
+    def parts_under(self, *keys: str) -> int:
+        """The same for a number of ``parts``."""
+        return self._under(keys, self.parts)
 
     def size_or_auto(self, key: str, auto: int) -> int:
         """A whole number of at least 1; ``auto`` where the key is absent, null or "auto"."""
@@ -64,7 +129,7 @@ class ConfigReader:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_finite(value):
             raise self.wrong(key, value, "a finite number is needed")
         return float(value)
 
@@ -90,13 +155,15 @@ class ConfigReader:
         """One of the named choices, translated."""
         value = self._take(key, default)
         if not isinstance(value, str) or value not in choices:
-            raise UnsupportedError(f"{self._where}: {key!r} is {one_line(value)}, which is not supported; supported are {', '.join(choices)}")
+            raise UnsupportedError(
+                f"{self._where}: {key!r} is {one_line(value)}, which is not supported; supported are {', '.join(choices)}"
+            )
         return choices[value]
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers."""
         value = self._take(key, None)
-        if not isinstance(value, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value):
+        if not isinstance(value, list) or not all(_is_finite(v) for v in value):
             raise self.wrong(key, value, "a list of finite numbers is needed")
         return tuple(float(v) for v in value)
 
@@ -108,7 +175,7 @@ class ConfigReader:
         if not isinstance(value, list) or len(value) != 2:
             raise self.wrong(key, value, "two numbers are needed")
         low, high = (math.inf if v == {"__float__": "Infinity"} else v for v in value)
-        if any(isinstance(v, bool) or not isinstance(v, int | float) or v != v for v in (low, high)) or not 0 <= low <= high or math.isinf(low):
+        if not _is_finite(low) or not (_is_finite(high) or high == math.inf) or not 0 <= low <= high:
             raise self.wrong(key, value, "two numbers are needed, low ≤ high")
         return float(low), None if math.isinf(high) else float(high)
 
@@ -131,9 +198,9 @@ class ConfigReader:
         return tuple(value)
 
     def section(self, key: str) -> "ConfigReader | None":
-        """A reader of the object under ``key``, or None where it is absent or null. Call its ``finish`` too."""
+        """A reader of the object under ``key``, or None where it is absent, null or empty. Call its ``finish`` too."""
         value = self._peek(key)
-        if value is None:
+        if value in (None, {}):
             return None
         if not isinstance(value, dict):
             raise self.wrong(key, value, "an object is needed")
@@ -174,11 +241,24 @@ class ConfigReader:
             raise ConfigError(f"{self._where}: {key!r} is missing; this family needs it")
         return default
 
-    def _whole(self, key: str, default: int | None, least: int) -> int:
-        value = self._take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
-            raise self.wrong(key, value, f"a whole number of at least {least} is needed" if least > -1 else "a whole number is needed")
+    def _under(self, keys: tuple[str, ...], read: Callable[[str], int]) -> int:
+        given = [key for key in keys if self._peek(key) is not None]
+        value = read(given[0] if given else keys[0])
+        for key in given[1:]:
+            if read(key) != value:
+                raise self.wrong(key, self._data[key], f"{given[0]!r} is another name of it and says {value}; the two must agree")
         return value
+
+    def _whole(self, key: str, default: int | None, least: int, most: int = (1 << 31) - 1) -> int:
+        value = self._take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.wrong(key, value, f"a whole number from {least} to {most} is needed")
+        return value
+
+
+def _is_finite(value: object) -> bool:
+    """Whether ``value`` is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_layer_types(reader: ConfigReader, kinds: tuple[str, ...] | None, layers: int, known: Iterable[str]) -> None:
@@ -189,4 +269,6 @@ def check_layer_types(reader: ConfigReader, kinds: tuple[str, ...] | None, layer
         raise reader.wrong("layer_types", list(kinds), f"{layers} entries are needed, one a layer")
     unknown = set(kinds) - set(known)
     if unknown:
-        raise UnsupportedError(f"config.json: 'layer_types' has {sorted(unknown)[0]!r}, which is not supported; supported are {', '.join(known)}")
+        raise UnsupportedError(
+            f"config.json: 'layer_types' has {sorted(unknown)[0]!r}, which is not supported; supported are {', '.join(known)}"
+        )

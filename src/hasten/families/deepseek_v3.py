@@ -34,7 +34,7 @@ def read(reader: ConfigReader) -> Spec:
     hidden = reader.size("moe_intermediate_size", 2048)
     shared = reader.count("n_shared_experts", 1)
     experts = MixtureOfExperts(
-        experts=reader.size("n_routed_experts", 256), top_k=reader.size("num_experts_per_tok", 8),
+        experts=reader.parts("n_routed_experts", 256), top_k=reader.size("num_experts_per_tok", 8),
         expert=GatedMLP(hidden=hidden, activation=activation),
         router=Router(
             score="sigmoid", normalize=reader.flag("norm_topk_prob", True), scale=reader.positive("routed_scaling_factor", 2.5),
@@ -42,7 +42,7 @@ def read(reader: ConfigReader) -> Spec:
         ),
         shared=GatedMLP(hidden=hidden * shared, activation=activation) if shared else None,
     )  # fmt: skip
-    layers, first_moe = reader.size("num_hidden_layers"), reader.count("first_k_dense_replace", 3)
+    layers, first_moe = reader.parts("num_hidden_layers"), reader.count("first_k_dense_replace", 3)
     wiring = PreNorm(mixer=norm, feed_forward=norm)
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=context, embedding=Embedding(),
@@ -107,7 +107,8 @@ def _latent_attention(mixer: LatentAttention, theirs: str, ours: str) -> Iterato
     heads, rank, rows = mixer.heads, mixer.kv_rank, mixer.nope_dim + mixer.value_dim
     yield split(
         f"{theirs}.kv_b_proj.weight", (f"{ours}.k_up.weight", f"{ours}.v_up.weight"),
-        Reshape((heads * rows, rank), (heads, rows, rank)), Split((mixer.nope_dim, mixer.value_dim), axis=1), Each((Permute((0, 2, 1)), None)),
+        Reshape((heads * rows, rank), (heads, rows, rank)), Split((mixer.nope_dim, mixer.value_dim), axis=1),
+        Each((Permute((0, 2, 1)), None)),
     )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ FAMILY = Family(
         _TINY,
         {**_TINY, "q_lora_rank": None, "attention_bias": True, "rope_interleave": False, "n_shared_experts": 2, "norm_topk_prob": False,
          "routed_scaling_factor": 1.5, "tie_word_embeddings": True, "num_hidden_layers": 2},
-        {**_TINY, "num_hidden_layers": 2, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.0,
-         "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}},
+        {**_TINY, "num_hidden_layers": 2, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "mscale": 0.7,
+         "mscale_all_dim": 1.0, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1}},
     ),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from hasten.spec import MLP, Alibi, Attention, Block, Embedding, Head, LayerNorm
 
 def read(reader: ConfigReader) -> Spec:
     """Spec of a FalconConfig."""
-    width, heads = reader.size_under("hidden_size", "n_embed"), reader.size_under("num_attention_heads", "n_head")
+    width, heads = reader.size_under("hidden_size", "n_embed"), reader.parts_under("num_attention_heads", "n_head")
     if width % heads:
         raise reader.wrong("num_attention_heads", heads, f"a divisor of hidden_size = {width} is needed")
     head_dim, context = width // heads, reader.size("max_position_embeddings", 2048)
@@ -32,7 +32,7 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=context, embedding=Embedding(),
-        blocks=(block,) * reader.size_under("num_hidden_layers", "n_layer"), norm=norm,
+        blocks=(block,) * reader.parts_under("num_hidden_layers", "n_layer"), norm=norm,
         head=Head(tied=reader.flag("tie_word_embeddings", True)),
     )  # fmt: skip
 

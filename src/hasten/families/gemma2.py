@@ -4,7 +4,8 @@ from hasten.families.config import ConfigReader, check_layer_types
 from hasten.families.family import Family
 from hasten.families.gemma3 import tensors
 from hasten.families.llama import ACTIVATIONS
-from hasten.families.mistral import absent, read_whole_rotary, read_window, window
+from hasten.families.mistral import read_window, window
+from hasten.families.rope import read_rotary
 from hasten.spec import Attention, Block, Embedding, GatedMLP, Head, RMSNorm, Sandwich, Spec
 
 _KINDS = ("sliding_attention", "full_attention")
@@ -12,7 +13,7 @@ _KINDS = ("sliding_attention", "full_attention")
 
 def read(reader: ConfigReader) -> Spec:
     """Spec of a Gemma2Config."""
-    width, heads, layers = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("num_hidden_layers")
+    width, heads, layers = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.parts("num_hidden_layers")
     head_dim, context = reader.size("head_dim", 256), reader.size("max_position_embeddings", 8192)
     reader.must_be("use_bidirectional_attention", False)
     reader.neutral("hidden_act", "sliding_window_size")  # hidden_activation and sliding_window are the ones that count
@@ -22,7 +23,7 @@ def read(reader: ConfigReader) -> Spec:
     size = read_window(reader, 4096)
     if size is None and "sliding_attention" in kinds:
         raise reader.wrong("sliding_window", None, "sliding layers need a window")
-    position = read_whole_rotary(reader, head_dim, context)
+    position = read_rotary(reader, head_dim=head_dim, context=context)
     norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6), offset=1.0)
     bias, kv_heads = reader.flag("attention_bias", False), reader.size("num_key_value_heads", 4)
     scale, softcap = reader.positive("query_pre_attn_scalar", 256.0) ** -0.5, _softcap(reader, "attn_logit_softcapping", 50.0)
@@ -52,7 +53,7 @@ def read(reader: ConfigReader) -> Spec:
 
 def _softcap(reader: ConfigReader, key: str, default: float) -> float | None:
     """A cap, ``default`` where absent; null switches it off."""
-    return default if absent(reader, key) else reader.optional_positive(key)
+    return default if reader.absent(key) else reader.optional_positive(key)
 
 
 _TINY = {

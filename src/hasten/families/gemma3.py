@@ -14,7 +14,7 @@ _KINDS = ("sliding_attention", "full_attention")
 
 def read(reader: ConfigReader) -> Spec:
     """Spec of a Gemma3TextConfig."""
-    width, heads, layers = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("num_hidden_layers")
+    width, heads, layers = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.parts("num_hidden_layers")
     head_dim, context = reader.size("head_dim", 256), reader.size("max_position_embeddings", 131072)
     reader.must_be("use_bidirectional_attention", False)
     every = reader.size("_sliding_window_pattern", reader.size("sliding_window_pattern", 6))

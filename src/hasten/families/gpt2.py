@@ -39,7 +39,7 @@ def read(reader: ConfigReader) -> Spec:
                 feed_forward=feed_forward,
                 wiring=PreNorm(mixer=norm, feed_forward=norm),
             )
-            for index in range(reader.size("n_layer"))
+            for index in range(reader.parts("n_layer"))
         ),
         norm=norm,
         head=Head(tied=reader.flag("tie_word_embeddings", True)),

@@ -9,8 +9,6 @@ from hasten.families.rope import read_rotary
 from hasten.formats.tensor_map import Permute, Reshape, TensorMap, TensorMapping, Unstack, rename, split
 from hasten.spec import MLP, Attention, Block, Embedding, Head, LayerNorm, Parallel, PreNorm, Spec
 
-_ACTIVATIONS = ACTIVATIONS | {"gelu_python": "gelu", "gelu_python_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh", "tanh": "tanh"}
-
 
 def read(reader: ConfigReader) -> Spec:
     """Spec of a GPTNeoXConfig."""
@@ -30,12 +28,12 @@ def read(reader: ConfigReader) -> Spec:
             heads=heads, kv_heads=heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5, position=position, bias=bias,
             out_bias=bias,
         ),
-        feed_forward=MLP(hidden=reader.size("intermediate_size"), activation=reader.choice("hidden_act", _ACTIVATIONS, "gelu"), bias=True),
+        feed_forward=MLP(hidden=reader.size("intermediate_size"), activation=reader.choice("hidden_act", ACTIVATIONS, "gelu"), bias=True),
         wiring=(Parallel if reader.flag("use_parallel_residual", True) else PreNorm)(mixer=norm, feed_forward=norm),
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=context, embedding=Embedding(),
-        blocks=(block,) * reader.size("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", False)),
+        blocks=(block,) * reader.parts("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", False)),
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from hasten.families.config import ConfigReader, check_layer_types
 from hasten.families.family import Config, Family
 from hasten.families.llama import attention, ends, norms
 from hasten.families.mistral import read_kv_heads
-from hasten.families.mixtral import expert_count, read_whole_rotary
-from hasten.families.rope import yarn_magnitude
+from hasten.families.mixtral import expert_count
+from hasten.families.rope import read_rotary, yarn_magnitude
 from hasten.formats.tensor_map import Permute, Reshape, TensorMap, TensorMapping, Unstack, rename, split
 from hasten.spec import (
     Attention,
@@ -36,7 +36,7 @@ _KINDS = ("sliding_attention", "full_attention")
 def read(reader: ConfigReader) -> Spec:
     """Spec of a GptOssConfig."""
     _refuse_quantized(reader)
-    width, heads, layers = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("num_hidden_layers")
+    width, heads, layers = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.parts("num_hidden_layers")
     head_dim, context = reader.size("head_dim", 64), reader.size("max_position_embeddings", 131072)
     kinds = reader.names("layer_types")
     check_layer_types(reader, kinds, layers, _KINDS)
@@ -84,7 +84,7 @@ def _refuse_quantized(reader: ConfigReader) -> None:
 
 def _rotary(reader: ConfigReader, head_dim: int, context: int) -> Rotary:
     """The family's own YaRN where the config says nothing."""
-    rotary = read_whole_rotary(reader, head_dim, context, 150000.0)
+    rotary = read_rotary(reader, head_dim=head_dim, context=context, theta=150000.0)
     if reader.has("rope_parameters") or reader.has("rope_scaling"):
         return rotary
     yarn = Yarn(factor=32.0, original_context=4096, truncate=False, attention_factor=yarn_magnitude(32.0))

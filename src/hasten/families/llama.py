@@ -9,15 +9,11 @@ from hasten.formats.tensor_map import TensorMap, TensorMapping, rename
 from hasten.spec import Activation, Attention, Block, Embedding, GatedMLP, Head, PreNorm, RMSNorm, Spec
 
 ACTIVATIONS: Mapping[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu_squared",
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared", "sigmoid": "sigmoid",
+    "silu": "silu", "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
+"""The names that Hugging Face configs have for a Spec's activations."""
 
 
 def read(reader: ConfigReader) -> Spec:
@@ -39,7 +35,7 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=context, embedding=Embedding(),
-        blocks=(block,) * reader.size("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", False)),
+        blocks=(block,) * reader.parts("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", False)),
     )  # fmt: skip
 
 
@@ -119,8 +115,8 @@ FAMILY = Family(
         _TINY,
         {**_TINY, "head_dim": 12, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
          "hidden_act": "gelu_pytorch_tanh"},
-        {**_TINY, "max_position_embeddings": 128, "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+        {**_TINY, "max_position_embeddings": 128, "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
+         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
         {**_TINY, "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}},
         {**_TINY, "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
     ),

@@ -33,7 +33,7 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=_CONTEXT, embedding=Embedding(),
-        blocks=(block,) * reader.size("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", True)),
+        blocks=(block,) * reader.parts("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", True)),
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ def read(reader: ConfigReader) -> Spec:
     """Spec of a Mamba2Config."""
     width, heads, head_dim = reader.size("hidden_size"), reader.size("num_heads", 128), reader.size("head_dim", 64)
     if round(reader.positive("expand", 2.0) * width) != heads * head_dim:
-        raise reader.wrong("expand", reader.number("expand", 2.0), f"num_heads · head_dim = {heads * head_dim} must be expand · hidden_size")
+        raise reader.wrong(
+            "expand", reader.number("expand", 2.0), f"num_heads · head_dim = {heads * head_dim} must be expand · hidden_size"
+        )
     reader.must_be("hidden_act", "silu", "swish")
     reader.neutral(
         "chunk_size", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor", "time_step_max", "time_step_min", "time_step_rank",
@@ -35,7 +37,8 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=_CONTEXT, embedding=Embedding(),
-        blocks=(block,) * reader.size("num_hidden_layers"), norm=RMSNorm(eps=eps), head=Head(tied=reader.flag("tie_word_embeddings", False)),
+        blocks=(block,) * reader.parts("num_hidden_layers"), norm=RMSNorm(eps=eps),
+        head=Head(tied=reader.flag("tie_word_embeddings", False)),
     )  # fmt: skip
 
 
@@ -67,7 +70,9 @@ def _tensors(spec: Spec) -> Iterator[TensorMapping]:
             targets = [f"{ours}.mixer.{name}.{part}" for name in ("z", "xbc", "dt")]
             yield split(f"{theirs}.mixer.in_proj.{part}", targets, Split((inner, channels, mixer.heads)))
             yield rename(f"{theirs}.mixer.out_proj.{part}", f"{ours}.mixer.o.{part}")
-        yield rename(f"{theirs}.mixer.conv1d.weight", f"{ours}.mixer.conv.weight", Reshape((channels, 1, mixer.conv), (channels, mixer.conv)))
+        yield rename(
+            f"{theirs}.mixer.conv1d.weight", f"{ours}.mixer.conv.weight", Reshape((channels, 1, mixer.conv), (channels, mixer.conv))
+        )
         if mixer.conv_bias:
             yield rename(f"{theirs}.mixer.conv1d.bias", f"{ours}.mixer.conv.bias")
         for name, target in (("A_log", "a_log"), ("D", "d"), ("dt_bias", "dt_bias"), ("norm.weight", "norm.weight")):

@@ -7,7 +7,7 @@ from hasten.families.config import ConfigReader
 from hasten.families.family import Family
 from hasten.families.llama import ACTIVATIONS, tensors
 from hasten.families.rope import read_rotary
-from hasten.spec import Attention, Block, Causal, Embedding, GatedMLP, Head, PreNorm, RMSNorm, Rotary, SlidingWindow, Spec, Visibility
+from hasten.spec import Attention, Block, Causal, Embedding, GatedMLP, Head, PreNorm, RMSNorm, SlidingWindow, Spec, Visibility
 
 _KINDS = {Causal: "full_attention", SlidingWindow: "sliding_attention"}
 
@@ -25,9 +25,9 @@ def read(reader: ConfigReader) -> Spec:
         )
     mixer = Attention(
         heads=heads, kv_heads=read_kv_heads(reader, heads, 8), head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5,
-        position=read_whole_rotary(reader, head_dim, context), visible=visible,
+        position=read_rotary(reader, head_dim=head_dim, context=context), visible=visible,
     )  # fmt: skip
-    return decoder(reader, width, context, (mixer,) * reader.size("num_hidden_layers"))
+    return decoder(reader, width, context, (mixer,) * reader.parts("num_hidden_layers"))
 
 
 def decoder(reader: ConfigReader, width: int, context: int, mixers: Iterable[Attention], eps: float = 1e-6) -> Spec:
@@ -41,14 +41,9 @@ def decoder(reader: ConfigReader, width: int, context: int, mixers: Iterable[Att
     )  # fmt: skip
 
 
-def absent(reader: ConfigReader, key: str) -> bool:
-    """Whether ``key`` is not there at all. Where a family's default is not null, a null is a value of its own."""
-    return key not in reader._data
-
-
 def read_window(reader: ConfigReader, default: int) -> int | None:
     """`sliding_window`, ``default`` where absent; null lets a query see everything before it."""
-    return default if absent(reader, "sliding_window") else reader.optional_size("sliding_window")
+    return default if reader.absent("sliding_window") else reader.optional_size("sliding_window")
 
 
 def window(size: int | None) -> Visibility:
@@ -58,15 +53,7 @@ def window(size: int | None) -> Visibility:
 
 def read_kv_heads(reader: ConfigReader, heads: int, default: int) -> int:
     """`num_key_value_heads`, ``default`` where absent; null gives every head its own."""
-    return default if absent(reader, "num_key_value_heads") else reader.size("num_key_value_heads", heads)
-
-
-def read_whole_rotary(reader: ConfigReader, head_dim: int, context: int) -> Rotary:
-    """The Rotary of a family that rotates whole heads."""
-    rotary = read_rotary(reader, head_dim=head_dim, context=context)
-    if rotary.dims != head_dim:  # transformers ignores the factor or fails on it, others obey it: nobody can know which was meant
-        raise UnsupportedError("config.json: 'partial_rotary_factor' is below 1, but this family rotates whole heads; remove the key")
-    return rotary
+    return default if reader.absent("num_key_value_heads") else reader.size("num_key_value_heads", heads)
 
 
 _TINY = {

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 
-from hasten.base.errors import UnsupportedError
 from hasten.families.config import ConfigReader
 from hasten.families.family import Config, Family
 from hasten.families.llama import ACTIVATIONS, attention, ends, norms
 from hasten.families.mistral import read_kv_heads, window
 from hasten.families.rope import read_rotary
 from hasten.formats.tensor_map import TensorMap, TensorMapping, rename, stack
-from hasten.spec import Attention, Block, Embedding, GatedMLP, Head, MixtureOfExperts, PreNorm, RMSNorm, Rotary, Router, Spec
+from hasten.spec import Attention, Block, Embedding, GatedMLP, Head, MixtureOfExperts, PreNorm, RMSNorm, Router, Spec
 
 
 def read(reader: ConfigReader) -> Spec:
@@ -20,7 +19,8 @@ def read(reader: ConfigReader) -> Spec:
     block = Block(
         mixer=Attention(
             heads=heads, kv_heads=read_kv_heads(reader, heads, 8), head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5,
-            position=read_whole_rotary(reader, head_dim, context, 1e6), visible=window(reader.optional_size("sliding_window")),
+            position=read_rotary(reader, head_dim=head_dim, context=context, theta=1e6),
+            visible=window(reader.optional_size("sliding_window")),
         ),
         feed_forward=MixtureOfExperts(
             experts=expert_count(reader, 8), top_k=reader.size("num_experts_per_tok", 2),
@@ -31,21 +31,13 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=context, embedding=Embedding(),
-        blocks=(block,) * reader.size("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", False)),
+        blocks=(block,) * reader.parts("num_hidden_layers"), norm=norm, head=Head(tied=reader.flag("tie_word_embeddings", False)),
     )  # fmt: skip
-
-
-def read_whole_rotary(reader: ConfigReader, head_dim: int, context: int, theta: float) -> Rotary:
-    """The Rotary of a family that rotates whole heads, with a base of its own."""
-    rotary = read_rotary(reader, head_dim=head_dim, context=context, theta=theta)
-    if rotary.dims != head_dim:  # transformers ignores the factor or fails on it, according to the kind of scaling
-        raise UnsupportedError("config.json: 'partial_rotary_factor' is below 1, but this family rotates whole heads; remove the key")
-    return rotary
 
 
 def expert_count(reader: ConfigReader, default: int) -> int:
     """`num_local_experts`, also written `num_experts`: two names of one number, which must agree where both are there."""
-    count = reader.count("num_local_experts", reader.count("num_experts", default))
+    count = reader.parts("num_local_experts", reader.parts("num_experts", default, least=0), least=0)
     reader.must_be("num_experts", count)
     return count
 

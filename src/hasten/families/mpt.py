@@ -13,7 +13,7 @@ def read(reader: ConfigReader) -> Spec:
     """Spec of an MptConfig.
 
     Transformers reads only part of it. What it leaves out is refused here where the published code takes it to mean another model."""
-    width, heads = reader.size_under("d_model", "hidden_size"), reader.size_under("n_heads", "num_attention_heads")
+    width, heads = reader.size_under("d_model", "hidden_size"), reader.parts_under("n_heads", "num_attention_heads")
     if width % heads:
         raise reader.wrong("n_heads", heads, f"a divisor of d_model = {width} is needed")
     reader.must_be("expansion_ratio", 4)  # transformers builds 4 whatever it says
@@ -31,7 +31,7 @@ def read(reader: ConfigReader) -> Spec:
     )
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=reader.size("max_seq_len", 2048), embedding=Embedding(),
-        blocks=(block,) * reader.size_under("n_layers", "num_hidden_layers"), norm=norm,
+        blocks=(block,) * reader.parts_under("n_layers", "num_hidden_layers"), norm=norm,
         head=Head(tied=reader.flag("tie_word_embeddings", True)),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ def read(reader: ConfigReader) -> Spec:
         heads=heads, kv_heads=reader.size("num_key_value_heads", heads), head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5,
         position=_rotary(reader, head_dim, context), visible=window(reader.optional_size("sliding_window")),
     )  # fmt: skip
-    return decoder(reader, width, context, (mixer,) * reader.size("num_hidden_layers"), eps=1e-5)
+    return decoder(reader, width, context, (mixer,) * reader.parts("num_hidden_layers"), eps=1e-5)
 
 
 def _rotary(reader: ConfigReader, head_dim: int, context: int) -> Rotary:

@@ -3,7 +3,8 @@
 from hasten.families.config import ConfigReader, check_layer_types
 from hasten.families.family import Family
 from hasten.families.llama import tensors
-from hasten.families.mistral import decoder, read_kv_heads, read_whole_rotary, read_window, window
+from hasten.families.mistral import decoder, read_kv_heads, read_window, window
+from hasten.families.rope import read_rotary
 from hasten.spec import Attention, Spec, Visibility
 
 _KINDS = ("full_attention", "sliding_attention")
@@ -13,7 +14,7 @@ def read(reader: ConfigReader) -> Spec:
     """Spec of a Qwen2Config."""
     width, heads, context = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("max_position_embeddings", 32768)
     head_dim, kv_heads = reader.size("head_dim", max(1, width // heads)), read_kv_heads(reader, heads, 32)
-    position = read_whole_rotary(reader, head_dim, context)
+    position = read_rotary(reader, head_dim=head_dim, context=context)
     mixers = (
         Attention(
             heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5, position=position, visible=visible,
@@ -26,7 +27,7 @@ def read(reader: ConfigReader) -> Spec:
 
 def layer_windows(reader: ConfigReader) -> tuple[Visibility, ...]:
     """What each layer sees: as `layer_types` says, or else the layers from `max_window_layers` on slide."""
-    layers, first = reader.size("num_hidden_layers"), reader.signed("max_window_layers", 28)
+    layers, first = reader.parts("num_hidden_layers"), reader.signed("max_window_layers", 28)
     reader.neutral("sliding_window")  # it says nothing unless use_sliding_window is set
     size = read_window(reader, 4096) if reader.flag("use_sliding_window", False) else None
     kinds = reader.names("layer_types")

@@ -3,8 +3,9 @@
 from hasten.families.config import ConfigReader
 from hasten.families.family import Family
 from hasten.families.llama import tensors
-from hasten.families.mistral import decoder, read_kv_heads, read_whole_rotary
+from hasten.families.mistral import decoder, read_kv_heads
 from hasten.families.qwen2 import layer_windows
+from hasten.families.rope import read_rotary
 from hasten.spec import Attention, RMSNorm, Spec
 
 
@@ -12,7 +13,7 @@ def read(reader: ConfigReader) -> Spec:
     """Spec of a Qwen3Config."""
     width, heads, context = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("max_position_embeddings", 32768)
     head_dim, kv_heads = reader.size("head_dim", 128), read_kv_heads(reader, heads, 32)
-    position = read_whole_rotary(reader, head_dim, context)
+    position = read_rotary(reader, head_dim=head_dim, context=context)
     bias, norm = reader.flag("attention_bias", False), RMSNorm(eps=reader.number("rms_norm_eps", 1e-6))
     mixers = (
         Attention(

@@ -6,8 +6,9 @@ from hasten.families.config import ConfigReader
 from hasten.families.deepseek_v3 import experts
 from hasten.families.family import Config, Family
 from hasten.families.llama import ACTIVATIONS, attention, ends, gated_mlp, norms
-from hasten.families.mistral import read_kv_heads, read_whole_rotary, read_window, window
+from hasten.families.mistral import read_kv_heads, read_window, window
 from hasten.families.mixtral import expert_count
+from hasten.families.rope import read_rotary
 from hasten.formats.tensor_map import TensorMap, TensorMapping
 from hasten.spec import Attention, Block, Causal, Embedding, GatedMLP, Head, MixtureOfExperts, PreNorm, RMSNorm, Router, Spec
 
@@ -15,7 +16,7 @@ from hasten.spec import Attention, Block, Causal, Embedding, GatedMLP, Head, Mix
 def read(reader: ConfigReader) -> Spec:
     """Spec of a Qwen3MoeConfig."""
     width, heads, context = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("max_position_embeddings", 32768)
-    head_dim, layers = reader.size("head_dim", max(1, width // heads)), reader.size("num_hidden_layers")
+    head_dim, layers = reader.size("head_dim", max(1, width // heads)), reader.parts("num_hidden_layers")
     norm = RMSNorm(eps=reader.number("rms_norm_eps", 1e-6))
     bias = reader.flag("attention_bias", False)
     visible = window(read_window(reader, 4096))
@@ -24,7 +25,8 @@ def read(reader: ConfigReader) -> Spec:
     reader.neutral("max_window_layers")  # other Qwen families keep these layers full; transformers lets every layer of this one slide
     mixer = Attention(
         heads=heads, kv_heads=read_kv_heads(reader, heads, 4), head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5,
-        position=read_whole_rotary(reader, head_dim, context), visible=visible, bias=bias, out_bias=bias, q_norm=norm, k_norm=norm,
+        position=read_rotary(reader, head_dim=head_dim, context=context), visible=visible, bias=bias,
+        out_bias=bias, q_norm=norm, k_norm=norm,
     )  # fmt: skip
     activation = reader.choice("hidden_act", ACTIVATIONS, "silu")
     dense = GatedMLP(hidden=reader.size("intermediate_size", 6144), activation=activation)

@@ -2,7 +2,6 @@
 
 Its norms multiply by 1 + weight, all but the one inside the gated delta rule."""
 
-import dataclasses
 from collections.abc import Iterator
 
 from hasten.families.config import ConfigReader, check_layer_types
@@ -12,8 +11,7 @@ from hasten.families.llama import attention, ends, gated_mlp, linears, norms
 from hasten.families.mistral import read_kv_heads
 from hasten.families.qwen3_moe import sparse_layers
 from hasten.families.rope import read_rotary
-from hasten.formats.tensor_map import Each, Join, Permute, Reshape, Shape, Split, Step, TensorMap, TensorMapping, Unstack, rename, split
-from hasten.formats.weights import Array
+from hasten.formats.tensor_map import Each, First, Join, Permute, Reshape, Shape, Split, TensorMap, TensorMapping, Unstack, rename, split
 from hasten.spec import Attention, Block, Embedding, GatedDeltaNet, GatedMLP, Head, Mixer, MixtureOfExperts, PreNorm, RMSNorm, Router, Spec
 
 _KINDS = ("linear_attention", "full_attention")
@@ -22,7 +20,7 @@ _KINDS = ("linear_attention", "full_attention")
 def read(reader: ConfigReader) -> Spec:
     """Spec of a Qwen3NextConfig."""
     width, heads, context = reader.size("hidden_size"), reader.size("num_attention_heads"), reader.size("max_position_embeddings", 32768)
-    head_dim, layers = reader.size("head_dim", 256), reader.size("num_hidden_layers")
+    head_dim, layers = reader.size("head_dim", 256), reader.parts("num_hidden_layers")
     every = reader.size("full_attention_interval", 4)
     kinds = reader.names("layer_types")
     check_layer_types(reader, kinds, layers, _KINDS)
@@ -44,7 +42,7 @@ def read(reader: ConfigReader) -> Spec:
     }  # fmt: skip
     reader.must_be("hidden_act", "silu", "swish")  # it also follows the convolutions, where a GatedDeltaNet always has silu
     dense = GatedMLP(hidden=reader.size("intermediate_size", 5632), activation="silu")
-    count, chosen, sparse = reader.count("num_experts", 512), reader.size("num_experts_per_tok", 10), sparse_layers(reader, layers)
+    count, chosen, sparse = reader.parts("num_experts", 512, least=0), reader.size("num_experts_per_tok", 10), sparse_layers(reader, layers)
     expert = GatedMLP(hidden=reader.size("moe_intermediate_size", 512), activation="silu")
     shared = GatedMLP(hidden=reader.size("shared_expert_intermediate_size", 512), activation="silu")
     router = Router(score="softmax", normalize=reader.flag("norm_topk_prob", True))
@@ -103,7 +101,7 @@ def _gated_delta_net(mixer: GatedDeltaNet, width: int, theirs: str, ours: str) -
     yield split(
         f"{theirs}.in_proj_qkvz.weight", (f"{ours}.qkv.weight", f"{ours}.z.weight"),
         Reshape((groups * sum(sizes), width), (groups, sum(sizes), width)), Split(sizes, axis=1),
-        Each(tuple(Reshape((groups, size, width), (groups * size, width)) for size in sizes)), _First(3, 1, Join(whole)),
+        Each(tuple(Reshape((groups, size, width), (groups * size, width)) for size in sizes)), First(3, 1, Join(whole)),
     )  # fmt: skip
     yield split(
         f"{theirs}.in_proj_ba.weight", (f"{ours}.b.weight", f"{ours}.a.weight"),
@@ -113,24 +111,6 @@ def _gated_delta_net(mixer: GatedDeltaNet, width: int, theirs: str, ours: str) -
     yield rename(f"{theirs}.conv1d.weight", f"{ours}.conv.weight", Reshape((channels, 1, mixer.conv), (channels, mixer.conv)))
     for name, its in (("A_log", "a_log"), ("dt_bias", "dt_bias"), ("norm.weight", "norm.weight"), ("out_proj.weight", "o.weight")):
         yield rename(f"{theirs}.{name}", f"{ours}.{its}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-    """``step`` makes ``gives`` arrays of the first ``takes``; the others follow as they are."""
-
-    takes: int
-    gives: int
-    step: Step
-
-    def shapes(self, shapes: list[Shape]) -> list[Shape]:
-        return [*self.step.shapes(shapes[: self.takes]), *shapes[self.takes :]]
-
-    def apply(self, arrays: list[Array]) -> list[Array]:
-        return [*self.step.apply(arrays[: self.takes]), *arrays[self.takes :]]
-
-    def inverse(self) -> "_First":
-        return _First(self.gives, self.takes, self.step.inverse())
 
 
 _TINY = {

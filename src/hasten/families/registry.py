@@ -66,5 +66,7 @@ def _built_in(module: str) -> Family:
 def _from_entry_point(entry: importlib.metadata.EntryPoint) -> Family:
     family = entry.load()
     if not isinstance(family, Family):
-        raise UnsupportedError(f"entry point {entry.name!r} of group {ENTRY_POINTS} is {one_line(family)}; a hasten.families.Family is needed")
+        raise UnsupportedError(
+            f"entry point {entry.name!r} of group {ENTRY_POINTS} is {one_line(family)}; a hasten.families.Family is needed"
+        )
     return family

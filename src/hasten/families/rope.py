@@ -1,34 +1,38 @@
 """Hugging Face's rotary settings, old (`rope_theta` + `rope_scaling`) and new (`rope_parameters`), as a Spec's Rotary."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.families.config import ConfigReader
 from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Scaling, Yarn
 
 
 def read_rotary(
-    reader: ConfigReader, *, head_dim: int, context: int, theta: float = 10000.0, partial: float = 1.0, interleaved: bool = False,
-    layer_type: str | None = None,
+    reader: ConfigReader, *, head_dim: int, context: int, theta: float = 10000.0, partial: float | None = None,
+    interleaved: bool = False, layer_type: str | None = None,
 ) -> Rotary:  # fmt: skip
     """The Rotary of a model whose heads have ``head_dim`` features. ``theta`` and ``partial`` are the family's defaults.
 
-    With ``layer_type``, its own object inside `rope_parameters` is read where there is one."""
-    base = reader.positive("rope_theta", theta)
-    partial = reader.positive("partial_rotary_factor", partial)
-    original = reader.size("original_max_position_embeddings", context)
-    section = reader.section("rope_parameters")
+    ``partial`` None means that the family rotates whole heads, and a `partial_rotary_factor` is refused. With ``layer_type``, its own
+    object inside `rope_parameters` is read where there is one."""
+    base, share = reader.positive("rope_theta", theta), reader.positive("partial_rotary_factor", partial or 1.0)
+    # Where both spellings are there, the old one wins, as in transformers.
+    section = reader.section("rope_scaling") or reader.section("rope_parameters")
     nested = None if section is None or layer_type is None else section.section(layer_type)
-    section = nested or section or reader.section("rope_scaling")
+    section = nested or section
+    original = reader.optional_size("original_max_position_embeddings")
     scaling: Scaling | None = None
     if section is not None:
-        base = section.positive("rope_theta", base)
-        partial = section.positive("partial_rotary_factor", partial)
-        scaling = _read_scaling(section, context, original)
+        base, share = section.positive("rope_theta", base), section.positive("partial_rotary_factor", share)
+        if original is not None:
+            section.must_be("original_max_position_embeddings", original)
+        scaling = _read_scaling(section, context, original or context)
         section.finish()
-    dims = int(head_dim * partial)
+    if partial is None and share != 1.0:  # transformers ignores the factor or fails on it, others obey it: nobody knows which was meant
+        raise UnsupportedError(f"config.json: 'partial_rotary_factor' is {share}, but this family rotates whole heads; remove the key")
+    dims = int(head_dim * share)
+    if dims % 2 or not 0 < dims <= head_dim:
+        raise ConfigError(f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number up to all is needed")
     if isinstance(scaling, LongRope) and len(scaling.short_factor) != dims // 2:
         raise ConfigError(f"config.json: longrope has {len(scaling.short_factor)} factors; {dims // 2} are needed, one a rotated pair")
     return Rotary(base=base, dims=dims, interleaved=interleaved, scaling=scaling)
@@ -53,7 +57,8 @@ def _read_scaling(section: ConfigReader, context: int, original: int) -> Scaling
             return _read_yarn(section, context, original)
         case "longrope":
             factor = section.positive("factor", context / original)
-            magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            # A context of 1 has no logarithm to divide by.
+            magnitude = 1.0 if factor <= 1 or original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
             return LongRope(
                 short_factor=section.numbers("short_factor"),
                 long_factor=section.numbers("long_factor"),
@@ -80,8 +85,3 @@ def _read_yarn(section: ConfigReader, context: int, original: int) -> Yarn:
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     """YaRN's temperature correction for a context ``factor`` times longer (Peng et al. 2023, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rope object of a raw config, {} where there is none."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}

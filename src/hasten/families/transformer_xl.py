@@ -61,7 +61,7 @@ def read(reader: ConfigReader) -> Spec:
     )  # fmt: skip
     return Spec(
         vocab=reader.size("vocab_size"), width=width, context=_CONTEXT, embedding=Embedding(scale=float(width) ** 0.5),
-        blocks=(block,) * reader.size("n_layer"), norm=None, head=Head(tied=_tied(reader), bias=True),
+        blocks=(block,) * reader.parts("n_layer"), norm=None, head=Head(tied=_tied(reader), bias=True),
     )  # fmt: skip
 
 
@@ -90,9 +90,7 @@ def _tensors(spec: Spec, untied: bool) -> Iterator[TensorMapping]:
             continue
         source, target = f"transformer.layers.{index}", f"blocks.{index}"
         rows = mixer.heads * mixer.head_dim
-        yield split(
-            f"{source}.dec_attn.qkv_net.weight", [f"{target}.mixer.{name}.weight" for name in "qkv"], Split((rows, rows, rows))
-        )
+        yield split(f"{source}.dec_attn.qkv_net.weight", [f"{target}.mixer.{name}.weight" for name in "qkv"], Split((rows, rows, rows)))
         yield rename(f"{source}.dec_attn.o_net.weight", f"{target}.mixer.o.weight")
         yield rename(f"{source}.dec_attn.r_net.weight", f"{target}.mixer.position.weight")
         if untied:

@@ -233,6 +233,27 @@ class Each:
 
 
 @dataclasses.dataclass(frozen=True)
+class First:
+    """``step`` makes ``gives`` arrays of the first ``takes``; the others follow as they are."""
+
+    takes: int
+    gives: int
+    step: Step
+
+    def shapes(self, shapes: list[Shape]) -> list[Shape]:
+        """The step's, then the others."""
+        return [*self.step.shapes(shapes[: self.takes]), *shapes[self.takes :]]
+
+    def apply(self, arrays: list[Array]) -> list[Array]:
+        """The step's, then the others."""
+        return [*self.step.apply(arrays[: self.takes]), *arrays[self.takes :]]
+
+    def inverse(self) -> "First":
+        """The step's inverse on what it gave."""
+        return First(self.gives, self.takes, self.step.inverse())
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorMapping:
     """``sources`` taken through ``steps`` give ``targets``."""
 
@@ -314,5 +335,3 @@ class _Lazy:
 
 def _names(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
-
-

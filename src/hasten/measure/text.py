@@ -7,7 +7,31 @@ from pathlib import Path
 
 from hasten.base.errors import UserError
 
-TEXT_SUFFIXES = frozenset(".c .cc .cpp .css .go .h .hpp .html .java .js .json .jsonl .md .py .rs .rst .sh .sql .toml .ts .txt .yaml .yml".split())
+TEXT_SUFFIXES = frozenset([
+    ".c",
+    ".cc",
+    ".cpp",
+    ".css",
+    ".go",
+    ".h",
+    ".hpp",
+    ".html",
+    ".java",
+    ".js",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".py",
+    ".rs",
+    ".rst",
+    ".sh",
+    ".sql",
+    ".toml",
+    ".ts",
+    ".txt",
+    ".yaml",
+    ".yml",
+])
 """What counts as text in a folder; a file named on its own is read whatever its suffix."""
 
 

@@ -82,7 +82,11 @@ def find_tokenizer(directory: Path) -> tuple[Tokenizer | None, str]:
         settings = _read_settings(directory / "tokenizer_config.json")
         return Tokenizer(path, settings, _find_template(directory, settings)), ""
     convert = "convert it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-    for pattern, kind in (("*.model", "a sentencepiece model"), ("*.tiktoken", "a tiktoken file"), ("vocab.json", "vocab.json and merges.txt")):
+    for pattern, kind in (
+        ("*.model", "a sentencepiece model"),
+        ("*.tiktoken", "a tiktoken file"),
+        ("vocab.json", "vocab.json and merges.txt"),
+    ):
         if any(directory.glob(pattern)):
             return None, f"{directory} has {kind} but no tokenizer.json, which text needs; {convert}"
     return None, f"{directory} has no tokenizer.json, so it takes token ids but no text; add the tokenizer.json of this model"

@@ -57,9 +57,7 @@ class LinearFormats:
     activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def lower(
-    spec: Spec, *, context: int | None = None, precision: Precision | None = None, formats: LinearFormats | None = None
-) -> Program:
+def lower(spec: Spec, *, context: int | None = None, precision: Precision | None = None, formats: LinearFormats | None = None) -> Program:
     """The Program of ``spec`` for sequences of up to ``context`` tokens (the Spec's own unless given)."""
     builder = _Builder(spec, context or spec.context, precision or Precision(residual=spec.residual), formats or LinearFormats())
     return builder.build()
@@ -225,7 +223,9 @@ class _Builder:
     def embedding(self) -> str:
         spec, residual = self.spec, self.precision.residual
         x = self.value("embedding", spec.width, residual)
-        self.ops.append(ops.Embed(weight=self.param("embedding.weight", spec.vocab, spec.width), y=x, scale=spec.embedding.scale, dtype=residual))
+        self.ops.append(
+            ops.Embed(weight=self.param("embedding.weight", spec.vocab, spec.width), y=x, scale=spec.embedding.scale, dtype=residual)
+        )
         if (learned := spec.embedding.positions) is not None:
             rows = self.value("embedding.positions", spec.width, residual)
             table = self.param("embedding.positions.weight", learned.count, spec.width)
@@ -426,8 +426,8 @@ class _Builder:
         y = self.value(f"{path}.scanned", inner, self.precision.compute)
         self.ops.append(
             ops.DualScan(
-                x=In(u), dt=In(dt), b=In(b), c=In(c), a_log=self.param(f"{path}.a_log", mixer.heads), d=self.param(f"{path}.d", mixer.heads),
-                dt_bias=self.param(f"{path}.dt_bias", mixer.heads), y=y,
+                x=In(u), dt=In(dt), b=In(b), c=In(c), a_log=self.param(f"{path}.a_log", mixer.heads),
+                d=self.param(f"{path}.d", mixer.heads), dt_bias=self.param(f"{path}.dt_bias", mixer.heads), y=y,
                 state=self.state(RecurrentGroup("scan", 0, (mixer.heads, mixer.head_dim, mixer.state)), path), heads=mixer.heads,
                 groups=mixer.groups, dt_min=mixer.dt_min, dt_max=mixer.dt_max,
             )

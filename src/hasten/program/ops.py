@@ -1,8 +1,9 @@
 """The op set: what a Program may say, one frozen class per op, each with its contract.
 
 Shape legend: T tokens of the batch (sequences laid end to end), S sequences, R rows whose logits were asked for, D width, H heads,
-K key/value heads, N features in general, E experts, A experts chosen per token. Every value is [rows, features] unless its line says otherwise; heads lie
-side by side in the features. Norms, softmax and scans compute in float32 at least, whatever the dtypes around them.
+K key/value heads, N features in general, E experts, A experts chosen per token. Every value is [rows, features] unless its line says
+otherwise; heads lie side by side in the features. Norms, softmax and scans compute in float32 at least, whatever the dtypes around
+them.
 
 Fields are typed by role: ``In`` and ``Out`` name values, ``Param`` names a weight, ``StateRef`` names one layer's place in a state
 group; everything else is an attribute. A pass reads the roles from the class, so a new op needs no visitor.
@@ -44,6 +45,7 @@ class Contract:
 _ROUNDING = (2e-6, 1e-2)
 _REDUCTION = (2e-5, 2e-2)
 _EXACT = (0.0, 0.0)
+_ONE_STEP = (1 / 127, 1 / 127)  # half a step rounds either way: max|x| / 2 is 63.5 steps in float64, a hair beside it in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Cast(Op):
     dtype: Dtype
 
 
-@_op(_EXACT, differentiable=False)
+@_op(_ONE_STEP, differentiable=False)
 class QuantizeRows(Op):
     """Symmetric int8 per row: scale[T, 1] = max|x| / 127 (1 where the row is zero), q[T, N] = round_half_even(x / scale)."""
 
@@ -407,8 +409,8 @@ class Attend(Op):
 class AttendRelative(Op):
     """Transformer-XL attention: score(i, j) = ((qᵢ + u)·kⱼ + (qᵢ + w)·(position_weight · R[i − j])) · scale.
 
-    R is the sinusoid of the distance, sines then cosines, distances above ``clamp`` read as ``clamp``. position_weight [H·d, width];
-    u, w [H, d]. Shapes as in Attend, with as many key/value heads as heads."""
+    R is the sinusoid of the distance, sines then cosines of distance / 10000^(2i/width); distances above ``clamp`` read as ``clamp``.
+    position_weight [H·d, width]; u, w [H, d]. Shapes as in Attend, with as many key/value heads as heads."""
 
     q: In
     y: Out

@@ -219,18 +219,15 @@ class Program:
 
     def _with_map(self, name: str) -> "Program":
         prefix = name.removesuffix("map")
-        for index, op in enumerate(self.ops):
-            if isinstance(op, Attend) and op.y.startswith(prefix):
-                break
-        else:
+        found = [(index, op) for index, op in enumerate(self.ops) if isinstance(op, Attend) and op.y.startswith(prefix)]
+        if not found:
             return self
+        index, op = found[0]
         extra = AttentionMap(
             q=op.q, y=Out(name), state=op.state, sinks=op.sinks, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.head_dim,
             scale=op.scale, visible=op.visible, softcap=op.softcap, slopes=op.slopes,
         )  # fmt: skip
-        layers = tuple(
-            Layer(layer.label, layer.start + (layer.start > index), layer.stop + (layer.stop > index)) for layer in self.layers
-        )
+        layers = tuple(Layer(layer.label, layer.start + (layer.start > index), layer.stop + (layer.stop > index)) for layer in self.layers)
         return dataclasses.replace(
             self,
             ops=(*self.ops[: index + 1], extra, *self.ops[index + 1 :]),
@@ -282,7 +279,9 @@ def _state_text(group: StateGroup) -> str:
     sizes += [f"{n:,} bytes a sequence" for n in [group.bytes_per_sequence()] if n]
     match group:
         case KvGroup():
-            shape = f"keys and values, {group.layers} layers × {group.kv_heads} heads × ({group.key_dim} + {group.value_dim}), {group.visible}"
+            shape = (
+                f"keys and values, {group.layers} layers × {group.kv_heads} heads × ({group.key_dim} + {group.value_dim}), {group.visible}"
+            )
         case LatentGroup():
             shape = f"latent rows, {group.layers} layers × {group.width} (values: first {group.value_dim})"
         case RecurrentGroup():

@@ -47,8 +47,9 @@ from hasten.spec.spec import (
 )
 
 __all__ = [
-    "MLP", "Activation", "Alibi", "Attention", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding", "Exit", "FeedForward",
-    "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions", "LinearScaling", "Llama3Scaling", "LongRope",
-    "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel", "Part", "PostNorm", "PreNorm", "RMSNorm", "RelativeSinusoid", "Rotary",
-    "Router", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow", "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
+    "Activation", "Alibi", "Attention", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding", "Exit",
+    "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions", "LinearScaling",
+    "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel", "Part", "PostNorm",
+    "PreNorm", "RMSNorm", "RelativeSinusoid", "Rotary", "Router", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow", "Spec",
+    "Visibility", "Wiring", "Yarn", "parse_json",
 ]  # fmt: skip

@@ -133,7 +133,9 @@ def _(op: ops.Route, step: Step, logits: Tensor) -> Outputs:
         grouped = ranking.unflatten(-1, (op.groups, -1))
         best_two = grouped.sort(dim=-1, descending=True).values[..., :2].sum(dim=-1)
         losers = best_two.argsort(dim=-1, descending=True, stable=True)[..., op.top_groups :]
-        ranking = grouped.masked_fill(torch.zeros_like(best_two, dtype=torch.bool).scatter(-1, losers, True)[..., None], -torch.inf).flatten(-2)
+        ranking = grouped.masked_fill(
+            torch.zeros_like(best_two, dtype=torch.bool).scatter(-1, losers, True)[..., None], -torch.inf
+        ).flatten(-2)
     chosen = ranking.argsort(dim=-1, descending=True, stable=True)[..., : op.top_k]
     weights = scores.gather(-1, chosen)
     if op.normalize:

@@ -28,10 +28,7 @@ class State:
         nothing: tuple[Entry, ...] = ((),)
         return State(
             self.sequences + other.sequences,
-            {
-                ref: self.entries.get(ref, nothing * self.sequences) + other.entries.get(ref, nothing * other.sequences)
-                for ref in refs
-            },
+            {ref: self.entries.get(ref, nothing * self.sequences) + other.entries.get(ref, nothing * other.sequences) for ref in refs},
         )
 
     def detached(self) -> "State":

@@ -31,9 +31,7 @@ class Cohort:
 class Step:
     """One play in progress. ``state`` is what came in; ``kept`` collects what goes out, where it is wanted."""
 
-    def __init__(
-        self, program: Program, batch: Batch, weights: Mapping[str, Tensor], state: State | None, device: torch.device
-    ) -> None:
+    def __init__(self, program: Program, batch: Batch, weights: Mapping[str, Tensor], state: State | None, device: torch.device) -> None:
         self.weights, self.state, self.device = weights, state, device
         self.state_groups = {group.name: group for group in program.states}
         self.tokens = torch.as_tensor(batch.tokens, device=device).long()
