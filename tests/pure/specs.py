@@ -147,21 +147,18 @@ SCALINGS = (
         Yarn, factor=floats(), original_context=sizes(), beta_fast=floats(), beta_slow=floats(), truncate=st.booleans(),
         attention_factor=floats(),
     )
-    | st.integers(1, 4).flatmap(
-        lambda n: structs(
-            LongRope, short_factor=st.tuples(*[floats()] * n), long_factor=st.tuples(*[floats()] * n), original_context=sizes(),
-            attention_factor=floats(),
-        )
-    )
 )  # fmt: skip
 VISIBILITIES = (
     structs(Causal) | structs(SlidingWindow, size=sizes()) | structs(SegmentMemory, segment=sizes(), memory=st.integers(0, 64))
 )
 
 
-def rotaries(head_dim):
-    dims = st.integers(1, head_dim // 2).map(lambda half: 2 * half)
-    return structs(Rotary, base=floats(1.5), dims=dims, interleaved=st.booleans(), scaling=maybe(SCALINGS))
+@st.composite
+def rotaries(draw, head_dim):
+    half = draw(st.integers(1, head_dim // 2))
+    factors = st.tuples(*[floats()] * half)
+    long = structs(LongRope, short_factor=factors, long_factor=factors, original_context=sizes(), attention_factor=floats())
+    return draw(structs(Rotary, base=floats(1.5), dims=st.just(2 * half), interleaved=st.booleans(), scaling=maybe(SCALINGS | long)))
 
 
 @st.composite
@@ -175,12 +172,14 @@ def attentions(draw):
             | structs(RelativeSinusoid, clamp=maybe(sizes()))
         )
     )
+    relative = isinstance(position, RelativeSinusoid)
+    heads = kv_heads if relative else heads
     return draw(
         structs(
-            Attention, heads=st.just(heads), kv_heads=st.just(kv_heads), head_dim=st.just(head_dim), value_dim=sizes(), scale=floats(),
-            position=st.just(position), visible=VISIBILITIES, bias=st.booleans(), out_bias=st.booleans(), q_norm=maybe(NORMS),
-            k_norm=maybe(NORMS), norm_span=st.sampled_from(["head", "row"]), softcap=maybe(floats()), clip=maybe(floats()),
-            sinks=st.booleans(), gate=st.booleans(),
+            Attention, heads=st.just(heads), kv_heads=st.just(kv_heads), head_dim=st.just(head_dim), value_dim=st.just(head_dim) if relative else sizes(),
+            scale=floats(), position=st.just(position), visible=VISIBILITIES, bias=st.booleans(), out_bias=st.booleans(), q_norm=maybe(NORMS),
+            k_norm=maybe(NORMS), norm_span=st.sampled_from(["head", "row"]), softcap=st.none() if relative else maybe(floats()),
+            clip=maybe(floats()), sinks=st.just(False) if relative else st.booleans(), gate=st.booleans(),
         )
     )  # fmt: skip
 
@@ -252,7 +251,7 @@ def specs(draw):
     )
     return draw(
         structs(
-            Spec, vocab=sizes(), width=sizes(), context=sizes(), embedding=embedding, blocks=st.just(blocks), norm=maybe(NORMS), head=HEADS,
+            Spec, vocab=sizes(), width=sizes(32).map(lambda n: 2 * n), context=sizes(), embedding=embedding, blocks=st.just(blocks), norm=maybe(NORMS), head=HEADS,
             exits=st.just(exits), residual=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
         )
     )  # fmt: skip

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hasten.base.errors import ConfigError, UnsupportedError
-from hasten.spec import MLP, Alibi, Exit, Head, LongRope, Mamba2, MixtureOfExperts, RMSNorm, Rotary, Router, Spec
+from hasten.spec import MLP, Alibi, Exit, Head, LongRope, Mamba2, MixtureOfExperts, RelativeSinusoid, RMSNorm, Rotary, Router, Spec
 from tests.pure.specs import FEED_FORWARDS, MIXERS, RMS, ROPE, SPECS, attention, block, moe, spec_of, specs
+
+LONG = LongRope(short_factor=(1.0,), long_factor=(2.0,), original_context=4, attention_factor=1.0)
 
 
 @given(specs())
@@ -131,7 +133,14 @@ def missing_field():
         (lambda: attention(kv_heads=3), "4 attention heads cannot share 3"),
         (lambda: attention(position=Rotary(base=1e4, dims=6)), "rotary dims 6 exceed the head dimension 4"),
         (lambda: attention(position=Alibi(slopes=(0.5,))), "1 ALiBi slopes for 4 heads"),
+        (lambda: attention(position=RelativeSinusoid()), "as many key/value heads as heads"),
+        (lambda: attention(position=RelativeSinusoid(), kv_heads=4, value_dim=3), "values as wide as keys"),
+        (lambda: attention(position=RelativeSinusoid(), kv_heads=4, sinks=True), "sinks"),
+        (lambda: attention(position=RelativeSinusoid(), kv_heads=4, softcap=1.0), "softcap"),
+        (lambda: spec_of(block("relative"), width=9), "width 9 is odd"),
+        (lambda: msgspec.structs.replace(MIXERS["latent"], rope_dim=2), "rotary dims 4 exceed the 2"),
         (lambda: Rotary(base=1e4, dims=5), "even"),
+        (lambda: Rotary(base=1e4, dims=4, scaling=LONG), "1 LongRope factors for 2"),
         (lambda: LongRope(short_factor=(1.0,), long_factor=(), original_context=4, attention_factor=1.0), "1 short and 0 long"),
         (lambda: Mamba2(heads=3, head_dim=1, state=1, groups=2, conv=1, norm=RMS), "3 Mamba-2 heads cannot share 2"),
         (lambda: msgspec.structs.replace(MIXERS["delta"], key_heads=3), "4 value heads cannot share 3"),

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, one_line
+from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError, one_line
 from hasten.checkpoint.locate import locate
 from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
@@ -79,18 +79,23 @@ def load_directory(directory: Path, name: str) -> Model:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Infinity is let through, for Mamba-2's step limits; NaN is not."""
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes are too many; at most {JSON_LIMIT:,} are read")
-        value = json.loads(path.read_text("utf-8"), parse_constant=lambda name: _constant(path, name))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except ConfigError:
+        value = json.loads(_read_bytes(path).decode("utf-8"), parse_constant=lambda name: _constant(path, name))
+    except UserError:
         raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {one_line(str(error))}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: an object is needed, not {one_line(value)}")
     return value
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if (size := path.stat().st_size) > JSON_LIMIT:
+            raise ConfigError(f"{path}: {size:,} bytes are too many; at most {JSON_LIMIT:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
 
 
 def _constant(path: Path, name: str) -> float:
@@ -114,7 +119,7 @@ def _read_sidecar(directory: Path) -> Sidecar:
     path = directory / "hasten.json"
     if not path.is_file():
         return Sidecar()
-    data = parse_json(path.read_bytes(), str(path))
+    data = parse_json(_read_bytes(path), str(path))
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise ConfigError(f"{path}: 'schema_version' is {one_line(version)}; a whole number is needed")

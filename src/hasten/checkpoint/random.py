@@ -17,6 +17,8 @@ from hasten.spec import RMSNorm
 
 PREFIX = "random:"
 
+_BLOCK = 1 << 19  # elements made at a time, so that only the last pass goes to memory
+
 _LLAMA31 = {
     "model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0,
     "num_key_value_heads": 8,
@@ -103,8 +105,10 @@ def _make(name: str, shape: tuple[int, ...], seed: int, norm_weight: float) -> A
     exponent = round(np.log2(shape[-1] ** -0.5 / 1.53)) + 127  # 1.53: root mean square of a mantissa uniform in [1, 2)
     count = int(np.prod(shape))
     generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
-    bits = generator.integers(0, 1 << 64, size=-(-count // 4), dtype=np.uint64).view(np.uint16)[:count]
-    np.bitwise_and(bits, 0x807F, out=bits)
-    np.bitwise_or(bits, exponent << 7, out=bits)
+    bits = np.empty(count, np.uint16)
+    for begin in range(0, count, _BLOCK):
+        block = bits[begin : begin + _BLOCK]
+        words = generator.integers(0, 1 << 64, size=-(-len(block) // 4), dtype=np.uint64).view(np.uint16)[: len(block)]
+        np.bitwise_or(np.bitwise_and(words, 0x807F, out=words), exponent << 7, out=block)
     weight: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
     return weight

@@ -8,11 +8,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hasten.base.errors import ConfigError
 from hasten.families.config import ConfigReader
 from hasten.formats.tensor_map import TensorMap
-from hasten.spec import Spec
+from hasten.spec import MixtureOfExperts, Spec
 
 Config = Mapping[str, Any]
+
+EXPERT_LIMIT = 1 << 16
+"""Most experts over all layers of a model, since each may have a tensor of its own; twice what any published model has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Family:
     def spec(self, config: Config) -> Spec:
         """The checked Spec of ``config``. Raises ConfigError or UnsupportedError naming the key."""
         reader = ConfigReader(config)
-        spec = self.read(reader)
+        try:
+            spec = self.read(reader)
+        except ArithmeticError as error:
+            raise ConfigError(f"config.json: a number is too large or too small to compute with ({error})") from None
         reader.finish()
+        experts = sum(block.feed_forward.experts for block in spec.blocks if isinstance(block.feed_forward, MixtureOfExperts))
+        if experts > EXPERT_LIMIT:
+            raise ConfigError(f"config.json: {experts} experts over all layers are too many; at most {EXPERT_LIMIT} are read")
         return spec.checked()

@@ -64,9 +64,15 @@ def _built_in(module: str) -> Family:
 
 
 def _from_entry_point(entry: importlib.metadata.EntryPoint) -> Family:
-    family = entry.load()
-    if not isinstance(family, Family):
+    what = f"entry point {entry.name!r} of group {ENTRY_POINTS} ({entry.value})"
+    try:
+        family = entry.load()
+    except Exception as error:  # somebody else's module may fail in any way
         raise UnsupportedError(
-            f"entry point {entry.name!r} of group {ENTRY_POINTS} is {one_line(family)}; a hasten.families.Family is needed"
-        )
+            f"{what} cannot be loaded: {type(error).__name__}: {one_line(str(error))}; mend or uninstall its package"
+        ) from None
+    if not isinstance(family, Family):
+        raise UnsupportedError(f"{what} is {one_line(family)}; a hasten.families.Family is needed")
+    if entry.name not in family.model_types:
+        raise UnsupportedError(f"{what} is the family of {', '.join(family.model_types)}; name it after one of them")
     return family

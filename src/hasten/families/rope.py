@@ -6,6 +6,9 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.families.config import ConfigReader
 from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Scaling, Yarn
 
+DIMS_LIMIT = 1 << 16
+"""Most rotated features of a head, since their frequencies are spelled out."""
+
 
 def read_rotary(
     reader: ConfigReader, *, head_dim: int, context: int, theta: float = 10000.0, partial: float | None = None,
@@ -30,9 +33,9 @@ def read_rotary(
         section.finish()
     if partial is None and share != 1.0:  # transformers ignores the factor or fails on it, others obey it: nobody knows which was meant
         raise UnsupportedError(f"config.json: 'partial_rotary_factor' is {share}, but this family rotates whole heads; remove the key")
-    dims = int(head_dim * share)
-    if dims % 2 or not 0 < dims <= head_dim:
-        raise ConfigError(f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number up to all is needed")
+    dims = int(head_dim * min(share, 2.0))  # above 1 is wrong whatever it is, and 1e308 is no int
+    if dims % 2 or not 0 < dims <= min(head_dim, DIMS_LIMIT):
+        raise ConfigError(f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number up to all, and to {DIMS_LIMIT}, is needed")
     if isinstance(scaling, LongRope) and len(scaling.short_factor) != dims // 2:
         raise ConfigError(f"config.json: longrope has {len(scaling.short_factor)} factors; {dims // 2} are needed, one a rotated pair")
     return Rotary(base=base, dims=dims, interleaved=interleaved, scaling=scaling)

@@ -1,7 +1,9 @@
 """A named weight: its shape and format are known at once, its numbers are mapped or made only when asked for."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -61,6 +63,18 @@ class Weights(Mapping[str, Weight]):
     def array(self, name: str) -> Array:
         """The numbers of ``name``."""
         return self._weights[name].load()
+
+    def arrays(self, names: Iterable[str] | None = None, threads: int = 2) -> Iterator[tuple[str, Array]]:
+        """Names (all unless given) with their numbers, in order, loaded by ``threads`` threads a little ahead of the reader."""
+        waiting: deque[tuple[str, Future[Array]]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for name in self if names is None else names:
+                waiting.append((name, pool.submit(self._weights[name].load)))
+                if len(waiting) > 2 * threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
 
     @property
     def parameters(self) -> int:

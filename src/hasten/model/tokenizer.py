@@ -11,6 +11,9 @@ from hasten.base.errors import TokenizerError, one_line
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
+TEXT_LIMIT = 16 << 20
+"""Longest settings file or chat template that is read, in bytes."""
+
 
 class Tokenizer:
     """A `tokenizer.json`, with the settings of `tokenizer_config.json` that matter to hasten: chat template and special tokens.
@@ -96,7 +99,9 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(_read_text(path))
+    except TokenizerError:
+        raise
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {one_line(str(error))}") from None
     if not isinstance(settings, dict):
@@ -104,10 +109,22 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
     return settings
 
 
+def _read_text(path: Path) -> str:
+    """A text file of bounded size."""
+    try:
+        if path.stat().st_size > TEXT_LIMIT:
+            raise TokenizerError(f"{path}: {path.stat().st_size:,} bytes are too many; at most {TEXT_LIMIT:,} are read")
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: not UTF-8 text (byte {error.start}); download it again") from None
+
+
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        return _read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates; the default one chats
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -33,6 +33,8 @@ class Batch:
             raise ConfigError("a batch needs at least one sequence, and every sequence at least one token")
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         begin = [0] * len(lengths) if starts is None else list(starts)
+        if len(begin) != len(lengths) or min(begin) < 0:
+            raise ConfigError(f"{len(lengths)} sequences need as many starts of 0 or more, not {one_line(begin)}")
         positions = np.concatenate([np.arange(b, b + n) for b, n in zip(begin, lengths, strict=True)]).astype(np.int32)
         wanted = {"all": np.arange(offsets[-1]), "last": offsets[1:] - 1, "none": np.arange(0)}
         if rows not in wanted:
@@ -42,7 +44,10 @@ class Batch:
 
 def token_array(tokens: Sequence[int]) -> Int32:
     """Token ids as int32 [T]. Raises ConfigError for anything that is not a flat list of whole numbers."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # lists of unequal lengths inside
+        array = np.empty((0, 0))
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ConfigError(f"token ids must be a flat, non-empty list of whole numbers, not {one_line(tokens)}")
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.program.ops import Attend, AttentionMap, Op, Out, Param, StateRef
@@ -27,6 +27,13 @@ class Value:
 
 # --- state groups: what must outlive a step
 
+Reuse = Literal["prefix", "snapshot"]
+"""When another request may start from this state: at any exact prefix (under a window, its last pages are enough), or only where a
+snapshot was kept."""
+
+Rollback = Literal["truncate", "snapshot"]
+"""How a rejected draft is undone: by dropping the newest tokens, or by restoring a snapshot and replaying from it."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KvGroup:
@@ -38,6 +45,9 @@ class KvGroup:
     key_dim: int
     value_dim: int
     visible: Visibility
+
+    reuse: ClassVar[Reuse] = "prefix"
+    rollback: ClassVar[Rollback] = "truncate"
 
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Cache bytes one token adds, over all layers."""
@@ -51,9 +61,6 @@ class KvGroup:
         """First position a query at ``position`` may see; older pages can be freed."""
         return oldest_visible(self.visible, position)
 
-    reuse: str = "any exact prefix; under a window only its last pages are needed"
-    rollback: str = "drop the newest tokens"
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LatentGroup:
@@ -64,6 +71,9 @@ class LatentGroup:
     width: int
     value_dim: int
     visible: Visibility = Causal()
+
+    reuse: ClassVar[Reuse] = "prefix"
+    rollback: ClassVar[Rollback] = "truncate"
 
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Cache bytes one token adds, over all layers."""
@@ -77,9 +87,6 @@ class LatentGroup:
         """First position a query at ``position`` may see."""
         return oldest_visible(self.visible, position)
 
-    reuse: str = "any exact prefix"
-    rollback: str = "drop the newest tokens"
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecurrentGroup:
@@ -88,6 +95,9 @@ class RecurrentGroup:
     name: str
     layers: int
     shape: tuple[int, ...]
+
+    reuse: ClassVar[Reuse] = "snapshot"
+    rollback: ClassVar[Rollback] = "snapshot"
 
     def bytes_per_token(self, element_bytes: int = 2) -> int:
         """Cache bytes one token adds: none."""
@@ -99,9 +109,6 @@ class RecurrentGroup:
         for length in self.shape:
             size *= length
         return size
-
-    reuse: str = "only at positions where a snapshot was kept"
-    rollback: str = "restore a snapshot, replay from it"
 
 
 StateGroup = KvGroup | LatentGroup | RecurrentGroup
@@ -180,7 +187,8 @@ class Program:
         made = {name for op in self.ops[:stop] for name in op.outputs} | set(self.inputs)
         needed = {name for op in self.ops[stop:] for name in op.inputs}
         crossing = tuple(name for name in self.values if name in made and name in needed)
-        first = self._part(0, stop, self.layers[:index], self.inputs, (*crossing, *(n for n in self.outputs if n in made)))
+        kept = [name for name in self.outputs if name in made]
+        first = self._part(0, stop, self.layers[:index], self.inputs, tuple(dict.fromkeys((*crossing, *kept))))
         second = self._part(stop, len(self.ops), self.layers[index:], crossing, tuple(n for n in self.outputs if n not in made))
         return first, second
 

@@ -1,10 +1,12 @@
 """Rotary frequencies and their context extensions, as plain numbers."""
 
+import functools
 import math
 
 from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Yarn
 
 
+@functools.lru_cache(maxsize=16)  # every layer of a model asks for the same few
 def rotary_frequencies(rotary: Rotary, context: int) -> tuple[tuple[float, ...], float]:
     """Angles per position (radians, dims/2 of them) and the factor on cosines and sines, for sequences of up to ``context`` tokens."""
     half = rotary.dims // 2

@@ -84,8 +84,8 @@ class Yarn(Part, frozen=True):
 
     factor: Positive
     original_context: Size
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
     attention_factor: Positive = 1.0
 
@@ -95,8 +95,8 @@ class LongRope(Part, frozen=True):
 
     A Program is lowered for one context, so the choice is made once and holds for every token of every request."""
 
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
+    short_factor: tuple[Positive, ...]
+    long_factor: tuple[Positive, ...]
     original_context: Size
     attention_factor: Positive
 
@@ -121,6 +121,8 @@ class Rotary(Part, frozen=True):
     def _check(self) -> None:
         if self.dims % 2:
             raise ConfigError(f"Rotary.dims is {self.dims}; rotation works on pairs, so an even number is needed")
+        if isinstance(self.scaling, LongRope) and len(self.scaling.short_factor) != self.dims // 2:
+            raise ConfigError(f"{len(self.scaling.short_factor)} LongRope factors for {self.dims // 2} frequencies; one each is needed")
 
 
 class Alibi(Part, frozen=True):
@@ -203,6 +205,11 @@ class Attention(Part, frozen=True):
             raise ConfigError(f"rotary dims {self.position.dims} exceed the head dimension {self.head_dim}")
         if isinstance(self.position, Alibi) and len(self.position.slopes) != self.heads:
             raise ConfigError(f"{len(self.position.slopes)} ALiBi slopes for {self.heads} heads; one a head is needed")
+        if isinstance(self.position, RelativeSinusoid):
+            if self.kv_heads != self.heads or self.value_dim != self.head_dim:
+                raise ConfigError("relative sinusoids need as many key/value heads as heads, and values as wide as keys")
+            if self.softcap is not None or self.sinks:
+                raise ConfigError("relative sinusoids do not go with a softcap or sinks")
 
 
 class LatentAttention(Part, frozen=True):
@@ -220,6 +227,10 @@ class LatentAttention(Part, frozen=True):
     rotary: Rotary
     norm: Norm
     bias: bool = False
+
+    def _check(self) -> None:
+        if self.rotary.dims > self.rope_dim:
+            raise ConfigError(f"rotary dims {self.rotary.dims} exceed the {self.rope_dim} rotated features of a head")
 
 
 class Mamba(Part, frozen=True):
@@ -439,6 +450,9 @@ class Spec(Part, frozen=True, kw_only=True):
             )
         if not self.blocks:
             raise ConfigError("a Spec needs at least one block")
+        relative = any(isinstance(b.mixer, Attention) and isinstance(b.mixer.position, RelativeSinusoid) for b in self.blocks)
+        if relative and self.width % 2:
+            raise ConfigError(f"width {self.width} is odd; relative sinusoids come in pairs of sine and cosine")
         for early in self.exits:
             if early.after >= len(self.blocks) - 1:
                 raise ConfigError(f"an exit after block {early.after} is not early in a model of {len(self.blocks)} blocks")

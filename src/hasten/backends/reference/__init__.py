@@ -3,5 +3,6 @@
 from hasten.backends.reference.backend import ReferenceBackend, ReferenceSession
 from hasten.backends.reference.play import play, weights_of
 from hasten.backends.reference.state import State
+from hasten.backends.reference.step import Adapter
 
-__all__ = ["ReferenceBackend", "ReferenceSession", "State", "play", "weights_of"]
+__all__ = ["Adapter", "ReferenceBackend", "ReferenceSession", "State", "play", "weights_of"]

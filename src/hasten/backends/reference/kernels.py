@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hasten.backends.reference import attention, scans
 from hasten.backends.reference.step import Step
+from hasten.base.errors import UnsupportedError
 from hasten.program import ops
 from hasten.program.ops import Op
 from hasten.spec import Activation, ClampedSwiglu
@@ -89,6 +90,11 @@ def _(op: ops.Cast, step: Step, x: Tensor) -> Outputs:
 @compute.register
 def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
     x = x.detach()  # rounding has no gradient; a pass that trains through it says so with ops of its own
+    return quantize_rows(x)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """q int8 and scale [T, 1] of QuantizeRows."""
     scale = x.abs().amax(dim=-1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32)) / 127
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale
@@ -97,20 +103,45 @@ def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
 # --- linear
 
 
+def as_fed(x: Tensor, activation_format: str) -> Tensor:
+    """x as a linear layer sees it: unchanged, or rounded to int8 per row (and back, so that one product serves)."""
+    if activation_format == "none":
+        return x
+    if activation_format == "int8":
+        q, scale = quantize_rows(x)
+        return (q * scale).to(x.dtype)
+    raise UnsupportedError(f"activation format {activation_format!r} is not one the reference backend knows; accepted are none, int8")
+
+
+def dense(step: Step, name: str, weight_format: str) -> Tensor:
+    """A weight as plain numbers."""
+    if weight_format != "dense":
+        raise UnsupportedError(f"weight format {weight_format!r} of {name} is not one the reference backend knows; accepted is dense")
+    return step.weight(name)
+
+
 @compute.register
 def _(op: ops.Linear, step: Step, x: Tensor) -> Outputs:
     bias = step.optional(op.bias)
-    return (F.linear(x, step.weight(op.weight).to(x.dtype), None if bias is None else bias.to(x.dtype)),)
+    fed = as_fed(x, op.activation_format)
+    y = F.linear(fed, dense(step, op.weight, op.weight_format).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    adapter = step.adapters.get(op.adapter or "")
+    if adapter is not None:
+        y = y + F.linear(F.linear(x, adapter.down.to(x.dtype)), adapter.up.to(x.dtype)) * adapter.scale
+    return (y,)
 
 
 @compute.register
 def _(op: ops.HeadLinear, step: Step, x: Tensor) -> Outputs:
-    return (torch.einsum("thi,hoi->tho", x.unflatten(-1, (op.heads, -1)), step.weight(op.weight).to(x.dtype)).flatten(-2),)
+    return (
+        torch.einsum("thi,hoi->tho", x.unflatten(-1, (op.heads, -1)), dense(step, op.weight, op.weight_format).to(x.dtype)).flatten(-2),
+    )
 
 
 @compute.register
 def _(op: ops.ExpertLinear, step: Step, x: Tensor, experts: Tensor) -> Outputs:
-    weight, bias = step.weight(op.weight), step.optional(op.bias)
+    weight, bias = dense(step, op.weight, op.weight_format), step.optional(op.bias)
+    x = as_fed(x, op.activation_format)
     chosen = experts.shape[-1]
     flat = experts.flatten()
     order = torch.argsort(flat, stable=True)  # assignments expert by expert

@@ -7,23 +7,30 @@ from torch import Tensor
 
 from hasten.backends.reference.kernels import compute
 from hasten.backends.reference.state import State
-from hasten.backends.reference.step import Step
+from hasten.backends.reference.step import Adapter, Step
 from hasten.base.errors import ConfigError
 from hasten.formats.weights import Array, Weights
 from hasten.program import Batch, Program, ops
 
 
 def play(
-    program: Program, weights: Mapping[str, Tensor], batch: Batch, state: State | None = None, given: Mapping[str, Tensor] | None = None
+    program: Program,
+    weights: Mapping[str, Tensor],
+    batch: Batch,
+    state: State | None = None,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> tuple[dict[str, Tensor], State]:
     """The program's outputs by name, and the state after this batch.
 
     ``weights`` holds a tensor per entry of ``program.params``. With ``state`` None nothing is carried in or out (training, scoring);
-    a fresh ``State(S)`` starts S sequences. ``given`` supplies the program's inputs, those of a cut. Differentiable in weights, given
-    and state. Raises ConfigError for token ids or positions outside the tables."""
+    a fresh ``State(S)`` starts S sequences. ``given`` supplies the program's inputs, those of a cut; ``adapters`` names linear slots
+    that get a low-rank addition. Differentiable in weights, adapters, given and state. Raises ConfigError for token ids or positions
+    outside the tables."""
     device = next((tensor.device for tensor in (*weights.values(), *(given or {}).values())), torch.device("cpu"))
     _check_ids(program, batch)
-    step = Step(program, batch, weights, state, device)
+    step = Step(program, batch, weights, state, adapters or {}, device)
     values: dict[str, Tensor] = dict(given or {})
     last_use = {name: index for index, op in enumerate(program.ops) for name in op.inputs}
     for index, op in enumerate(program.ops):
@@ -38,8 +45,8 @@ def play(
 def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The program's weights as tensors, mapped without a copy where dtype, device and layout allow. Floats become ``dtype`` where given."""
     tensors = {}
-    for name in program.params:
-        tensor = as_tensor(weights.array(name)).to(device).contiguous()  # rounding must not depend on how a checkpoint lays a weight out
+    for name, array in weights.arrays(program.params):
+        tensor = as_tensor(array).to(device).contiguous()  # rounding must not depend on how a checkpoint lays a weight out
         tensors[name] = tensor if dtype is None else tensor.to(dtype)
     return tensors
 

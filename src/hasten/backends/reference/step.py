@@ -28,11 +28,23 @@ class Cohort:
         return picked.reshape(len(self.sequences), self.length, *x.shape[1:])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adapter:
+    """A low-rank addition to one linear layer (Hu et al. 2021): y += up · (down · x) · scale. down [rank, in], up [out, rank]."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+
 class Step:
     """One play in progress. ``state`` is what came in; ``kept`` collects what goes out, where it is wanted."""
 
-    def __init__(self, program: Program, batch: Batch, weights: Mapping[str, Tensor], state: State | None, device: torch.device) -> None:
-        self.weights, self.state, self.device = weights, state, device
+    def __init__(
+        self, program: Program, batch: Batch, weights: Mapping[str, Tensor], state: State | None, adapters: Mapping[str, Adapter],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.weights, self.state, self.adapters, self.device = weights, state, adapters, device
         self.state_groups = {group.name: group for group in program.states}
         self.tokens = torch.as_tensor(batch.tokens, device=device).long()
         self.positions = torch.as_tensor(batch.positions, device=device).long()

@@ -1,0 +1,56 @@
+"""What linear ops name beside their weight: the adapter slot, how activations are fed, how the weight is stored."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from hasten.backends.reference import Adapter, play, weights_of
+from hasten.base.errors import UnsupportedError
+from hasten.checkpoint import load
+from hasten.program import Batch, LinearFormats, Precision, lower
+
+MODEL = load("code-8m")
+SLOT = "blocks.3.feed_forward.up"
+BATCH = Batch.of([np.random.default_rng(0).integers(0, MODEL.spec.vocab, 20).tolist()])
+DOUBLE = Precision("float64", "float64", "float64")
+
+
+def run(formats=None, weights=None, adapters=None):
+    program = lower(MODEL.spec, context=32, precision=DOUBLE, formats=formats)
+    base = weights_of(program, MODEL.weights, dtype=torch.float64)
+    return play(program, {**base, **(weights or {})}, BATCH, adapters=adapters)[0]["logits"]
+
+
+def test_an_adapter_is_the_same_as_adding_its_product_to_the_weight():
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(4, 256, generator=generator, dtype=torch.float64)
+    up = torch.randn(768, 4, generator=generator, dtype=torch.float64)
+    merged = weights_of(lower(MODEL.spec), MODEL.weights, dtype=torch.float64)[f"{SLOT}.weight"] + 0.5 * up @ down
+    by_slot = run(adapters={SLOT: Adapter(down, up, 0.5)})
+    assert torch.allclose(by_slot, run(weights={f"{SLOT}.weight": merged}), atol=1e-9)
+    assert not torch.allclose(by_slot, run(), atol=1e-3)
+
+
+def test_every_linear_layer_has_a_slot_of_its_own():
+    program = lower(MODEL.spec)
+    slots = [op.adapter for op in program.ops if type(op).__name__ == "Linear"]
+    assert len(slots) == len(set(slots)) == 7 * 8 + 1
+
+
+def test_int8_activations_change_the_product_a_little_and_only_where_named():
+    name = f"{SLOT}.weight"
+    plain, rounded = run(), run(LinearFormats(activations={name: "int8"}))
+    change = (plain - rounded).abs().max() / plain.abs().max()
+    assert 1e-6 < change < 0.05
+    program = lower(MODEL.spec, formats=LinearFormats(activations={name: "int8"}))
+    assert [op.weight for op in program.ops if getattr(op, "activation_format", "none") == "int8"] == [name]
+    assert f"{name}[768, 256], activation_format=int8" in program.text()
+
+
+@pytest.mark.parametrize("field", ["weights", "activations"])
+def test_a_format_the_backend_does_not_know_is_refused(field):
+    formats = dataclasses.replace(LinearFormats(), **{field: {f"{SLOT}.weight": "int5"}})
+    with pytest.raises(UnsupportedError, match="int5"):
+        run(formats)
