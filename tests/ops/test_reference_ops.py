@@ -100,9 +100,7 @@ def state_of(case: Case, tensors: Mapping[str, torch.Tensor]) -> State | None:
         return None
     if case.starts is None:
         return State(len(case.lengths))
-    entries = tuple(
-        tuple(tensors[f"s:{s}:{i}"] for i in range(len(kept_shapes(case.group, start)))) for s, start in enumerate(case.starts)
-    )
+    entries = tuple(tuple(tensors[f"s:{s}:{i}"] for i in range(len(kept_shapes(case.group, start)))) for s, start in enumerate(case.starts))
     return State(len(case.lengths), {REF: entries})
 
 
@@ -110,7 +108,7 @@ def run(case: Case, tensors: Mapping[str, torch.Tensor], dtype: str = "float64")
     """Every output, and everything kept ('after:sequence:index'), of one play."""
     given = {name: tensors[f"in:{name}"] for name in case.inputs}
     weights = {name: tensors[f"w:{name}"] for name in case.weights}
-    outputs, after = play(program_of(case, dtype), weights, case.batch, state_of(case, tensors), given)
+    outputs, after = play(program_of(case, dtype), weights, case.batch, state_of(case, tensors), given=given)
     kept = {f"after:{s}:{i}": t for s, entry in enumerate(after.entries.get(REF, ())) for i, t in enumerate(entry)}
     return {**outputs, **kept}
 
@@ -527,7 +525,8 @@ def test_in_chunks_equals_at_once(case, largest):
     program, batch = program_of(case), case.batch
     offsets, starts = batch.offsets.tolist(), [int(p) for p in batch.positions[batch.offsets[:-1]]]
     state = state_of(case, tensors)
-    at_once, after = play(program, weights, batch, state, {name: tensors[f"in:{name}"] for name in case.inputs})
+    given = {name: tensors[f"in:{name}"] for name in case.inputs}
+    at_once, after = play(program, weights, batch, state, given=given)
     is_map, longest = isinstance(case.op, ops.AttentionMap), int(batch.positions.max()) + 1
 
     def held(state, sequence):
@@ -550,7 +549,7 @@ def test_in_chunks_equals_at_once(case, largest):
         carried = states[active[0]]
         for s in active[1:]:
             carried = carried.joined(states[s])
-        outputs, left = play(program, weights, part, carried, {name: tensors[f"in:{name}"][rows] for name in case.inputs})
+        outputs, left = play(program, weights, part, carried, given={name: x[rows] for name, x in given.items()})
         if is_map:
             outputs = {"y": absolute(outputs["y"], case, part, [held(states[s], 0) + n for s, n in zip(active, sizes)], longest)}
         for name, made in outputs.items():

@@ -48,7 +48,8 @@ def attention(**fields):
 
 
 def moe(router=None, **fields):
-    return MixtureOfExperts(**{"experts": 4, "top_k": 2, "expert": GatedMLP(hidden=6, activation="silu"), "router": router or Router()} | fields)
+    expert = GatedMLP(hidden=6, activation="silu")
+    return MixtureOfExperts(**{"experts": 4, "top_k": 2, "expert": expert, "router": router or Router()} | fields)
 
 
 MIXERS = {
@@ -60,7 +61,9 @@ MIXERS = {
     "row-norms": attention(q_norm=LAYER, k_norm=LAYER, norm_span="row"),
     "relative": attention(kv_heads=4, position=RelativeSinusoid(clamp=5), visible=SegmentMemory(segment=4, memory=2)),
     "latent": LatentAttention(heads=2, q_rank=5, kv_rank=6, nope_dim=3, rope_dim=4, value_dim=3, scale=0.4, rotary=ROPE, norm=RMS),
-    "latent-full-q": LatentAttention(heads=2, q_rank=None, kv_rank=6, nope_dim=3, rope_dim=4, value_dim=3, scale=0.4, rotary=ROPE, norm=RMS),
+    "latent-full-q": LatentAttention(
+        heads=2, q_rank=None, kv_rank=6, nope_dim=3, rope_dim=4, value_dim=3, scale=0.4, rotary=ROPE, norm=RMS
+    ),
     "mamba": Mamba(inner=10, state=3, conv=4, dt_rank=2),
     "mamba2": Mamba2(heads=4, head_dim=3, state=2, groups=2, conv=3, norm=RMS, dt_min=0.001, dt_max=0.5),
     "delta": GatedDeltaNet(key_heads=2, value_heads=4, key_dim=3, value_dim=2, conv=3, norm=RMS),
@@ -72,7 +75,9 @@ FEED_FORWARDS = {
     "clamped": GatedMLP(hidden=10, activation=ClampedSwiglu(alpha=1.702, limit=7.0), bias=True),
     "moe": moe(),
     "moe-shared": moe(shared=GatedMLP(hidden=5, activation="gelu"), shared_gate=True),
-    "moe-groups": moe(Router(score="sigmoid", correction=True, groups=2, top_groups=1, scale=2.5, bias=True), shared=GatedMLP(hidden=5, activation="silu")),
+    "moe-groups": moe(
+        Router(score="sigmoid", correction=True, groups=2, top_groups=1, scale=2.5, bias=True), shared=GatedMLP(hidden=5, activation="silu")
+    ),
     "none": None,
 }
 
@@ -148,9 +153,7 @@ SCALINGS = (
         attention_factor=floats(),
     )
 )  # fmt: skip
-VISIBILITIES = (
-    structs(Causal) | structs(SlidingWindow, size=sizes()) | structs(SegmentMemory, segment=sizes(), memory=st.integers(0, 64))
-)
+VISIBILITIES = structs(Causal) | structs(SlidingWindow, size=sizes()) | structs(SegmentMemory, segment=sizes(), memory=st.integers(0, 64))
 
 
 @st.composite
@@ -166,18 +169,15 @@ def attentions(draw):
     kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(2, 16))
     heads = kv_heads * draw(st.integers(1, 3))
     position = draw(
-        maybe(
-            rotaries(head_dim)
-            | structs(Alibi, slopes=st.tuples(*[floats()] * heads))
-            | structs(RelativeSinusoid, clamp=maybe(sizes()))
-        )
+        maybe(rotaries(head_dim) | structs(Alibi, slopes=st.tuples(*[floats()] * heads)) | structs(RelativeSinusoid, clamp=maybe(sizes())))
     )
     relative = isinstance(position, RelativeSinusoid)
     heads = kv_heads if relative else heads
     return draw(
         structs(
-            Attention, heads=st.just(heads), kv_heads=st.just(kv_heads), head_dim=st.just(head_dim), value_dim=st.just(head_dim) if relative else sizes(),
-            scale=floats(), position=st.just(position), visible=VISIBILITIES, bias=st.booleans(), out_bias=st.booleans(), q_norm=maybe(NORMS),
+            Attention, heads=st.just(heads), kv_heads=st.just(kv_heads), head_dim=st.just(head_dim), scale=floats(),
+            value_dim=st.just(head_dim) if relative else sizes(), position=st.just(position),
+            visible=VISIBILITIES, bias=st.booleans(), out_bias=st.booleans(), q_norm=maybe(NORMS),
             k_norm=maybe(NORMS), norm_span=st.sampled_from(["head", "row"]), softcap=st.none() if relative else maybe(floats()),
             clip=maybe(floats()), sinks=st.just(False) if relative else st.booleans(), gate=st.booleans(),
         )
@@ -251,7 +251,8 @@ def specs(draw):
     )
     return draw(
         structs(
-            Spec, vocab=sizes(), width=sizes(32).map(lambda n: 2 * n), context=sizes(), embedding=embedding, blocks=st.just(blocks), norm=maybe(NORMS), head=HEADS,
-            exits=st.just(exits), residual=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
+            Spec, vocab=sizes(), width=sizes(32).map(lambda n: 2 * n), context=sizes(), embedding=embedding,
+            blocks=st.just(blocks), norm=maybe(NORMS), head=HEADS, exits=st.just(exits),
+            residual=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
         )
     )  # fmt: skip

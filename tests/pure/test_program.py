@@ -514,7 +514,7 @@ def test_rotary_scalings_at_their_ends():
     keep = (1000 * 0.01 / (2 * math.pi) - 1) / 2
     assert rotary_frequencies(Rotary(base=10000.0, dims=4, scaling=between), 8)[0][1] == pytest.approx(0.01 * (keep + (1 - keep) / 8))
     yarn = Yarn(factor=4.0, original_context=1000, attention_factor=1.1)
-    fast, slow = rotary_frequencies(Rotary(base=10000.0, dims=64, scaling=yarn), 8)[0][:: 31]
+    fast, slow = rotary_frequencies(Rotary(base=10000.0, dims=64, scaling=yarn), 8)[0][::31]
     assert (fast, slow) == (1.0, pytest.approx(10000 ** (-62 / 64) / 4))
     assert rotary_frequencies(Rotary(base=10000.0, dims=64, scaling=yarn), 8)[1] == 1.1
 

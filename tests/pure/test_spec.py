@@ -164,7 +164,10 @@ def test_checked_enforces_what_constructors_do_not():
         spec_of(block(feed_forward=wrong)).checked()
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=4), lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=4), inner)))
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=4)
+
+
+@given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=4), inner)))
 @settings(max_examples=60, deadline=None)
 def test_any_other_json_is_a_config_error(data):
     with pytest.raises(ConfigError):

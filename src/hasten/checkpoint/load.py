@@ -41,7 +41,7 @@ def load(model: str | Path) -> Model:
     if isinstance(model, str) and model.startswith(PREFIX):
         return random_model(model.removeprefix(PREFIX))
     directory = locate(str(model))
-    if Path(str(model)).expanduser().is_dir():
+    if directory == Path(model).expanduser():  # what the Hub client fetched has no code
         _refuse_code(directory)
     return load_directory(directory, str(model))
 
@@ -110,7 +110,10 @@ def _read_optional(path: Path) -> Mapping[str, Any]:
 
 def _read_config(directory: Path) -> Config:
     if not (directory / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in directory.iterdir())[:5]) or "nothing"
+        try:
+            found = ", ".join(sorted(one_line(entry.name, 60)[1:-1] for entry in directory.iterdir())[:5]) or "nothing"
+        except OSError as error:
+            raise CheckpointError(f"{directory}: {error.strerror or error}") from None
         raise CheckpointError(f"{directory} is not a model directory: it has no config.json (it holds {found})")
     return read_json(directory / "config.json")
 
@@ -124,7 +127,7 @@ def _read_sidecar(directory: Path) -> Sidecar:
     if not isinstance(version, int) or isinstance(version, bool):
         raise ConfigError(f"{path}: 'schema_version' is {one_line(version)}; a whole number is needed")
     if version > Sidecar().schema_version:
-        raise UnsupportedError(f"{path}: schema_version {version} is newer than this hasten reads (1); upgrade hasten to load it")
+        raise UnsupportedError(f"{path}: schema_version {one_line(version)} is newer than this hasten reads (1); upgrade hasten to load it")
     try:
         return msgspec.convert(data, Sidecar)
     except msgspec.ValidationError as error:
@@ -221,10 +224,11 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _bad_index(index, "it has no 'weight_map' object")
-    paths = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             _bad_index(index, f"{one_line(name)} is no file name of this directory")
+    paths = []
+    for name in dict.fromkeys(weight_map.values()):
         if not (directory / name).is_file():
             raise CheckpointError(f"{index}: shard {name} is missing; download it again")
         paths.append(directory / name)

@@ -23,10 +23,14 @@ def locate(model: str) -> Path:
     """The directory of ``model``: a directory, a bundled model's name, or a Hub id (downloaded unless it is in the cache).
 
     Raises CheckpointError or UnsupportedError in one line saying what was tried."""
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder nobody may enter, a ~user nobody knows
+        raise CheckpointError(f"no model {one_line(model)}: {getattr(error, 'strerror', None) or error}") from None
+    if model and is_directory:
         return path
-    if path.is_file():
+    if is_file:
         kind = "GGUF files cannot be read yet" if path.suffix == ".gguf" else "a single file is not a model"
         raise UnsupportedError(f"{model}: {kind}; give the directory that holds config.json and *.safetensors")
     if model in BUNDLED:

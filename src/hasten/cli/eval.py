@@ -32,7 +32,8 @@ def evaluate(
     corpus = held_out() if text is None else read_corpus(text)
     windows = cut_windows(loaded, corpus, window, limit)
     began, scores = time.perf_counter(), []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"scoring {windows.tokens:,} tokens", total=windows.tokens)
         for score in score_windows(loaded, windows, window=window, backend=backend):
             scores.append(score)

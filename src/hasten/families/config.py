@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.spec import BLOCK_LIMIT
 
 _T = TypeVar("_T")
 
-PARTS_LIMIT = 4096
-"""Most layers, or experts of a layer, that a config may ask for; ten times what any published model has."""
+PARTS_LIMIT = BLOCK_LIMIT
+"""Most layers, or experts of a layer, that a config may ask for."""
 
 # Keys that change no logit: training, generation defaults, bookkeeping. Everything else must be read by the family.
 NEUTRAL_KEYS = frozenset([

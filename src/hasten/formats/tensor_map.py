@@ -198,13 +198,13 @@ class Merge:
 
     def shapes(self, shapes: list[Shape]) -> list[Shape]:
         """The one shape."""
-        if len(set(shapes)) != 1:
-            raise ValueError(f"shared weights must have one shape, found {shapes}")
+        if len(shapes) != self.count or len(set(shapes)) != 1:
+            raise ValueError(f"{self.count} shared weights of one shape expected, found {shapes}")
         return shapes[:1]
 
     def apply(self, arrays: list[Array]) -> list[Array]:
         """The first, once the others were compared with it."""
-        if any(array is not arrays[0] and not np.array_equal(array, arrays[0]) for array in arrays):
+        if any(array is not arrays[0] and not np.array_equal(_bits(array), _bits(arrays[0])) for array in arrays):
             raise CheckpointError("weights that this layout shares between layers have become different; save with layout 'hasten' instead")
         return arrays[:1]
 
@@ -331,6 +331,11 @@ class _Lazy:
 
     def __call__(self) -> Array:
         return self._mapping.apply([weight.load() for weight in self._weights])[self._index]
+
+
+def _bits(array: Array) -> Array:
+    """The same memory as whole numbers, so that a NaN equals itself and -0 is not 0."""
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def _names(names: tuple[str, ...]) -> str:

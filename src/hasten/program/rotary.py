@@ -3,14 +3,24 @@
 import functools
 import math
 
+from hasten.base.errors import ConfigError, one_line
 from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Yarn
 
 
 @functools.lru_cache(maxsize=16)  # every layer of a model asks for the same few
 def rotary_frequencies(rotary: Rotary, context: int) -> tuple[tuple[float, ...], float]:
     """Angles per position (radians, dims/2 of them) and the factor on cosines and sines, for sequences of up to ``context`` tokens."""
-    half = rotary.dims // 2
-    frequencies = tuple(rotary.base ** (-2.0 * i / rotary.dims) for i in range(half))
+    try:
+        frequencies, magnitude = _scaled(rotary, context)
+        if all(math.isfinite(frequency) for frequency in frequencies):
+            return frequencies, magnitude
+    except ArithmeticError:
+        pass
+    raise ConfigError(f"rotary base {rotary.base} and {one_line(rotary.scaling)} give frequencies that no float can hold")
+
+
+def _scaled(rotary: Rotary, context: int) -> tuple[tuple[float, ...], float]:
+    frequencies = tuple(rotary.base ** (-2.0 * i / rotary.dims) for i in range(rotary.dims // 2))
     match rotary.scaling:
         case None:
             return frequencies, 1.0

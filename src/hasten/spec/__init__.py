@@ -1,6 +1,7 @@
 """Spec: what a decoder is, as frozen data."""
 
 from hasten.spec.spec import (
+    BLOCK_LIMIT,
     MLP,
     Activation,
     Alibi,
@@ -47,7 +48,7 @@ from hasten.spec.spec import (
 )
 
 __all__ = [
-    "Activation", "Alibi", "Attention", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding", "Exit",
+    "BLOCK_LIMIT", "Activation", "Alibi", "Attention", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding", "Exit",
     "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions", "LinearScaling",
     "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel", "Part", "PostNorm",
     "PreNorm", "RMSNorm", "RelativeSinusoid", "Rotary", "Router", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow", "Spec",

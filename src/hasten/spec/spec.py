@@ -13,6 +13,9 @@ from hasten.base.errors import ConfigError, UnsupportedError, one_line
 
 SCHEMA_VERSION = 1
 
+BLOCK_LIMIT = 4096
+"""Most blocks of a Spec; ten times what any published model has."""
+
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -437,7 +440,7 @@ class Spec(Part, frozen=True, kw_only=True):
     width: Size
     context: Size
     embedding: Embedding
-    blocks: tuple[Block, ...]
+    blocks: Annotated[tuple[Block, ...], msgspec.Meta(max_length=BLOCK_LIMIT)]
     norm: Norm | None
     head: Head
     exits: tuple[Exit, ...] = ()
@@ -471,7 +474,7 @@ class Spec(Part, frozen=True, kw_only=True):
         """Build from parsed JSON, checking every field's type and range."""
         if isinstance(data, dict) and isinstance(data.get("schema_version"), int) and data["schema_version"] > SCHEMA_VERSION:
             raise UnsupportedError(
-                f"schema_version {data['schema_version']} is newer than this hasten reads ({SCHEMA_VERSION}); upgrade hasten to load it"
+                f"schema_version {one_line(data['schema_version'])} is newer than this hasten reads ({SCHEMA_VERSION}); upgrade hasten to load it"
             )
         try:
             return msgspec.convert(data, cls)
