@@ -290,7 +290,7 @@ CHECKPOINTS = {
     "number of 5000 digits": (number("hidden_size", HUGE), ["config.json"]),
     "number of 4000 digits": (number("hidden_size", LONG), ["hidden_size", "bits"]),
     "float of 4000 digits": (number("rms_norm_eps", LONG), ["rms_norm_eps", "bits"]),
-    "rope base tiny": (config(rope_theta=5e-324), ["base 5e-324", "no float"]),
+    "rope base tiny": (config(rope_theta=5e-324, head_dim=1024), ["base 5e-324", "no float"]),
     "rope factor of 4000 digits": (number("rope_scaling", f'{{"rope_type": "linear", "factor": {LONG}}}'), ["factor", "bits"]),
     "rotary share huge": (config(partial_rotary_factor=1e308), ["partial_rotary_factor"]),
     "model_type missing": (config(model_type=...), ["model_type", "llama"]),
@@ -427,7 +427,7 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch, capsys):
         "loop": ["loop", "not a directory", "code-8m"],
         "dangling": ["dangling", "not a directory"],
         "nowhere": ["nowhere", "not a directory", "random:SHAPE"],
-        "a" * 5000: ["aaa", "not a directory"],
+        "a" * 5000: ["aaa", "too long"],
         "notes.txt/model": ["notes.txt/model", "not a directory"],
     }.items():
         assert_refused(main(monkeypatch, capsys, "inspect", tmp_path / name), *fragments)

@@ -143,7 +143,13 @@ def _family(config: Config) -> Family:
         )
     if model_type is None:
         raise ConfigError(f"config.json: 'model_type' is missing; it names the family, one of {', '.join(model_types())}")
-    return find_family(model_type)
+    family = find_family(model_type)
+    if quantization := config.get("quantization_config"):
+        raise UnsupportedError(
+            f"config.json: 'quantization_config' is {one_line(quantization)}; quantized checkpoints cannot be read yet, take the model they "
+            f"were made from"
+        )
+    return family
 
 
 def _refuse_code(directory: Path) -> None:

@@ -95,10 +95,11 @@ def _kind(part: object) -> str:
 
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(f"[bold]{facts['model']}[/]  {facts['family']}, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes ({', '.join(facts['formats'])})")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{escape(facts['model'])}[/]  {facts['family']}, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes ({', '.join(facts['formats'])})")
     console.print(f"vocabulary {facts['vocabulary']:,}, width {facts['width']:,}, context {facts['context']:,}, tokenizer {'yes' if facts['tokenizer'] else 'no'}")
     for block in facts["blocks"]:
         console.print(f"{block['count']} × {block['mixer']} + {block['feed_forward']}, {block['wiring'].split('(')[0]}", markup=False)

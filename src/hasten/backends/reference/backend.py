@@ -16,17 +16,18 @@ from hasten.program import Batch, Precision, Program, lower
 
 
 class ReferenceBackend:
-    """Plays Programs on ``device`` with the values' dtypes that ``precision`` names (float32 throughout unless given)."""
+    """Plays Programs on ``device``, in float32 with the Spec's residual dtype unless ``precision`` says otherwise."""
 
     name = "reference"
 
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
-        self.device, self.precision = device, precision or Precision()
+        self.device, self.precision = device, precision
 
     def session(self, model: Model, context: int | None = None) -> "ReferenceSession":
         """Weights made ready once, for steps of sequences of up to ``context`` tokens."""
-        program = lower(model.spec, context=context, precision=self.precision)
-        return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[self.precision.compute]))
+        precision = self.precision or Precision(residual=model.spec.residual)
+        program = lower(model.spec, context=context, precision=precision)
+        return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[precision.compute]))
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""

@@ -1,0 +1,30 @@
+"""What must work, and what must be said, where torch is not installed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+BLOCKED = "import sys; sys.modules['torch'] = None; from hasten.cli import main; main()"
+
+
+def hasten(*arguments):
+    return subprocess.run([sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "code-8m", "--json"), ("doctor", "--no-measure", "--json")])
+def test_works(arguments):
+    result = hasten(*arguments)
+    assert result.returncode == 0, result.stderr
+    json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("arguments", [("generate", "code-8m", "-p", "x"), ("eval", "code-8m", "--limit", "10")])
+def test_names_the_extra_to_install(arguments):
+    result = hasten(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "hasten[torch]" in line
+    assert "reference" in line
