@@ -6,12 +6,23 @@ NATIVE := $(shell find native -type f)
 # torch comes first and from the constraints file: any looser requirement may pull gigabytes of CUDA.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+define DEMO
+class Point:
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+
+    def __repr__(self):
+        return
+endef
+export DEMO
+
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
-	@echo
-	@$(BIN)/hasten generate code-8m --max-tokens 96 --prompt "$$(printf 'import json\nfrom pathlib import Path\n\n\ndef read_config(path):\n    ')"
+	@echo && echo "code-8m goes on where this class stops:" && echo
+	@$(BIN)/hasten generate code-8m --echo --max-tokens 64 --prompt "$$DEMO"
 
 test: $(VENV)/.tested
 	@$(BIN)/python -m pytest --numprocesses 2 --durations 10

@@ -247,7 +247,10 @@ def specs(draw):
         one = structs(Exit, after=st.integers(0, len(blocks) - 2), norm=NORMS, head=HEADS)
         exits = tuple(draw(st.lists(one, max_size=2)))
     embedding = structs(
-        Embedding, scale=floats(), positions=maybe(structs(LearnedPositions, count=sizes(), offset=st.integers(0, 4))), norm=maybe(NORMS)
+        Embedding,
+        scale=floats(),
+        positions=maybe(structs(LearnedPositions, count=st.integers(5, 64), offset=st.integers(0, 4))),
+        norm=maybe(NORMS),
     )
     return draw(
         structs(

@@ -582,7 +582,10 @@ def test_any_value_under_any_key(family):
 
 @pytest.mark.parametrize(
     "value",
-    [10**5000, -(10**5000), [10**5000], list(range(10**6)), "x" * 10**6, b"x" * 10**6, {"a": {"b": "c" * 10**6}}, ((1,),) * 10**5, "a\nb\r\x1b"],
+    [
+        10**5000, -(10**5000), [10**5000], list(range(10**6)), "x" * 10**6, b"x" * 10**6, {"a": {"b": "c" * 10**6}}, ((1,),) * 10**5,
+        "a\nb\r\x1b",
+    ],
     ids=range(9),
 )
 def test_one_line_is_short_whatever_the_value(value):

@@ -9,7 +9,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hasten.base.errors import ConfigError, UnsupportedError
-from hasten.spec import MLP, Alibi, Exit, Head, LongRope, Mamba2, MixtureOfExperts, RelativeSinusoid, RMSNorm, Rotary, Router, Spec
+from hasten.spec import (
+    MLP,
+    Alibi,
+    Exit,
+    Head,
+    LearnedPositions,
+    LongRope,
+    Mamba2,
+    MixtureOfExperts,
+    RelativeSinusoid,
+    RMSNorm,
+    Rotary,
+    Router,
+    Spec,
+)
 from tests.pure.specs import FEED_FORWARDS, MIXERS, RMS, ROPE, SPECS, attention, block, moe, spec_of, specs
 
 LONG = LongRope(short_factor=(1.0,), long_factor=(2.0,), original_context=4, attention_factor=1.0)
@@ -139,6 +153,7 @@ def missing_field():
         (lambda: attention(position=RelativeSinusoid(), kv_heads=4, softcap=1.0), "softcap"),
         (lambda: spec_of(block("relative"), width=9), "width 9 is odd"),
         (lambda: msgspec.structs.replace(MIXERS["latent"], rope_dim=2), "rotary dims 4 exceed the 2"),
+        (lambda: LearnedPositions(count=2, offset=2), "a table of 2 positions has none left"),
         (lambda: Rotary(base=1e4, dims=5), "even"),
         (lambda: Rotary(base=1e4, dims=4, scaling=LONG), "1 LongRope factors for 2"),
         (lambda: LongRope(short_factor=(1.0,), long_factor=(), original_context=4, attention_factor=1.0), "1 short and 0 long"),

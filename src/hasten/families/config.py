@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
-from hasten.spec import BLOCK_LIMIT
+from hasten.spec import BLOCK_LIMIT, SIZE_LIMIT
 
 _T = TypeVar("_T")
 
@@ -97,7 +97,7 @@ class ConfigReader:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
-        return self._whole(key, default, 1)
+        return self._whole(key, default, 1, SIZE_LIMIT)
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 0."""
@@ -113,7 +113,7 @@ class ConfigReader:
 
     def optional_size(self, key: str) -> int | None:
         """A whole number of at least 1, or None where the key is absent or null."""
-        return self._whole(key, None, 1) if self._peek(key) is not None else None
+        return self._whole(key, None, 1, SIZE_LIMIT) if self._peek(key) is not None else None
 
     def size_under(self, *keys: str) -> int:
         """A whole number of at least 1 that checkpoints have called by several names; where several are given they must agree."""

@@ -35,7 +35,10 @@ def read_rotary(
         raise UnsupportedError(f"config.json: 'partial_rotary_factor' is {share}, but this family rotates whole heads; remove the key")
     dims = int(head_dim * min(share, 2.0))  # above 1 is wrong whatever it is, and 1e308 is no int
     if dims % 2 or not 0 < dims <= min(head_dim, DIMS_LIMIT):
-        raise ConfigError(f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number up to all, and to {DIMS_LIMIT}, is needed")
+        raise ConfigError(
+            f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number from 2 to {min(head_dim, DIMS_LIMIT)} "
+            f"is needed"
+        )
     if isinstance(scaling, LongRope) and len(scaling.short_factor) != dims // 2:
         raise ConfigError(f"config.json: longrope has {len(scaling.short_factor)} factors; {dims // 2} are needed, one a rotated pair")
     return Rotary(base=base, dims=dims, interleaved=interleaved, scaling=scaling)

@@ -16,7 +16,10 @@ SCHEMA_VERSION = 1
 BLOCK_LIMIT = 4096
 """Most blocks of a Spec; ten times what any published model has."""
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+SIZE_LIMIT = 1 << 24
+"""Largest width, vocabulary, context, and so on."""
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=SIZE_LIMIT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Eps = Annotated[float, msgspec.Meta(ge=0)]
@@ -150,6 +153,10 @@ class LearnedPositions(Part, frozen=True):
 
     count: Size
     offset: Count = 0
+
+    def _check(self) -> None:
+        if self.offset >= self.count:
+            raise ConfigError(f"a table of {self.count} positions has none left behind an offset of {self.offset}")
 
 
 # --- what a query may see (itself always included)
@@ -474,7 +481,8 @@ class Spec(Part, frozen=True, kw_only=True):
         """Build from parsed JSON, checking every field's type and range."""
         if isinstance(data, dict) and isinstance(data.get("schema_version"), int) and data["schema_version"] > SCHEMA_VERSION:
             raise UnsupportedError(
-                f"schema_version {one_line(data['schema_version'])} is newer than this hasten reads ({SCHEMA_VERSION}); upgrade hasten to load it"
+                f"schema_version {one_line(data['schema_version'])} is newer than this hasten reads ({SCHEMA_VERSION}); "
+                f"upgrade hasten to load it"
             )
         try:
             return msgspec.convert(data, cls)
