@@ -22,7 +22,7 @@ export DEMO
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
 	@echo && echo "code-8m goes on where this class stops:" && echo
-	@$(BIN)/hasten generate code-8m --echo --max-tokens 64 --prompt "$$DEMO"
+	@$(BIN)/hasten generate code-8m --echo --max-tokens 41 --repetition-penalty 1.1 --prompt "$$DEMO"
 
 test: $(VENV)/.tested
 	@$(BIN)/python -m pytest --numprocesses 2 --durations 10

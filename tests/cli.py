@@ -1,6 +1,5 @@
 """The command line under test: as a process of its own, measured, or inside this one, quick."""
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -8,9 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import hasten.cli
 
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/"), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -23,33 +25,59 @@ class Outcome:
     peak_bytes: int = 0
 
 
+# As `python -m hasten.cli`, with the peak memory written to a pipe.
+_MEASURED = """
+import os, sys
+from hasten.cli import main
+from tests.cli import peak_bytes
+sys.argv[0] = "hasten"
+try:
+    main()
+finally:
+    os.write(int(os.environ["HASTEN_TEST_PEAK"]), str(peak_bytes()).encode())
+"""
+
+
 def run(
-    *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None, options: Sequence[str] = (), timeout: float = 120.0
+    *arguments: object, stdin: str = "", env: Mapping[str, str] | None = None, options: Sequence[str] = (), measured: bool = False
 ) -> Outcome:
-    """``hasten ARGUMENTS`` as a process, with its peak memory. ``options`` go to the interpreter."""
-    process = start(*arguments, env=env, options=options)
+    """``hasten ARGUMENTS`` as a process, killed after two minutes. ``options`` go to the interpreter."""
     began = time.monotonic()
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(stdin.encode())
-        process.stdin.close()
-    out, err = io.BytesIO(), io.BytesIO()
-    # What the commands of these tests print fits the pipes' buffers or is read to its end here; stderr is a line.
-    out.write(process.stdout.read())
-    err.write(process.stderr.read())
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.monotonic() - began
-    assert seconds < timeout, f"{arguments} took {seconds:.0f} s"
-    process.stdout.close()
-    process.stderr.close()
-    return Outcome(process.returncode, out.getvalue().decode(), err.getvalue().decode(), seconds, usage.ru_maxrss * 1024)
+    if not measured:
+        done = subprocess.run([*_command(options), *map(str, arguments)], env={**ENVIRONMENT, **(env or {})}, **_capture(stdin))
+        return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode(), time.monotonic() - began)
+    reader, writer = os.pipe()
+    try:
+        extra = {"HASTEN_TEST_PEAK": str(writer), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *options, "-c", _MEASURED, *map(str, arguments)]
+        done = subprocess.run(command, env={**ENVIRONMENT, **(env or {}), **extra}, pass_fds=[writer], **_capture(stdin))
+        seconds = time.monotonic() - began
+        os.close(writer)
+        with open(reader, closefd=False) as pipe:
+            peak = int(pipe.read() or 0)
+    finally:
+        os.close(reader)
+    return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode(), seconds, peak)
 
 
-def start(*arguments: object, env: Mapping[str, str] | None = None, options: Sequence[str] = ()) -> subprocess.Popen:
+def start(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen:
     """``hasten ARGUMENTS`` as a running process with pipes."""
-    command = [sys.executable, *options, "-m", "hasten.cli", *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={**ENVIRONMENT, **(env or {})})
+    return subprocess.Popen([*_command(), *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, env={**ENVIRONMENT, **(env or {})})
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process. Not from getrusage, which counts what the process was before exec: the tests' own."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _command(options: Sequence[str] = ()) -> list[str]:
+    return [sys.executable, *options, "-m", "hasten.cli"]
+
+
+def _capture(stdin: str) -> dict[str, Any]:
+    return {"input": stdin.encode(), "capture_output": True, "timeout": 120, "check": False}
 
 
 def main(monkeypatch, capsys, *arguments: object, stdin: str = "") -> Outcome:

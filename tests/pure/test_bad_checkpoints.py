@@ -49,7 +49,7 @@ def good(tmp_path_factory):
 @pytest.fixture(scope="session")
 def usual_peak(good):
     """Peak memory of a command that goes well."""
-    outcome = run("inspect", good)
+    outcome = run("inspect", good, measured=True)
     assert outcome.code == 0, outcome.err
     return outcome.peak_bytes
 
@@ -391,8 +391,9 @@ def test_bad_checkpoint(case, copy, monkeypatch, capsys):
 def test_dangerous_checkpoint(case, copy, usual_peak):
     mutate, fragments = DANGERS[case]
     mutate(copy)
-    outcome = run("inspect", copy)
+    outcome = run("inspect", copy, measured=True)
     assert_refused(outcome, *fragments)
+    assert outcome.peak_bytes > 0
     assert outcome.seconds < SECONDS
     assert outcome.peak_bytes < usual_peak + HEADROOM
     assert not (copy / "canary").exists()
