@@ -216,10 +216,11 @@ def mixtures(draw):
         Router, score=st.sampled_from(["softmax", "sigmoid"]), normalize=st.booleans(), scale=floats(), bias=st.booleans(),
         correction=st.booleans(), groups=st.just(groups), top_groups=st.just(top_groups),
     )  # fmt: skip
+    shared = draw(maybe(GATED))
     return draw(
         structs(
             MixtureOfExperts, experts=st.just(groups * size), top_k=st.integers(1, top_groups * size), expert=GATED, router=router,
-            shared=maybe(GATED), shared_gate=st.booleans(),
+            shared=st.just(shared), shared_gate=st.just(False) if shared is None else st.booleans(),
         )
     )  # fmt: skip
 

@@ -138,8 +138,9 @@ def shard(directory, name, keep):
 
 def shards(second=lambda name: name == NORM, first=lambda name: name != NORM, index=True, remove=None):
     def mutate(directory):
-        weight_map = {name: "model-00001-of-00002.safetensors" for name in shard(directory, "model-00001-of-00002.safetensors", first)}
-        weight_map |= {name: "model-00002-of-00002.safetensors" for name in shard(directory, "model-00002-of-00002.safetensors", second)}
+        weight_map = {}
+        for name, keep in (("model-00001-of-00002.safetensors", first), ("model-00002-of-00002.safetensors", second)):
+            weight_map |= dict.fromkeys(shard(directory, name, keep), name)
         (directory / WEIGHTS).unlink()
         if index:
             (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
@@ -567,15 +568,21 @@ def test_any_value_under_any_key(family):
     for example in family.examples:
         for key in {*example, "rope_theta", "rope_scaling"}:
             for value in VALUES:
-                changed = {**example, key: value}
-                try:
-                    spec = family.spec(changed)
-                    family.tensors(spec, changed)
-                    if len(spec.blocks) < 100:
-                        lower(spec)
-                except UserError as error:
-                    assert "\n" not in str(error)
-                    assert len(str(error)) < 1000
+                line = refusal(family, {**example, key: value})
+                assert "\n" not in line
+                assert len(line) < 1000
+
+
+def refusal(family, config):
+    """What hasten says of a config, nothing where it takes it. Any error but a UserError escapes."""
+    try:
+        spec = family.spec(config)
+        family.tensors(spec, config)
+        if len(spec.blocks) < 100:
+            lower(spec)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # --- the line itself
@@ -584,7 +591,14 @@ def test_any_value_under_any_key(family):
 @pytest.mark.parametrize(
     "value",
     [
-        10**5000, -(10**5000), [10**5000], list(range(10**6)), "x" * 10**6, b"x" * 10**6, {"a": {"b": "c" * 10**6}}, ((1,),) * 10**5,
+        10**5000,
+        -(10**5000),
+        [10**5000],
+        list(range(10**6)),
+        "x" * 10**6,
+        b"x" * 10**6,
+        {"a": {"b": "c" * 10**6}},
+        ((1,),) * 10**5,
         "a\nb\r\x1b",
     ],
     ids=range(9),

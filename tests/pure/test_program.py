@@ -279,6 +279,10 @@ def test_attention_maps_times_values_are_what_attend_gives(name):
 # --- cuts
 
 
+def placeless(op):
+    return op.with_state(lambda _: StateRef("", 0))
+
+
 @EVERY
 @pytest.mark.parametrize("tied", [False, True])
 def test_parts_of_a_cut_make_the_whole(name, tied):
@@ -286,19 +290,21 @@ def test_parts_of_a_cut_make_the_whole(name, tied):
     program = lower(msgspec.structs.replace(spec, head=msgspec.structs.replace(spec.head, tied=tied)))
     weights = random_weights(program)
     whole, _ = play(program, weights, BATCH)
-    refs = {ref for op in program.ops for ref in op.state_refs}
     for layer in program.layers[:-1]:
         first, second = program.cut(layer.label)
         check(first)
         check(second)
-        assert first.ops + second.ops == program.ops
+        assert [*map(placeless, first.ops), *map(placeless, second.ops)] == [*map(placeless, program.ops)]
         assert first.layers[-1].label == layer.label
         tied_later = any("embedding.weight" in op.params for op in second.ops)
         assert set(first.params) & set(second.params) == ({"embedding.weight"} if tied_later else set())
         assert set(first.params) | set(second.params) == set(program.params)
-        parts = [{ref for op in part.ops for ref in op.state_refs} for part in (first, second)]
-        assert not parts[0] & parts[1]
-        assert parts[0] | parts[1] == refs
+        for part in (first, second):  # each part holds its own state: slots counted from 0, bytes for its own layers only
+            used = {ref for op in part.ops for ref in op.state_refs}
+            assert used == {StateRef(group.name, slot) for group in part.states for slot in range(group.layers)}
+        for measure in ("bytes_per_token", "bytes_per_sequence"):
+            total = sum(getattr(group, measure)() for group in program.states)
+            assert total == sum(getattr(group, measure)() for part in (first, second) for group in part.states)
         assert set(first.outputs) >= set(second.inputs)
         assert set(first.outputs) - set(second.inputs) | set(second.outputs) == set(program.outputs)
         middle, _ = play(first, weights, BATCH)

@@ -146,8 +146,8 @@ def _family(config: Config) -> Family:
     family = find_family(model_type)
     if quantization := config.get("quantization_config"):
         raise UnsupportedError(
-            f"config.json: 'quantization_config' is {one_line(quantization)}; quantized checkpoints cannot be read yet, take the model they "
-            f"were made from"
+            f"config.json: 'quantization_config' is {one_line(quantization)}; quantized checkpoints cannot be read yet, take the model "
+            f"they were made from"
         )
     return family
 

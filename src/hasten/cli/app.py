@@ -1,5 +1,7 @@
 """The `hasten` command: its subcommands, and what happens when one fails."""
 
+import errno
+import io
 import os
 import sys
 from typing import Annotated
@@ -41,7 +43,9 @@ def root(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Run the command line; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130, a reader that went away 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what its encoding cannot say is no reason to fail
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -50,7 +54,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader went away; point stdout elsewhere so that the interpreter's last flush does not complain.
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # Point stdout elsewhere so that the interpreter's last flush does not complain too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        print(f"hasten: the output cannot be written: {error.strerror}; make room", file=sys.stderr)
+        sys.exit(2)

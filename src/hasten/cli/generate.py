@@ -73,9 +73,8 @@ def generate(
 
 
 def write(text: str) -> None:
-    """Text to standard output at once; what its encoding cannot say is replaced rather than fatal."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    """Text to standard output at once."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -89,6 +89,11 @@ class Op:
                 changes[name] = tuple(map(rename, value)) if isinstance(value, tuple) else rename(value)
         return dataclasses.replace(self, **changes)
 
+    def with_state(self, place: Callable[[StateRef], StateRef]) -> "Op":
+        """The same op with every state reference passed through ``place``."""
+        changes: dict[str, Any] = {name: place(getattr(self, name)) for name, role in self.roles.items() if role == "state"}
+        return dataclasses.replace(self, **changes) if changes else self
+
     def _names(self, role: str) -> Iterator[str]:
         for name, its_role in self.roles.items():
             value = getattr(self, name)
@@ -245,7 +250,7 @@ class ExpertLinear(Op):
 
 @_op(_REDUCTION)
 class Route(Op):
-    """Choose experts from router logits [T, E]: experts[T, A] int32 in falling score, ties to the lower index; weights[T, A].
+    """Choose experts from router logits [T, E]: experts[T, A] int32, falling in score (corrected), ties to the lower index; weights[T, A].
 
     See hasten.spec.Router for the attributes. ``correction`` [E] is added to the scores for choosing only."""
 

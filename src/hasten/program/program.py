@@ -262,15 +262,19 @@ class Program:
         return dataclasses.replace(self, ops=tuple(ops), layers=tuple(layers), outputs=outputs)._trimmed()
 
     def _trimmed(self) -> "Program":
-        """Without the values, weights and state groups that no op names."""
+        """Without the values, weights and state that no op names; the state that stays is numbered anew, densely."""
         names = {name for op in self.ops for name in (*op.inputs, *op.outputs)} | set(self.inputs)
         params = {Param(name) for op in self.ops for name in op.params}
-        groups = {ref.group for op in self.ops for ref in op.state_refs}
+        slots: dict[str, dict[StateRef, StateRef]] = {}
+        for ref in (ref for op in self.ops for ref in op.state_refs):
+            known = slots.setdefault(ref.group, {})
+            known.setdefault(ref, StateRef(ref.group, len(known)))
         return dataclasses.replace(
             self,
+            ops=tuple(op.with_state(lambda ref: slots[ref.group][ref]) for op in self.ops),
             values={name: value for name, value in self.values.items() if name in names},
             params={name: shape for name, shape in self.params.items() if name in params},
-            states=tuple(group for group in self.states if group.name in groups),
+            states=tuple(dataclasses.replace(group, layers=len(slots[group.name])) for group in self.states if group.name in slots),
         )
 
 

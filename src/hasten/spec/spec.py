@@ -343,6 +343,8 @@ class MixtureOfExperts(Part, frozen=True):
     shared_gate: bool = False
 
     def _check(self) -> None:
+        if self.shared_gate and self.shared is None:
+            raise ConfigError("shared_gate weighs the shared feed-forward, but there is none")
         if self.top_k > self.experts:
             raise ConfigError(f"{self.top_k} experts per token, but the layer has only {self.experts}")
         if self.experts % self.router.groups:

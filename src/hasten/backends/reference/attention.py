@@ -68,7 +68,8 @@ def attend(op: Attend, step: Step, q: Tensor) -> Tensor:
 
 def _attend(op: Attend, step: Step, cohort: Cohort, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, Q, H, d], k, v [B, C, K, d] → [B, Q, H, dv]."""
-    if op.softcap is not None or op.sinks is not None:
+    narrow_bias = op.slopes is not None and q.dtype.itemsize < 4  # the fused op wants the bias in q's dtype
+    if op.softcap is not None or op.sinks is not None or narrow_bias:
         weights = _probabilities(op, step, cohort, q, k)
         shared = v.repeat_interleave(op.heads // op.kv_heads, dim=2)
         return torch.einsum("bhqc,bchd->bqhd", weights, shared.to(weights.dtype)).to(q.dtype)
