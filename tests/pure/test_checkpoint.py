@@ -241,6 +241,26 @@ def test_a_failing_save_leaves_nothing_and_the_old_intact(error, tmp_path):
     assert_same(load(tmp_path / "old"), tiny())
 
 
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_directory_that_cannot_be_put_in_place_leaves_the_old(call, tmp_path, monkeypatch):
+    save(tiny(), tmp_path / "model")
+    replace, calls = os.replace, []
+
+    def fails_once(source, target):
+        if "model" in {os.path.basename(source), os.path.basename(target)}:  # the directory itself, not its files
+            calls.append(target)
+            if len(calls) == call + 1:
+                raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(PermissionError):
+        save(tiny(seed=1), tmp_path / "model", overwrite=True)
+    assert len(calls) == 1 + 2 * call  # and back
+    assert listing(tmp_path) == ["model"]
+    assert_same(load(tmp_path / "model"), tiny())
+
+
 def test_a_wrong_promise_is_refused(tmp_path):
     model = tiny()
     weights = dict(model.weights)

@@ -41,9 +41,12 @@ def load(model: str | Path) -> Model:
     if isinstance(model, str) and model.startswith(PREFIX):
         return random_model(model.removeprefix(PREFIX))
     directory = locate(str(model))
-    if directory == Path(model).expanduser():  # what the Hub client fetched has no code
-        _refuse_code(directory)
-    return load_directory(directory, str(model))
+    try:
+        if directory == Path(model).expanduser():  # what the Hub client fetched has no code
+            _refuse_code(directory)
+        return load_directory(directory, str(model))
+    except OSError as error:  # a folder nobody may enter, a disk that fails
+        raise CheckpointError(f"{error.filename or directory}: {error.strerror or error}") from None
 
 
 def load_directory(directory: Path, name: str) -> Model:
@@ -110,10 +113,7 @@ def _read_optional(path: Path) -> Mapping[str, Any]:
 
 def _read_config(directory: Path) -> Config:
     if not (directory / "config.json").is_file():
-        try:
-            found = ", ".join(sorted(one_line(entry.name, 60)[1:-1] for entry in directory.iterdir())[:5]) or "nothing"
-        except OSError as error:
-            raise CheckpointError(f"{directory}: {error.strerror or error}") from None
+        found = ", ".join(sorted(one_line(entry.name, 60)[1:-1] for entry in directory.iterdir())[:5]) or "nothing"
         raise CheckpointError(f"{directory} is not a model directory: it has no config.json (it holds {found})")
     return read_json(directory / "config.json")
 

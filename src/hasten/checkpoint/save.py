@@ -68,11 +68,17 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace(staging: Path, directory: Path) -> None:
-    """Put the finished directory in place; what was there goes only once its successor stands."""
+    """Put the finished directory in place; what was there goes only once its successor stands, and comes back where it cannot."""
     if not directory.exists():
         os.replace(staging, directory)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.replace(directory, old / "it")
-    os.replace(staging, directory)
-    shutil.rmtree(old)
+    try:
+        os.replace(directory, old / "it")
+        try:
+            os.replace(staging, directory)
+        except BaseException:
+            os.replace(old / "it", directory)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

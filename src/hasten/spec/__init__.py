@@ -51,7 +51,7 @@ from hasten.spec.spec import (
 __all__ = [
     "BLOCK_LIMIT", "SIZE_LIMIT", "Activation", "Alibi", "Attention", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype",
     "Embedding", "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
-    "LinearScaling", "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel", "Part", "PostNorm",
-    "PreNorm", "RMSNorm", "RelativeSinusoid", "Rotary", "Router", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow", "Spec",
-    "Visibility", "Wiring", "Yarn", "parse_json",
+    "LinearScaling", "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel", "Part",
+    "PostNorm", "PreNorm", "RMSNorm", "RelativeSinusoid", "Rotary", "Router", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow",
+    "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
 ]  # fmt: skip
