@@ -166,8 +166,7 @@ HOSTILE = {
     "{% if n.d < 300 %}{{ loop(range(99999)) }}{% endif %}{% endfor %}",
     "macro recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "macro tree": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "caller recursion":
-    "{% macro f() %}{{ caller() }}{% call f() %}{{ caller() }}{% endcall %}{% endmacro %}{% call f() %}{% endcall %}",
+    "caller recursion": "{% macro f() %}{{ caller() }}{% call f() %}{{ caller() }}{% endcall %}{% endmacro %}{% call f() %}{% endcall %}",
     "multiply": "{{ 'x' * 10**10 }}",
     "multiply twice": "{{ ('x' * 10**4) * 10**6 }}",
     "multiply a list": "{{ [0] * 10**10 }}",

@@ -137,7 +137,7 @@ DAMAGED = {
     "header not UTF-8": (file_of(b'{"a\xff": 1}'), "damaged header"),
     "header not JSON": (file_of(b'{"a": }'), "damaged header"),
     "header ends early": (file_of(b'{"a": {"dtype": "F32"'), "damaged header"),
-    "text after the object": (file_of(b'{} {}'), "damaged header"),
+    "text after the object": (file_of(b"{} {}"), "damaged header"),
     "not an object": (file_of(b"[1, 2]"), "begins with b'['"),
     "leading space": (file_of(b" {}"), "begins with b' '"),
     "empty header": (file_of(b""), "begins with b''"),

@@ -196,11 +196,7 @@ def _sources(directory: Path, tensor_map: TensorMap, family: Family | None, spec
 def _refuse_extra(found: Iterable[str], expected: set[str], ignored: tuple[str, ...], family: Family | None) -> None:
     prefix = "" if family is None else family.base_prefix
     patterns = [re.compile(pattern) for pattern in ignored]
-    extra = [
-        name
-        for name in found
-        if name not in expected and not any(p.fullmatch(name) or p.fullmatch(prefix + name) for p in patterns)
-    ]
+    extra = [name for name in found if name not in expected and not any(p.fullmatch(name) or p.fullmatch(prefix + name) for p in patterns)]
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         shown = ", ".join(one_line(name, 60) for name in extra[:3])
@@ -217,7 +213,9 @@ def _weight_files(directory: Path) -> list[Path]:
     if len(others) == 1:
         return others
     if others:
-        raise CheckpointError(f"{directory} has {len(others)} *.safetensors files and no model.safetensors.index.json to say which make the model")
+        raise CheckpointError(
+            f"{directory} has {len(others)} *.safetensors files and no model.safetensors.index.json to say which make the model"
+        )
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in sorted(directory.glob(pattern))]
     if pickles:
         raise CheckpointError(

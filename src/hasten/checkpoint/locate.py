@@ -52,7 +52,9 @@ def _from_hub(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
     except RepositoryNotFoundError:
-        raise CheckpointError(f"no model {model!r} on the Hub, and no such directory here; check the name, or log in if it is gated") from None
+        raise CheckpointError(
+            f"no model {model!r} on the Hub, and no such directory here; check the name, or log in if it is gated"
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = one_line(str(error).strip().split("\n")[0], 100)
         raise CheckpointError(

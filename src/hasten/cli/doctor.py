@@ -12,8 +12,12 @@ from hasten.cli.options import JsonOption
 
 
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure memory bandwidth and arithmetic peaks (some seconds).")] = True,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads to measure with; all cores granted unless given.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure memory bandwidth and arithmetic peaks (some seconds).")
+    ] = True,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads to measure with; all cores granted unless given.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Processor, memory, backends, and how fast they can be at most."""
@@ -52,11 +56,12 @@ def _backends() -> dict[str, str]:
 def _lines(facts: dict[str, Any]) -> list[str]:
     cpu, memory = facts["cpu"], facts["memory"]
     limit = "" if memory["limit"] is None else f", {_gib(memory['limit'])} GiB allowed"
+    pages = memory["huge_pages"] or "unknown"
     lines = [
         f"cpu       {cpu['brand']}, {cpu['cores']} cores granted",
         f"isa       {' '.join(cpu['features']) or 'generic'}",
         f"amx       {'granted by the kernel' if cpu['amx_granted'] else 'not available'}",
-        f"memory    {_gib(memory['total'])} GiB, {_gib(memory['available'])} available{limit}; huge pages: {memory['huge_pages'] or 'unknown'}",
+        f"memory    {_gib(memory['total'])} GiB, {_gib(memory['available'])} available{limit}; huge pages: {pages}",
         *(f"backend   {name}: {state}" for name, state in facts["backends"].items()),
     ]
     if (roofline := facts.get("roofline")) is not None:

@@ -15,7 +15,12 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Argument(metavar="[TEXT]", help="A text file or a folder; the held-out standard library unless given.")
     ] = None,
-    window: Annotated[int | None, typer.Option("--window", help="Tokens predicted per window; no context is carried over. [default: 512, or the model's context if less]")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window", help="Tokens predicted per window; no context is carried over. [default: 512, or the model's context if less]"
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many tokens.")] = None,
     backend: options.BackendOption = "reference",
     as_json: options.JsonOption = False,

@@ -14,7 +14,9 @@ from hasten.cli import options
 def generate(
     model: options.ModelArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")] = None,
-    token_ids: Annotated[str | None, typer.Option("--token-ids", help="Prompt as comma-separated ids, for models without tokenizer.")] = None,
+    token_ids: Annotated[
+        str | None, typer.Option("--token-ids", help="Prompt as comma-separated ids, for models without tokenizer.")
+    ] = None,
     max_tokens: options.MaxTokens = 128,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,

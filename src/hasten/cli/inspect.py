@@ -35,8 +35,11 @@ def inspect(
         return
     facts = describe(loaded, lowered)
     if load_all:
+        from rich.console import Console
+
         began = time.perf_counter()
-        arrays = [array for _, array in loaded.weights.arrays()]
+        with Console(stderr=True).status(f"loading {loaded.weights.nbytes:,} bytes …"):
+            arrays = [array for _, array in loaded.weights.arrays()]
         for array in arrays:
             array.reshape(-1)[:: max(1, 4096 // array.itemsize)].max(initial=0)  # a mapped page is read when it is touched
         facts["load_seconds"] = round(time.perf_counter() - began, 3)
@@ -65,7 +68,12 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
         "width": model.spec.width,
         "context": model.spec.context,
         "blocks": [
-            {"count": len(list(same)), "mixer": _kind(block.mixer), "feed_forward": _kind(block.feed_forward), "wiring": _kind(block.wiring)}
+            {
+                "count": len(list(same)),
+                "mixer": _kind(block.mixer),
+                "feed_forward": _kind(block.feed_forward),
+                "wiring": _kind(block.wiring),
+            }
             for block, same in groupby(model.spec.blocks)
         ],
         "parts": parts,
@@ -78,8 +86,12 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
 
 
 def _part(name: str) -> str:
+    """Where a weight counts in the table: the parts of all blocks together, the ends by themselves."""
     pieces = name.split(".")
-    return pieces[2].removesuffix("_norm").removesuffix("_post") + ("" if not pieces[2].endswith("norm") else " norms") if pieces[0] == "blocks" else pieces[0]
+    if pieces[0] != "blocks":
+        return pieces[0]
+    part = pieces[2].removesuffix("_norm").removesuffix("_post")
+    return part if part == pieces[2] else f"{part} norms"
 
 
 def _kind(part: object) -> str:
@@ -89,7 +101,9 @@ def _kind(part: object) -> str:
     fields = {name: getattr(part, name) for name in getattr(part, "__struct_fields__", ())}
     sizes = ", ".join(f"{name} {value}" for name, value in fields.items() if isinstance(value, int) and not isinstance(value, bool))
     flags = ", ".join(name for name, value in fields.items() if value is True)
-    kinds = ", ".join(f"{type(value).__name__}" for name, value in fields.items() if name in {"position", "visible", "rotary"} and value is not None)
+    kinds = ", ".join(
+        f"{type(value).__name__}" for name, value in fields.items() if name in {"position", "visible", "rotary"} and value is not None
+    )
     return f"{type(part).__name__}({', '.join(text for text in (sizes, kinds, flags) if text)})"
 
 
@@ -99,8 +113,10 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{escape(facts['model'])}[/]  {facts['family']}, {facts['parameters']:,} parameters, {facts['bytes']:,} bytes ({', '.join(facts['formats'])})")
-    console.print(f"vocabulary {facts['vocabulary']:,}, width {facts['width']:,}, context {facts['context']:,}, tokenizer {'yes' if facts['tokenizer'] else 'no'}")
+    size = f"{facts['parameters']:,} parameters, {facts['bytes']:,} bytes ({', '.join(facts['formats'])})"
+    console.print(f"[bold]{escape(facts['model'])}[/]  {facts['family']}, {size}")
+    tokenizer = "a tokenizer" if facts["tokenizer"] else "no tokenizer"
+    console.print(f"vocabulary {facts['vocabulary']:,}, width {facts['width']:,}, context {facts['context']:,}, {tokenizer}")
     for block in facts["blocks"]:
         console.print(f"{block['count']} × {block['mixer']} + {block['feed_forward']}, {block['wiring'].split('(')[0]}", markup=False)
     cache, state = facts["cache_bytes_per_token"], facts["state_bytes_per_sequence"]

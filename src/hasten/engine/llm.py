@@ -49,7 +49,9 @@ class LLM:
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
     own unless given)."""
 
-    def __init__(self, model: str | Path | Model, *, backend: str = "reference", context: int | None = None, max_sequences: int = 16) -> None:
+    def __init__(
+        self, model: str | Path | Model, *, backend: str = "reference", context: int | None = None, max_sequences: int = 16
+    ) -> None:
         self.model = model if isinstance(model, Model) else load(model)
         longest = self.model.spec.context
         self.context = longest if context is None else context
@@ -60,7 +62,9 @@ class LLM:
         self.max_sequences = max_sequences
         self._session = open_session(self.model, backend, self.context)
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """One Completion per prompt, in order. A prompt is text or token ids; ``params`` is one for all or one per prompt."""
         requests = self._requests(prompts, params)
         texts = [""] * len(requests)
@@ -71,7 +75,9 @@ class LLM:
             for request, text in zip(requests, texts)
         ]
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[Chunk]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Chunk]:
         """Chunks as they are made; ``index`` says whose. Every prompt's last chunk has a finish_reason."""
         return self._run(self._requests(prompts, params))
 
@@ -88,7 +94,9 @@ class LLM:
         if max(ids) >= vocab:
             raise ConfigError(f"prompt {index}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
         if len(ids) >= self.context:
-            raise ConfigError(f"prompt {index} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer")
+            raise ConfigError(
+                f"prompt {index} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer"
+            )
         if params.stop:
             self.model.text_tokenizer()  # a stop string needs text
         return Request(

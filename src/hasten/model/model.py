@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.base.errors import TokenizerError, UnsupportedError
+from hasten.base.errors import ConfigError, TokenizerError, UnsupportedError, one_line
 from hasten.formats.weights import Weights
 from hasten.model.tokenizer import Tokenizer
 from hasten.spec import Spec
@@ -54,14 +54,15 @@ class Model:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text, from `generation_config.json`, else `config.json`, else none."""
+        """Token ids that end a text, from `generation_config.json`, else `config.json`, else none. Raises ConfigError for what is no id."""
         config = self.source.config if self.source is not None else {}
         for settings in (self.generation, config):
-            match settings.get("eos_token_id"):
-                case int(token):
-                    return (token,)
-                case [*tokens] if tokens and all(isinstance(token, int) for token in tokens):
-                    return tuple(tokens)
+            value = settings.get("eos_token_id")
+            tokens = value if isinstance(value, list) else [] if value is None else [value]
+            if any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in tokens):
+                raise ConfigError(f"{self.name}: 'eos_token_id' is {one_line(value)}; a token id or a list of them is needed")
+            if tokens:
+                return tuple(tokens)
         return ()
 
     def logits(self, token_ids: Sequence[int], backend: str = "reference") -> NDArray[np.float32]:
