@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.hpp"
 #include "cpu.hpp"
 #include "roofline.hpp"
 
@@ -114,4 +115,8 @@ NB_MODULE(_native, m) {
           "Multiply and add f32 numbers from the first-level cache, for `seconds` on each pinned thread.\n\n"
           "Returns (rate, isa): the rate over all threads, in TFLOP/s (a multiply-add is two), and the instruction set used.\n"
           "Raises ValueError for a value out of range or an isa this machine does not run.");
+
+    bind_linear(m);
+    bind_decoder(m);
+    bind_executor(m);
 }

@@ -1,5 +1,6 @@
 """The commands, as a person or a program meets them."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import transformers
 import hasten
 from hasten import load
 from hasten.checkpoint import bundled_directory, save
+from hasten.cli.terminal import write
+from hasten.model import Provenance
 from hasten.program import lower
 from hasten.spec import Spec
 from tests.cli import ENVIRONMENT, ROOT, assert_refused, main, run, start
@@ -82,7 +85,7 @@ def test_inspect_json(hasten_main):
 
 def test_inspect_program_names_the_ops(hasten_main):
     out = hasten_main("inspect", "code-8m", "--program").out
-    assert out == lower(load("code-8m").spec).text()
+    assert out == lower(load("code-8m").spec, cache="bfloat16").text()
     for part in ("blocks.7.mixer.q", "rotate", "attend", "linear", "logits"):
         assert part in out.lower()
 
@@ -101,6 +104,26 @@ def test_inspect_shows_a_name_as_it_is(hasten_main, tmp_path):
     directory = tmp_path / "[red]" / "[/bold]"
     save(tiny(), directory)
     assert str(directory) in hasten_main("inspect", directory).out
+
+
+def test_inspect_spells_out_what_a_terminal_would_obey(hasten_main, tmp_path):
+    evil = "\x1b]0;owned\x07\x9b2J\u202e\n[red]"
+    step = Provenance(evil, {evil: evil}, {"loss": [evil]})
+    save(dataclasses.replace(tiny(), provenance=(step,)), tmp_path / "\x1b[2J")
+    out = hasten_main("inspect", tmp_path / "\x1b[2J").out
+    assert "made by \\x1b]0;owned\\x07\\x9b2J\\u202e\\n[red] {" in out
+    assert all(line.isprintable() for line in out.splitlines())
+    facts = json.loads(hasten_main("inspect", tmp_path / "\x1b[2J", "--json").out)
+    assert facts["provenance"][0]["settings"] == {evil: evil}  # a program gets it as it is
+
+
+def test_generated_text_is_spelt_out_for_a_terminal_only(monkeypatch, capsys):
+    text = "a\tb\n\x1b[2J\r\x9b é\u202e"
+    write(text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    write(text)
+    assert capsys.readouterr().out == "a\tb\n\\x1b[2J\\r\\x9b é\\u202e"
 
 
 @pytest.mark.parametrize("extra", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": "dumb", "COLUMNS": "20"}, {"FORCE_COLOR": "1"}], ids=str)
@@ -244,7 +267,9 @@ def test_eval_equals_transformers(window, limit, hasten_main, tmp_path):
     text = (ROOT / "src/hasten/engine/request.py").read_text()[:2500] + "# größer 漢字\n"
     (tmp_path / "text.py").write_text(text)
     limited = [] if limit is None else ["--limit", limit]
-    facts = json.loads(hasten_main("eval", "code-8m", tmp_path / "text.py", "--window", window, *limited, "--json").out)
+    facts = json.loads(
+        hasten_main("eval", "code-8m", tmp_path / "text.py", "--window", window, *limited, "--backend", "reference", "--json").out
+    )
     loss, top1, tokens = reference_scores(text, window, limit)
     assert facts["tokens"] == tokens
     assert facts["loss"] == pytest.approx(loss, abs=1e-5)
@@ -262,6 +287,24 @@ def test_eval_prints_for_people(hasten_main, tmp_path):
     assert re.search(r"2 documents, [\d,]+ tokens, windows of 512", done.out)
     assert re.search(r"loss \d\.\d{4} nats   perplexity [\d.]+   top-1 0\.\d{4}", done.out)
     assert done.err == ""
+
+
+def test_eval_of_a_folder_passes_over_what_is_no_text(hasten_main, tmp_path):
+    (tmp_path / "a.py").write_text("import os\n" * 20)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.txt").write_text("import sys\n" * 20)
+    clean = json.loads(hasten_main("eval", "code-8m", tmp_path, "--json").out)
+    assert (clean["documents"], clean["skipped"]) == (2, 0)
+    for folder in (".git", ".venv/lib", "node_modules/x", "sub/__pycache__"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "c.py").write_text("import os\n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "sub" / "wide.md").write_bytes(b"\xff\xfea\0")
+    facts = json.loads(hasten_main("eval", "code-8m", tmp_path, "--json").out)
+    assert (facts["documents"], facts["skipped"]) == (2, 2)
+    assert (facts["sha256"], facts["loss"]) == (clean["sha256"], clean["loss"])
+    assert "2 files skipped that are not UTF-8" in hasten_main("eval", "code-8m", tmp_path).out
+    assert json.loads(hasten_main("eval", "code-8m", tmp_path / ".git", "--json").out)["documents"] == 1  # asked for by name
 
 
 # --- doctor
@@ -342,7 +385,8 @@ def test_a_full_disk_is_one_line():
 def test_without_torch_the_line_names_the_extra(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
     hidden = {"PYTHONPATH": str(tmp_path)}
-    assert_refused(run("generate", "code-8m", "-p", "x", env=hidden), "hasten[torch]")
+    assert_refused(run("generate", "code-8m", "-p", "x", "--backend", "reference", env=hidden), "hasten[torch]")
+    assert run("generate", "code-8m", "-p", "x", "-n", "2", env=hidden).code == 0
     assert run("inspect", "code-8m", env=hidden).code == 0
 
 

@@ -204,6 +204,27 @@ def test_end_of_text_ends_unless_ignored(llm):
     assert end not in late.token_ids[: first + 3]
 
 
+def test_min_tokens_hold_stop_strings_off(llm):
+    (free,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=40))
+    chunks = [chunk.text for chunk in llm.stream(PROMPTS[0], SamplingParams(max_tokens=40))]
+    assert "".join(chunks) == free.text
+    ends = list(itertools.accumulate(map(len, chunks)))
+    begun_early = 0
+    for least in (1, 5, 20, 40):
+        for begin, length in itertools.product(range(0, ends[25], 3), (1, 2, 5)):
+            stop = free.text[begin : begin + length]
+            # the first stop string that is complete in the text of a later token, as vLLM has it
+            found = (at for at in range(len(free.text)) if free.text.startswith(stop, at) and at + length > ends[least - 1])
+            cut = next(found, None) if least < 40 else None
+            params = SamplingParams(max_tokens=40, min_tokens=least, stop=stop)
+            (done,) = llm.generate(PROMPTS[0], params)
+            assert done.text == free.text[:cut], (least, stop)
+            assert done.finish_reason == ("length" if cut is None else "stop")
+            assert len(done.token_ids) == (40 if cut is None else next(n for n, end in enumerate(ends, 1) if end >= cut + length))
+            begun_early += cut is not None and cut < ends[least - 1]
+    assert begun_early
+
+
 def test_the_context_ends_a_text():
     short = LLM("code-8m", context=16)
     prompt = [7] * 12

@@ -202,6 +202,25 @@ def test_stop_is_normalised_and_params_are_values():
         SamplingParams(temprature=1.0)
 
 
+def test_numbers_of_numpy_become_pythons():
+    given = {field: np.float32(0.5) for field in ("temperature", "top_p", "min_p", "repetition_penalty")}
+    given |= {"presence_penalty": np.float64(0.5), "frequency_penalty": np.int8(1), "seed": np.uint64(7), "top_k": np.int64(3)}
+    params = SamplingParams(**given, max_tokens=np.int32(9), min_tokens=np.uint8(2), stop_token_ids=[np.int64(4), 5])
+    assert params == SamplingParams(
+        temperature=0.5, top_p=0.5, min_p=0.5, repetition_penalty=0.5, presence_penalty=0.5, frequency_penalty=1, seed=7, top_k=3,
+        max_tokens=9, min_tokens=2, stop_token_ids=(4, 5),
+    )  # fmt: skip
+    for field, value in dataclasses.asdict(params).items():
+        for each in value if isinstance(value, tuple) else [value]:
+            assert type(each) in {int, float, bool}, field
+    for field in NUMBERS:
+        for bad in (np.float64("nan"), np.float32("inf"), np.bool_(True), np.int64(-3), np.array([1]), np.complex128(1)):
+            with pytest.raises(ConfigError, match=f"^{field} is ") as caught:
+                SamplingParams(**{field: bad})
+            assert "\n" not in str(caught.value)
+            assert "np." not in str(caught.value)
+
+
 REALS = ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
 NUMBERS = [*REALS, "max_tokens", "min_tokens", "top_k", "seed"]
 BAD = [math.nan, math.inf, -math.inf, -3, 2**63, -(2**63), 10**6000, True, "1", [1], [0] * 10**6, {}, b"1", 1j]

@@ -8,6 +8,7 @@ import torch
 
 from hasten.backends.reference import ReferenceBackend, play, weights_of
 from hasten.checkpoint import load, save
+from hasten.engine import LLM, SamplingParams
 from hasten.families import all_families, find_family
 from hasten.program import Batch, Precision, lower
 from hasten.spec import Spec
@@ -26,7 +27,15 @@ def checkpoint(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint") / "model"
     oracle = make_checkpoint(config, directory)
     ids = np.random.default_rng(index).integers(0, config["vocab_size"], LENGTH).tolist()
-    return load(directory), ids, oracle(ids)
+    return load(directory), ids, oracle(ids), greedy(oracle, ids[:8], 6)
+
+
+def greedy(oracle, ids, count):
+    """The next ``count`` tokens by the oracle, each the likeliest after all before it."""
+    known = list(ids)
+    for _ in range(count):
+        known.append(int(oracle(known)[-1].argmax()))
+    return known[len(ids) :]
 
 
 def steps(model, ids, cuts):
@@ -50,21 +59,27 @@ def test_every_family_has_two_examples():
 
 
 def test_logits(checkpoint):
-    model, ids, expected = checkpoint
+    model, ids, expected, _ = checkpoint
     assert np.abs(expected).max() > 0.5  # an oracle near zero would agree with anything
     assert difference(model.logits(ids), expected) <= TOLERANCE
 
 
 def test_the_saved_config_says_what_the_example_said(checkpoint):
     """transformers writes every default out; reading the short form must give the same Spec as reading the long one."""
-    model, _, _ = checkpoint
+    model, _, _, _ = checkpoint
     family = find_family(model.source.config["model_type"])
     specs = [family.spec(example) for example in family.examples]
     assert model.spec in specs
 
 
+def test_greedy_generation(checkpoint):
+    model, ids, _, expected = checkpoint
+    done = LLM(model, backend="reference").generate(ids[:8], SamplingParams(max_tokens=6, ignore_eos=True))[0]
+    assert list(done.token_ids) == expected
+
+
 def test_logits_chunked_at_random(checkpoint):
-    model, ids, _ = checkpoint
+    model, ids, _, _ = checkpoint
     whole = model.logits(ids)
     for seed in range(3):
         cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, LENGTH), 7, replace=False).tolist())
@@ -72,12 +87,12 @@ def test_logits_chunked_at_random(checkpoint):
 
 
 def test_logits_token_by_token(checkpoint):
-    model, ids, _ = checkpoint
+    model, ids, _, _ = checkpoint
     assert difference(steps(model, ids, list(range(1, LENGTH))), model.logits(ids)) <= TOLERANCE
 
 
 def test_sequences_in_one_batch_do_not_touch(checkpoint):
-    model, ids, _ = checkpoint
+    model, ids, _, _ = checkpoint
     session = ReferenceBackend().session(model, LENGTH)
     pieces = [ids[:5], ids[3:20], ids, ids[:5]]
     together = session.score(Batch.of(pieces))
@@ -93,7 +108,7 @@ def test_sequences_in_one_batch_do_not_touch(checkpoint):
 
 
 def test_written_back(checkpoint, tmp_path):
-    model, ids, expected = checkpoint
+    model, ids, expected, _ = checkpoint
     save(model, tmp_path / "copy")
     assert difference(read_checkpoint(tmp_path / "copy")(ids), expected) <= 1e-6
     again = load(tmp_path / "copy")
@@ -103,18 +118,18 @@ def test_written_back(checkpoint, tmp_path):
 
 
 def test_written_in_hastens_own_layout(checkpoint, tmp_path):
-    model, ids, _ = checkpoint
+    model, ids, _, _ = checkpoint
     save(dataclasses.replace(model, source=None), tmp_path / "own")
     assert difference(load(tmp_path / "own").logits(ids), model.logits(ids)) == 0
 
 
 def test_spec_round_trips(checkpoint):
-    model, _, _ = checkpoint
+    model, _, _, _ = checkpoint
     assert Spec.from_json(model.spec.to_json()) == model.spec
 
 
 def test_cut_anywhere_gives_the_same(checkpoint):
-    model, ids, _ = checkpoint
+    model, ids, _, _ = checkpoint
     program = lower(model.spec, context=LENGTH)
     weights = weights_of(program, model.weights)
     batch = Batch.of([ids])
@@ -128,7 +143,7 @@ def test_cut_anywhere_gives_the_same(checkpoint):
 
 
 def test_gradients_reach_every_weight(checkpoint):
-    model, ids, _ = checkpoint
+    model, ids, _, _ = checkpoint
     double = Precision("float64", "float64", "float64")
     program = lower(model.spec, context=LENGTH, precision=double)
     weights = {name: w.requires_grad_() for name, w in weights_of(program, model.weights, dtype=torch.float64).items()}

@@ -169,7 +169,8 @@ def dot(a, b):
     return sum(float(p) * float(q) for p, q in zip(a, b, strict=True))
 
 
-def linear(op, world, x):
+def linear(op, world, x, scale=None):
+    x = x if scale is None else x.astype(float) * scale
     weight = world.weights[op.weight]
     bias = world.weights[op.bias] if op.bias else np.zeros(len(weight))
     return (np.array([[dot(row, weight[o]) + bias[o] for o in range(len(weight))] for row in x]),)
@@ -182,7 +183,8 @@ def head_linear(op, world, x):
     return (np.array(rows),)
 
 
-def expert_linear(op, world, x, experts):
+def expert_linear(op, world, x, experts, scale=None):
+    x = x if scale is None else x.astype(float) * scale
     weight = world.weights[op.weight]
     y = np.zeros((*experts.shape, weight.shape[1]))
     for t, a in np.ndindex(experts.shape):

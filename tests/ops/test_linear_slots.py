@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from hasten.backends.reference import Adapter, play, weights_of
-from hasten.base.errors import UnsupportedError
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
+from hasten.families import all_families
 from hasten.program import Batch, LinearFormats, Precision, lower
+from hasten.program.ops import ExpertLinear, HeadLinear, Linear, QuantizeRows
 
 MODEL = load("code-8m")
 SLOT = "blocks.3.feed_forward.up"
@@ -45,8 +47,32 @@ def test_int8_activations_change_the_product_a_little_and_only_where_named():
     change = (plain - rounded).abs().max() / plain.abs().max()
     assert 1e-6 < change < 0.05
     program = lower(MODEL.spec, formats=LinearFormats(activations={name: "int8"}))
-    assert [op.weight for op in program.ops if getattr(op, "activation_format", "none") == "int8"] == [name]
-    assert f"{name}[768, 256], activation_format=int8" in program.text()
+    assert [op.weight for op in program.ops if isinstance(op, Linear) and op.scale is not None] == [name]
+    assert "QuantizeRows(blocks.3.feed_forward_norm)" in program.text()
+
+
+def test_products_that_read_one_value_share_its_rounding():
+    names = {f"blocks.0.mixer.{part}.weight": "int8" for part in "qkv"}
+    program = lower(MODEL.spec, formats=LinearFormats(activations=names))
+    assert sum(isinstance(op, QuantizeRows) for op in program.ops) == 1
+
+
+def test_formats_and_slots_that_name_nothing_are_refused():
+    with pytest.raises(ConfigError, match="Q.weight"):
+        lower(MODEL.spec, formats=LinearFormats(weights={"blocks.0.mixer.Q.weight": "int4"}))
+    with pytest.raises(ConfigError, match="nope"):
+        run(adapters={"nope": Adapter(torch.zeros(1, 256), torch.zeros(768, 1))})
+    program = lower(MODEL.spec, context=32)
+    with pytest.raises(ConfigError, match="nope"):
+        play(program, weights_of(program, MODEL.weights), BATCH, given={"nope": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("family", [f for f in all_families() if f.name in {"deepseek_v3", "qwen3_next", "gpt_oss"}], ids=lambda f: f.name)
+def test_every_product_has_a_slot_and_a_shard_or_a_reason(family):
+    program = lower(family.spec(family.examples[0]))
+    products = [op for op in program.ops if isinstance(op, Linear | HeadLinear | ExpertLinear)]
+    assert len({op.adapter for op in products}) == len(products)
+    assert None not in {op.adapter for op in products}
 
 
 @pytest.mark.parametrize("field", ["weights", "activations"])

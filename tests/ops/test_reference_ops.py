@@ -101,7 +101,7 @@ def state_of(case: Case, tensors: Mapping[str, torch.Tensor]) -> State | None:
     if case.starts is None:
         return State(len(case.lengths))
     entries = tuple(tuple(tensors[f"s:{s}:{i}"] for i in range(len(kept_shapes(case.group, start)))) for s, start in enumerate(case.starts))
-    return State(len(case.lengths), {REF: entries})
+    return State(len(case.lengths), {REF: entries}, tuple(case.starts))
 
 
 def run(case: Case, tensors: Mapping[str, torch.Tensor], dtype: str = "float64") -> dict[str, torch.Tensor]:
@@ -145,6 +145,10 @@ def spread(scale: float) -> Fill:
 
 def integers(high: int) -> Fill:
     return lambda rng, shape: rng.integers(0, high, shape, dtype=np.int32)
+
+
+def int8(rng, shape):
+    return rng.integers(-128, 128, shape, dtype=np.int8)
 
 
 def tied(rng, shape):
@@ -321,6 +325,7 @@ CASES: dict[type[ops.Op], list[Case]] = {
         x_to_y(ops.Linear, 5, {"w": (3, 5)}, weight="w"),
         x_to_y(ops.Linear, 5, {"w": (4, 5), "b": (4,)}, weight="w", bias="b", lengths=ONE, id="bias"),
         x_to_y(ops.Linear, 64, {"w": (3, 64)}, weight="w", lengths=(2,), id="wide"),
+        Case(ops.Linear(x="q", scale="s", weight="w", y="y"), {"q": (5,), "s": (1,)}, {"w": (3, 5)}, fill={"q": int8}, id="int8-rows"),
     ],
     ops.HeadLinear: [
         x_to_y(ops.HeadLinear, 9, {"w": (3, 2, 3)}, weight="w", heads=3),
@@ -329,6 +334,20 @@ CASES: dict[type[ops.Op], list[Case]] = {
     ops.ExpertLinear: [
         experts("shared-rows", (3,), True),
         experts("own-rows", (2, 3), True),
+        Case(
+            ops.ExpertLinear(x="q", experts="e", scale="s", weight="w", y="y"),
+            {"q": (3,), "e": (2,), "s": (1,)},
+            {"w": (4, 2, 3)},
+            fill={"q": int8, "e": integers(4)},
+            id="int8-rows",
+        ),
+        Case(
+            ops.ExpertLinear(x="q", experts="e", scale="s", weight="w", y="y"),
+            {"q": (2, 3), "e": (2,), "s": (2, 1)},
+            {"w": (4, 2, 3)},
+            fill={"q": int8, "e": integers(4)},
+            id="int8-own-rows",
+        ),
         experts("no-bias", (3,), False, chosen=3),
         experts("one-token-one-expert", (1, 3), False, chosen=1, lengths=ONE),
         experts("many-idle", (3,), True, chosen=1, count=9, lengths=(2,)),
@@ -436,7 +455,7 @@ def test_every_op_has_cases_and_an_oracle(op):
 
 def test_the_table_says_what_it_covers():
     assert len({str(case) for case in EVERY}) == len(EVERY), "case names must differ: their numbers are drawn from them"
-    labels = {"adapter", "shard", "weight_format", "activation_format"}  # name how a backend holds and feeds a weight, not what is computed
+    labels = {"adapter", "shard", "weight_format"}  # name how a backend holds a weight, not what is computed
     for op in OPS:
         for field in dataclasses.fields(op):
             if field.name not in labels | {"dtype"}:  # every dtype is tried by the tests below

@@ -1,4 +1,4 @@
-"""Lowering and Programs: what is printed, tapped, cut, cast and kept, over small Specs of every kind."""
+"""Lowering and Programs: what is printed, tapped, cut, cast and kept, over small Specs of every kind. tests/ops plays them."""
 
 import dataclasses
 import math
@@ -6,11 +6,9 @@ import math
 import msgspec
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hasten.backends.reference import State, play
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.program import (
     OPS,
@@ -29,18 +27,9 @@ from hasten.program import (
 from hasten.program.program import find_ops
 from hasten.program.rotary import rotary_frequencies
 from hasten.spec import Causal, LinearScaling, Llama3Scaling, LongRope, Rotary, SegmentMemory, SlidingWindow, Yarn
-from tests.pure.specs import ROPE, SPECS, attention, block, moe, spec_of, specs
+from tests.pure.specs import ROPE, SPECS, attention, block, spec_of, specs
 
-torch.set_num_threads(1)
-
-BATCH = Batch.of([[1, 2, 3, 4, 5], [6, 7], [8]])
 EVERY = pytest.mark.parametrize("name", SPECS)
-SYMBOLS = {"T": 8, "S": 3, "R": 8}
-
-
-def random_weights(program, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: (torch.randn(shape, generator=generator, dtype=torch.float64) / 2).to(dtype) for name, shape in program.params.items()}
 
 
 def check(program):
@@ -88,30 +77,12 @@ def test_every_op_is_lowered_to_by_some_spec_or_made_by_a_pass():
     assert set(OPS) - used == {ops.AttentionMap, ops.QuantizeRows}
 
 
-@EVERY
-def test_values_have_the_shapes_and_dtypes_that_the_program_says(name):
-    for precision in (Precision(), Precision(compute="bfloat16")):
-        program = lower(SPECS[name], precision=precision)
-        tapped = program.with_outputs(program.values)
-        assert tapped.ops == program.ops
-        outputs, _ = play(tapped, random_weights(program, dtype=getattr(torch, precision.compute)), BATCH)
-        for value, tensor in outputs.items():
-            said = program.values[value]
-            assert tuple(tensor.shape) == (SYMBOLS[said.rows], *said.features), value
-            assert str(tensor.dtype) == f"torch.{said.dtype}", value
-
-
 @given(specs())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-def test_any_spec_lowers_and_plays(spec):
+def test_any_spec_lowers_and_cuts(spec):
     program = lower(spec)
     check(program)
     assert program.text()
-    batch = Batch.of([[0]], rows="last")
-    outputs, _ = play(program.with_outputs(program.values), random_weights(program), batch)
-    for value, tensor in outputs.items():
-        said = program.values[value]
-        assert (tuple(tensor.shape), str(tensor.dtype)) == ((1, *said.features), f"torch.{said.dtype}"), value
     for label in [layer.label for layer in program.layers[:-1]]:
         for part in program.cut(label):
             check(part)
@@ -160,15 +131,16 @@ def test_text_shows_formats_and_never_one_for_the_other():
     assert "format" not in line(None)
     only_weights, only_activations = line(LinearFormats({weight: "int4"})), line(LinearFormats({}, {weight: "int8"}))
     assert "weight_format=int4" in only_weights
-    assert "activation_format" not in only_weights
-    assert "activation_format=int8" in only_activations
+    assert ".int8" not in only_weights
+    assert "blocks.0.feed_forward_norm.int8, blocks.0.feed_forward_norm.scale" in only_activations
     assert "weight_format" not in only_activations
 
 
 def test_formats_reach_every_kind_of_product():
     spec = spec_of(block("latent", "moe"))
     plain = lower(spec)
-    named = lower(spec, formats=LinearFormats(dict.fromkeys(plain.params, "int4")))
+    weights = {op.weight for op in plain.ops if hasattr(op, "weight_format")}
+    named = lower(spec, formats=LinearFormats(dict.fromkeys(weights, "int4")))
     for op in named.ops:
         if hasattr(op, "weight_format"):
             assert op.weight_format == "int4", op
@@ -176,21 +148,6 @@ def test_formats_reach_every_kind_of_product():
 
 
 # --- taps
-
-
-@EVERY
-def test_any_value_can_be_tapped_without_changing_it(name):
-    program = lower(SPECS[name])
-    weights = random_weights(program)
-    whole, _ = play(program, weights, BATCH)
-    for value in program.values:
-        tapped = program.with_outputs([value])
-        check(tapped)
-        assert tapped.outputs == (value,)
-        alone, _ = play(tapped, weights, BATCH)
-        beside, _ = play(program.with_outputs([*program.outputs, value]), weights, BATCH)
-        assert torch.equal(alone[value], beside[value])
-        assert all(torch.equal(beside[output], whole[output]) for output in program.outputs)
 
 
 @EVERY
@@ -239,43 +196,6 @@ def test_an_unknown_tap_is_refused_with_near_ones(name, near):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", [n for n in SPECS if n.startswith("mixer-")])
-def test_attention_maps_times_values_are_what_attend_gives(name):
-    program = lower(SPECS[name], precision=Precision("float64", "float64", "float64"))
-    attends = [op for op in program.ops if isinstance(op, ops.Attend)]
-    if not attends:
-        with pytest.raises(UnsupportedError):
-            program.with_outputs(["blocks.0.mixer.map"])
-        return
-    attend = attends[1]
-    append = next(op for op in find_ops(program, attend.state) if isinstance(op, ops.AppendKv))
-    maps, values = "blocks.1.mixer.map", append.v or append.k
-    tapped = program.with_outputs([maps, values, attend.y, "logits"])
-    check(tapped)
-    weights = random_weights(program, dtype=torch.float64)
-    outputs, _ = play(tapped, weights, BATCH)
-    plain, _ = play(program, weights, BATCH)
-    assert torch.equal(outputs["logits"], plain["logits"])
-    assert not any(isinstance(op, ops.AttentionMap) for op in program.ops)
-
-    probabilities = outputs[maps]
-    assert probabilities.shape == (8, attend.heads, 5)
-    assert (probabilities >= 0).all()
-    sums = probabilities.sum(-1)
-    if attend.sinks is None:
-        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
-    else:
-        assert (sums < 1).all()
-    for begin, end in zip(BATCH.offsets, BATCH.offsets[1:]):
-        length = int(end - begin)
-        assert not probabilities[begin:end, :, length:].any()
-        assert not probabilities[begin:end, :, :length].triu(1).permute(1, 0, 2).triu(1).any()
-        seen = outputs[values][begin:end].unflatten(-1, (attend.kv_heads, -1))[..., : attend.value_dim]
-        seen = seen.repeat_interleave(attend.heads // attend.kv_heads, dim=1)
-        mixed = torch.einsum("qhc,chd->qhd", probabilities[begin:end, :, :length], seen).flatten(-2)
-        torch.testing.assert_close(mixed, outputs[attend.y][begin:end], rtol=0, atol=1e-12)
-
-
 # --- cuts
 
 
@@ -285,11 +205,9 @@ def placeless(op):
 
 @EVERY
 @pytest.mark.parametrize("tied", [False, True])
-def test_parts_of_a_cut_make_the_whole(name, tied):
+def test_parts_of_a_cut_hold_the_whole(name, tied):
     spec = SPECS[name]
     program = lower(msgspec.structs.replace(spec, head=msgspec.structs.replace(spec.head, tied=tied)))
-    weights = random_weights(program)
-    whole, _ = play(program, weights, BATCH)
     for layer in program.layers[:-1]:
         first, second = program.cut(layer.label)
         check(first)
@@ -307,10 +225,6 @@ def test_parts_of_a_cut_make_the_whole(name, tied):
             assert total == sum(getattr(group, measure)() for part in (first, second) for group in part.states)
         assert set(first.outputs) >= set(second.inputs)
         assert set(first.outputs) - set(second.inputs) | set(second.outputs) == set(program.outputs)
-        middle, _ = play(first, weights, BATCH)
-        end, _ = play(second, weights, BATCH, given={n: middle[n] for n in second.inputs})
-        for output, tensor in whole.items():
-            assert torch.equal((end if output in end else middle)[output], tensor), (layer.label, output)
 
 
 def test_a_tap_that_crosses_a_cut_comes_out_of_the_first_part_once():
@@ -318,18 +232,6 @@ def test_a_tap_that_crosses_a_cut_comes_out_of_the_first_part_once():
     first, second = program.cut("blocks.0")
     assert first.outputs == second.inputs == ("blocks.0.out",)
     assert second.outputs == ("logits",)
-
-
-def test_parts_can_be_cut_again():
-    program = lower(spec_of(block(), block("mamba"), block("delta")))
-    weights = random_weights(program)
-    whole, _ = play(program, weights, BATCH)
-    rest, values = program, {}
-    for label in [layer.label for layer in program.layers[:-1]]:
-        part, rest = rest.cut(label)
-        values, _ = play(part, weights, BATCH, given={n: values[n] for n in part.inputs})
-    values, _ = play(rest, weights, BATCH, given=values)
-    assert torch.equal(values["logits"], whole["logits"])
 
 
 @pytest.mark.parametrize("label", ["head", "blocks.7", "", "logits"])
@@ -357,21 +259,6 @@ def test_exits_become_outputs_of_their_own():
     assert set(early.params) >= {"embedding.weight", "exits.0.norm.weight"}
     assert "exits.0.head.weight" not in program.params  # tied
     assert program.params["exits.1.head.weight"] == (11, 8)
-    weights = random_weights(program)
-    whole, _ = play(program, weights, BATCH)
-    alone, _ = play(early, weights, BATCH)
-    assert torch.equal(alone["exits.0.logits"], whole["exits.0.logits"])
-    assert whole["exits.0.logits"].abs().max() <= 2.0  # its own softcap
-
-
-@pytest.mark.parametrize(("rows", "wanted"), [("all", range(8)), ("last", (4, 6, 7)), ("none", ())])
-def test_logits_are_of_the_rows_asked_for(rows, wanted):
-    program = lower(spec_of())
-    weights = random_weights(program)
-    whole, _ = play(program, weights, BATCH)
-    some, _ = play(program, weights, Batch.of([[1, 2, 3, 4, 5], [6, 7], [8]], rows=rows))
-    assert some["logits"].shape == (len(wanted), 11)
-    torch.testing.assert_close(some["logits"], whole["logits"][list(wanted)], rtol=1e-5, atol=1e-6)
 
 
 @EVERY
@@ -387,7 +274,10 @@ def test_narrow_compute_has_explicit_casts_and_a_wide_residual(name):
     for op in program.ops:
         inputs, outputs = ({values[n].dtype for n in names} for names in (op.inputs, op.outputs))
         match op:
-            case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear() | ops.AppendKv() | ops.Attend() | ops.CausalConv():
+            case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear():
+                assert inputs - {"int32"} == {"bfloat16"}, op
+                assert outputs == {op.dtype}, op
+            case ops.AppendKv() | ops.Attend() | ops.CausalConv():
                 assert (inputs | outputs) - {"int32"} == {"bfloat16"}, op
             case ops.Cast():
                 assert inputs != outputs, op
@@ -400,7 +290,6 @@ def test_narrow_compute_has_explicit_casts_and_a_wide_residual(name):
                 assert values[op.weights].dtype == "float32"
             case _:
                 assert len(inputs | outputs) == 1, f"{op} changes a dtype without saying so"
-    assert any(isinstance(op, ops.Cast) for op in program.ops)
 
 
 def test_wide_programs_have_no_casts_and_no_cast_is_made_twice():
@@ -419,19 +308,21 @@ def test_the_spec_may_ask_for_another_residual():
 
 
 def test_bytes_by_hand():
-    # 3 layers of 2 key/value heads of 4 + 4 features, 2 bytes each: 3 · 2 · 8 · 2 = 96 bytes a token
+    # 3 layers of 2 key/value heads of 4 + 4 features, 4 bytes each: 3 · 2 · 8 · 4 = 192 bytes a token
     (group,) = lower(spec_of(block(), block(), block())).states
     assert (group.name, group.layers, group.kv_heads, group.key_dim, group.value_dim) == ("kv0", 3, 2, 4, 4)
-    assert (group.bytes_per_token(), group.bytes_per_token(1), group.bytes_per_sequence()) == (96, 48, 0)
-    # latent rows: 2 layers · (6 + 4) features · 2 bytes
+    assert (group.bytes_per_token(), group.bytes_per_sequence()) == (192, 0)
+    # latent rows: 2 layers · (6 + 4) features · 4 bytes
     (latent,) = lower(SPECS["mixer-latent"]).states
-    assert (latent.bytes_per_token(), latent.bytes_per_sequence(), latent.value_dim) == (40, 0, 6)
+    assert (latent.bytes_per_token(), latent.bytes_per_sequence(), latent.value_dim) == (80, 0, 6)
     # Mamba: 2 layers · (10 · 3 states + 3 · 10 taps) · 4 bytes, whatever the length
     groups = lower(SPECS["mixer-mamba"]).states
     assert {type(group) for group in groups} == {RecurrentGroup}
     assert (sum(g.bytes_per_sequence() for g in groups), sum(g.bytes_per_token() for g in groups)) == (480, 0)
     # the text says so too
-    assert "96 bytes a token" in lower(spec_of(block(), block(), block())).text()
+    narrow = lower(spec_of(block(), block(), block()), cache="bfloat16")
+    assert narrow.states[0].bytes_per_token() == 96
+    assert "96 bytes a token (bfloat16)" in narrow.text()
 
 
 def test_layers_share_a_group_only_where_geometry_and_visibility_agree():
@@ -460,21 +351,6 @@ def test_every_slot_is_written_by_one_op():
             for slot in range(group.layers):
                 touching = find_ops(program, StateRef(group.name, slot))
                 assert sum("writes" in op.contract.state for op in touching) == 1
-
-
-def test_what_stays_in_state_is_what_its_group_says():
-    program = lower(SPECS["mixed"])
-    weights = random_weights(program)
-    _, state = play(program, weights, BATCH, State(3))
-    assert set(state.entries) == {ref for op in program.ops for ref in op.state_refs}
-    for ref, entries in state.entries.items():
-        group = program.state(ref.group)
-        for length, entry in zip((5, 2, 1), entries):
-            if isinstance(group, RecurrentGroup):
-                assert [tuple(t.shape) for t in entry] == [group.shape]
-            else:
-                assert {t.shape[0] for t in entry} == {length - group.oldest_visible(length)}
-                assert sum(t[0].numel() for t in entry) * 2 * group.layers == group.bytes_per_token()
 
 
 VISIBLE = st.one_of(
@@ -563,31 +439,3 @@ def test_a_batch_of_anything_else_is_refused(build, said):
         build()
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "batch", "said"),
-    [
-        ("mixer-gqa", Batch.of([[11]]), "token id 11 is outside the vocabulary; accepted are 0 to 10"),
-        ("mixer-gqa", Batch.of([[1]], [16]), "position 16 is beyond the context of 16"),
-        ("mixer-gqa", Batch.of([list(range(10)) * 2]), "position 19 is beyond the context of 16"),
-    ],
-)
-def test_ids_outside_the_tables_are_refused(name, batch, said):
-    program = lower(SPECS[name])
-    with pytest.raises(ConfigError, match=said):
-        play(program, random_weights(program), batch)
-
-
-def test_positions_beyond_a_learned_table_are_refused():
-    program = lower(SPECS["ends"], context=64)  # the table has 20 rows, of which the first two serve no position
-    weights = random_weights(program)
-    play(program, weights, Batch.of([[1]], [17]))
-    with pytest.raises(ConfigError, match="position 18 has no learned vector; accepted are 0 to 17"):
-        play(program, weights, Batch.of([[1]], [18]))
-
-
-def test_router_weights_of_a_mixture_are_all_used():
-    program = lower(spec_of(block(feed_forward=moe(experts=3, top_k=3))))
-    chosen, _ = play(program.with_outputs(["blocks.0.feed_forward.chosen"]), random_weights(program), BATCH)
-    assert chosen["blocks.0.feed_forward.chosen"].sort(-1).values.tolist() == [[0, 1, 2]] * 8

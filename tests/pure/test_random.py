@@ -105,6 +105,15 @@ def test_provenance_and_no_tokenizer():
         model.text_tokenizer()
 
 
+@pytest.mark.parametrize(
+    "spelt", ["TinyLlama-1.1B", "Llama-2-7B", "Llama-3.2-1B", "Llama-3.1-8B", "Qwen3-0.6B", "Mixtral-8x7B", "MIXTRAL-8X7B", "GPT2"]
+)
+def test_shapes_may_be_spelt_as_their_authors_do(spelt):
+    model = load(f"random:{spelt}")
+    assert model.name == f"random:{spelt.lower()}"
+    assert model.weights.parameters == PUBLISHED[spelt.lower()]
+
+
 def test_unknown_shape_lists_the_known():
     with pytest.raises(UnsupportedError, match="'gpt5'.*tinyllama-1.1b.*mamba2-1.3b"):
         load("random:gpt5")

@@ -555,15 +555,6 @@ def test_shards_hold_every_tensor_once_within_the_limit(tmp_path, tensors, limit
         assert found["weight_map"] == {name: path.name for path in paths for name in SafetensorsFile.open(path).entries}
 
 
-def test_transformers_reads_the_shards(tmp_path):
-    transformers = pytest.importorskip("transformers.utils.hub")
-    tensors = {f"layer.{i}": np.full((4, 4), i, np.float32) for i in range(5)}
-    sharded(tmp_path, tensors, 128)
-    files, found = transformers.get_checkpoint_shard_files(str(tmp_path), str(tmp_path / "model.safetensors.index.json"))
-    assert [Path(file).name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert sorted(found["all_checkpoint_keys"]) == sorted(tensors)
-
-
 def test_weights_of_an_older_checkpoint_do_not_stay_behind(tmp_path):
     tensors = {str(i): np.full(4, i, np.float32) for i in range(6)}
     (tmp_path / "config.json").write_text("{}")

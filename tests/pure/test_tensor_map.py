@@ -246,3 +246,22 @@ def test_shared_weights_that_became_different_are_not_written_under_one_name():
 def test_shared_weights_with_nan_are_still_equal_to_themselves():
     array = np.array([1.0, np.nan], np.float32)
     assert Merge(2).apply([array, array.copy()])[0] is array
+
+
+def test_a_stack_is_taken_apart_once_however_many_names_it_gives():
+    reads = []
+
+    def expert(index):
+        def load():
+            reads.append(index)
+            return np.full((2, 3), index, np.float32)
+
+        return Weight((2, 3), np.dtype(np.float32), load)
+
+    sources = {f"theirs.{index}": expert(index) for index in range(16)}
+    canonical = apply_map((stack(sources, "ours"),), sources)
+    back = apply_map(inverse((stack(sources, "ours"),)), canonical)
+    for name in sources:
+        assert np.array_equal(back[name].load(), np.full((2, 3), int(name.split(".")[1])))
+    assert len(reads) == 16
+    assert np.array_equal(back["theirs.3"].load(), np.full((2, 3), 3))  # and it can be asked for again

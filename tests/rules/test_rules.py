@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from hasten.families.registry import BUILT_IN
+
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src"
 MODULES = sorted((SRC / "hasten").rglob("*.py"))
@@ -161,6 +163,63 @@ def test_torch_is_imported_only_where_it_may_be():
 def test_any_import_of_torch_is_found(planted):
     assert list(torch_imports(ast.parse(planted)))
     assert not list(torch_imports(ast.parse("import torchless\nfrom .torch import x\nfrom hasten.torch import y")))
+
+
+# tests/pure: what needs no torch and no native code, so neither may be imported there, nor a test helper that may import them
+
+NOT_PURE = ("torch", "transformers", "hasten._native", "hasten.backends.reference", "hasten.backends.cpu")
+PURE_HELPERS = ("tests.pure", "tests.cli")
+
+
+def impure_imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                found = [alias.name for alias in names]
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                found = [f"{module}.{alias.name}" for alias in names]
+            case ast.Call(
+                func=ast.Attribute(attr="import_module" | "importorskip") | ast.Name(id="import_module" | "importorskip" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                found = [name]
+            case _:
+                found = []
+        for name in found:
+            helper = name.startswith("tests.") and not f"{name}.".startswith(tuple(f"{pure}." for pure in PURE_HELPERS))
+            if helper or f"{name}.".startswith(tuple(f"{heavy}." for heavy in NOT_PURE)):
+                yield node.lineno, name
+
+
+def test_pure_tests_are_pure():
+    found = [
+        f"{path.name}:{line}: {name}"
+        for path in sorted((ROOT / "tests" / "pure").rglob("*.py"))
+        for line, name in impure_imports(ast.parse(path.read_text()))
+    ]
+    assert not found
+    assert any(list(impure_imports(ast.parse(path.read_text()))) for path in (ROOT / "tests" / "ops").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import torch",
+        "import torch.nn as nn",
+        "from torch import Tensor",
+        "def late():\n    from transformers import AutoModel",
+        'pytest.importorskip("transformers.utils.hub")',
+        "from hasten import _native",
+        "from hasten._native import cpu_features",
+        "from hasten.backends import reference",
+        "from hasten.backends.reference import play",
+        "from tests.ops.naive import NAIVE",
+        "from tests.families import oracles",
+    ],
+)
+def test_an_impure_import_is_found(planted):
+    assert list(impure_imports(ast.parse(planted)))
+    assert not list(impure_imports(ast.parse("import torchless, hasten\nfrom tests.cli import run\nfrom tests.pure import specs")))
 
 
 # --- imports are light
@@ -426,6 +485,25 @@ def test_what_is_fine_is_not_found(ban):
 def test_the_list_of_exceptions_holds_nothing_that_is_gone():
     there = {(name_of(path), what) for path in MODULES for _, what in any_names(ast.parse(path.read_text()))}
     assert set(TAKES_ANY_NAMES) <= there
+
+
+# --- what is counted
+
+
+def test_the_counts_of_families_are_right():
+    for name in ("README.md", "docs/log.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        for counted in re.findall(r"(\d+)\s+(?:decoder\s+)?families", (ROOT / name).read_text()):
+            assert int(counted) == len(BUILT_IN), f"{name} says {counted} families"
+    assert re.search(rf"\b{len(BUILT_IN)} decoder families", (ROOT / "README.md").read_text())
+
+
+def test_the_lists_of_families_are_whole():
+    table = re.search(r"## What it reads\n(.*?)\n\n[^|]", (ROOT / "README.md").read_text(), re.DOTALL)
+    rows = [row.split("|")[2] for row in table[1].splitlines() if row.startswith("|")][2:]
+    read_me = re.sub(r"\([^)]*\)", "", ",".join(rows))
+    changes = re.search(r"- Families: (.*?);", (ROOT / "CHANGELOG.md").read_text(), re.DOTALL)
+    for listed in (read_me, changes[1]):
+        assert sorted(name.strip() for name in listed.split(",")) == sorted(BUILT_IN)
 
 
 # --- what no file may hold

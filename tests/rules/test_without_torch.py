@@ -20,11 +20,28 @@ def test_works(arguments):
     json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("arguments", [("generate", "code-8m", "-p", "x"), ("eval", "code-8m", "--limit", "10")])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_generates_and_evaluates_natively(weights):
+    result = hasten("generate", "code-8m", "-p", "import os\n", "-n", "5", "--weights", weights, "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["token_ids"]) == 5
+    result = hasten("eval", "code-8m", "--limit", "600", "--weights", weights, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["backend"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "code-8m", "-p", "x", "--backend", "reference"),
+        ("generate", "random:gpt2", "--token-ids", "1", "-n", "1"),
+        ("eval", "code-8m", "--limit", "10", "--backend", "reference"),
+    ],
+)
 def test_names_the_extra_to_install(arguments):
     result = hasten(*arguments)
     assert result.returncode == 2
     assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+    line = result.stderr.splitlines()[-1]
     assert "hasten[torch]" in line
     assert "reference" in line

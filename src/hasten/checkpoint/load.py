@@ -26,7 +26,7 @@ HASTEN_TYPE = "hasten"
 """The `model_type` of what only a Spec can describe."""
 
 
-class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
+class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`hasten.json`: what no other file of the directory can say."""
 
     schema_version: int = 1
@@ -131,7 +131,7 @@ def _read_sidecar(directory: Path) -> Sidecar:
     try:
         return msgspec.convert(data, Sidecar)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {one_line(str(error), 300)}") from None
 
 
 def _family(config: Config) -> Family:

@@ -77,9 +77,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 def random_model(shape: str, seed: int = 0) -> Model:
     """A model of that shape whose bfloat16 weights are made when first asked for, from ``seed`` and their name, on pages of their own.
 
-    Raises UnsupportedError listing the shapes."""
+    Capitals are as good as small letters: authors write TinyLlama-1.1B. Raises UnsupportedError listing the shapes."""
+    given, shape = shape, shape.lower()
     if shape not in SHAPES:
-        raise UnsupportedError(f"no shape {one_line(shape)} for {PREFIX}SHAPE; shapes are {', '.join(SHAPES)}")
+        raise UnsupportedError(f"no shape {one_line(given)} for {PREFIX}SHAPE; shapes are {', '.join(SHAPES)}")
     config = SHAPES[shape]
     family = find_family(config["model_type"])
     spec = family.spec(config)

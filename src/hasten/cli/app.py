@@ -14,6 +14,7 @@ from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
+from hasten.cli.terminal import fail
 
 app = typer.Typer(
     name="hasten",
@@ -49,7 +50,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"hasten: {error}", file=sys.stderr)
+        fail(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -59,5 +60,5 @@ def main() -> None:
             raise
         # Point stdout elsewhere so that the interpreter's last flush does not complain too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"hasten: the output cannot be written: {error.strerror}; make room", file=sys.stderr)
+        fail(f"the output cannot be written: {error.strerror}; make room")
         sys.exit(2)

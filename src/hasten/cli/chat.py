@@ -7,7 +7,7 @@ import typer
 
 from hasten.base.errors import UserError
 from hasten.cli import options
-from hasten.cli.generate import write
+from hasten.cli.terminal import fail, notify, write
 
 
 def chat(
@@ -20,17 +20,19 @@ def chat(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = None,
-    backend: options.BackendOption = "reference",
+    backend: options.BackendOption = "auto",
+    weights: options.WeightsOption = None,
 ) -> None:
     """Chat in the terminal. /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."""
     from hasten.engine import LLM, SamplingParams
     from hasten.engine.chat import render_chat
 
-    llm = LLM(model, backend=backend)
+    llm = LLM(model, backend=backend, weights=weights)
+    notify(llm.notice)
     tokenizer = llm.model.text_tokenizer()
     template = tokenizer.chat_template
     if template is None:
-        print(f"hasten: {model} has no chat template, so a plain one is used; a model not made to chat will ramble", file=sys.stderr)
+        fail(f"{model} has no chat template, so a plain one is used; a model not made to chat will ramble")
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         seed=seed, stop=("\nuser:", "\nsystem:") if template is None else (),
@@ -43,6 +45,8 @@ def chat(
         except EOFError:
             write("\n")
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not {error.encoding} text (byte {error.start}); convert it") from None
         if said.strip() == "/exit":
             return
         if said.strip() == "/clear":
@@ -60,7 +64,7 @@ def chat(
         except KeyboardInterrupt:
             answer += " …"
         except UserError as error:
-            print(f"hasten: {error} (/clear begins anew)", file=sys.stderr)
+            fail(f"{error} (/clear begins anew)")
             messages.pop()
             continue
         write("\n")

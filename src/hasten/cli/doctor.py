@@ -48,9 +48,18 @@ def _backends() -> dict[str, str]:
         if entry.name == "reference":
             found = importlib.util.find_spec("torch") is not None
             states[entry.name] = f"torch {importlib.metadata.version('torch')}" if found else "needs torch: pip install 'hasten[torch]'"
+        elif entry.name == "cpu":
+            states[entry.name] = f"native, kernels at level {native_level()}"
         else:
             states[entry.name] = entry.value
     return states
+
+
+def native_level() -> str:
+    """The instruction-set level the native kernels run at."""
+    from hasten import _native
+
+    return _native.isa_level()
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """`hasten eval MODEL`: loss, perplexity and top-1 accuracy over text."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.terminal import notify, visible_line
 
 
 def evaluate(
@@ -22,7 +24,8 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many tokens.")] = None,
-    backend: options.BackendOption = "reference",
+    backend: options.BackendOption = "auto",
+    weights: options.WeightsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Token loss (nats), perplexity and top-1 accuracy."""
@@ -30,9 +33,12 @@ def evaluate(
     from rich.progress import Progress
 
     from hasten.checkpoint import load
+    from hasten.engine.llm import choose_backend
     from hasten.measure import Evaluation, cut_windows, held_out, read_corpus, score_windows
 
     loaded = load(model)
+    backend, notice = choose_backend(loaded, backend, weights)
+    notify(notice)
     window = min(512, loaded.spec.context) if window is None else window
     corpus = held_out() if text is None else read_corpus(text)
     windows = cut_windows(loaded, corpus, window, limit)
@@ -40,22 +46,26 @@ def evaluate(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"scoring {windows.tokens:,} tokens", total=windows.tokens)
-        for score in score_windows(loaded, windows, window=window, backend=backend):
+        for score in score_windows(loaded, windows, window=window, backend=backend, weights=weights):
             scores.append(score)
             progress.advance(task, score.tokens)
     seconds = time.perf_counter() - began
     result = Evaluation.of(scores)
     facts: dict[str, Any] = {
-        "model": model, "text": corpus.name, "sha256": corpus.sha256, "documents": len(corpus.documents), "window": window,
-        "loss": result.loss, "perplexity": result.perplexity, "top1": result.top1, "tokens": result.tokens, "seconds": seconds,
-        "backend": backend,
+        "model": model, "text": corpus.name, "sha256": corpus.sha256, "documents": len(corpus.documents),
+        "skipped": corpus.skipped, "window": window, "loss": result.loss,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,  # JSON has no infinity
+        "top1": result.top1, "tokens": result.tokens, "seconds": seconds,
+        "backend": backend, "weights": weights,
     }  # fmt: skip
     if text is None and limit is None:
         facts |= compare_with_card(model, corpus.sha256, result.loss)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    typer.echo(f"{model} on {corpus.name} ({len(corpus.documents)} documents, {result.tokens:,} tokens, windows of {window})")
+    skipped = f", {corpus.skipped} files skipped that are not UTF-8" if corpus.skipped else ""
+    counted = f"{len(corpus.documents)} documents, {result.tokens:,} tokens, windows of {window}{skipped}"
+    typer.echo(visible_line(f"{model} on {corpus.name} ({counted})"))
     typer.echo(f"loss {result.loss:.4f} nats   perplexity {result.perplexity:.3f}   top-1 {result.top1:.4f}   ({seconds:.1f} s)")
     if "card_loss" in facts:
         typer.echo(f"the card says {facts['card_loss']:.4f} on the same text; difference {facts['card_difference']:+.4f}")

@@ -9,6 +9,7 @@ import typer
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli import options
+from hasten.cli.terminal import notify, write
 
 
 def generate(
@@ -30,7 +31,8 @@ def generate(
     ignore_eos: options.IgnoreEos = False,
     min_tokens: options.MinTokens = 0,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
-    backend: options.BackendOption = "reference",
+    backend: options.BackendOption = "auto",
+    weights: options.WeightsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it comes."""
@@ -43,9 +45,10 @@ def generate(
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
         min_tokens=min_tokens,
     )  # fmt: skip
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
-    llm = LLM(model, backend=backend)
+    llm = LLM(model, backend=backend, weights=weights)
+    notify(llm.notice)
     if text is not None:
         given = llm.encode(text)
     if as_json:
@@ -74,10 +77,12 @@ def generate(
         print(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, {chunk.finish_reason}]", file=sys.stderr)
 
 
-def write(text: str) -> None:
-    """Text to standard output at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def read_stdin() -> str:
+    """Standard input, whole. Raises UserError where it is no text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text (byte {error.start}); convert it") from None
 
 
 def parse_ids(text: str) -> list[int]:

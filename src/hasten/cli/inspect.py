@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.base.errors import one_line
 from hasten.cli.options import JsonOption, ModelArgument
+from hasten.cli.terminal import visible_line
 
 if TYPE_CHECKING:
     from hasten.model import Model
@@ -26,7 +28,7 @@ def inspect(
     from hasten.program import lower
 
     loaded = load(model)
-    lowered = lower(loaded.spec)
+    lowered = lower(loaded.spec, cache="bfloat16")
     if program:
         typer.echo(lowered.text(), nl=False)
         return
@@ -114,13 +116,13 @@ def _print(facts: dict[str, Any]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     size = f"{facts['parameters']:,} parameters, {facts['bytes']:,} bytes ({', '.join(facts['formats'])})"
-    console.print(f"[bold]{escape(facts['model'])}[/]  {facts['family']}, {size}")
+    console.print(f"[bold]{escape(visible_line(facts['model']))}[/]  {escape(visible_line(facts['family']))}, {size}")
     tokenizer = "a tokenizer" if facts["tokenizer"] else "no tokenizer"
     console.print(f"vocabulary {facts['vocabulary']:,}, width {facts['width']:,}, context {facts['context']:,}, {tokenizer}")
     for block in facts["blocks"]:
         console.print(f"{block['count']} × {block['mixer']} + {block['feed_forward']}, {block['wiring'].split('(')[0]}", markup=False)
     cache, state = facts["cache_bytes_per_token"], facts["state_bytes_per_sequence"]
-    console.print(f"cache {cache:,} bytes a token (2-byte elements)" + (f", state {state:,} bytes a sequence" if state else ""))
+    console.print(f"cache {cache:,} bytes a token (bfloat16)" + (f", state {state:,} bytes a sequence" if state else ""))
     table = Table("part", "parameters", "bytes", "share", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -128,6 +130,7 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_row(name, f"{part['parameters']:,}", f"{part['bytes']:,}", f"{part['bytes'] / facts['bytes']:.1%}")
     console.print(table)
     for step in facts["provenance"]:
-        console.print(f"made by {step['transform']} {step['settings']} {step['evidence'] or ''}", markup=False)
+        evidence = f" {one_line(step['evidence'], 1000)}" if step["evidence"] else ""
+        console.print(f"made by {visible_line(step['transform'][:80])} {one_line(step['settings'], 1000)}{evidence}", markup=False)
     if "load_seconds" in facts:
         console.print(f"all {facts['loaded_tensors']} weights in memory in {facts['load_seconds']} s")

@@ -8,7 +8,8 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model: cpu (native), reference (torch), or auto.")]
+WeightsOption = Annotated[str | None, typer.Option("--weights", help="How the native backend stores linear layers: bf16, int8 or int4.")]
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own distribution.")]
@@ -21,4 +22,4 @@ FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", help="Su
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable; a fresh seed unless given.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")]
-MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end.")]
+MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")]

@@ -8,15 +8,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.base.errors import ConfigError, MissingExtraError, one_line
+from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, one_line
 from hasten.checkpoint import load
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
-from hasten.model import Model, load_backend
-from hasten.program import Batch, token_array
+from hasten.model import Model, find_backend, load_backend
+from hasten.program import Batch, lowering_contexts, token_array
 
 Prompt = str | Sequence[int]
+
+AUTO = "auto"
+"""The backend that is best for a model on this machine."""
 
 
 class Session(Protocol):
@@ -47,10 +50,17 @@ class LLM:
     """Completes prompts. ``model`` is whatever `hasten.load` takes, or a loaded Model.
 
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
-    own unless given)."""
+    own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a user should know of the choice;
+    ``weights`` is how the native backend stores linear layers: bf16, int8 or int4."""
 
     def __init__(
-        self, model: str | Path | Model, *, backend: str = "reference", context: int | None = None, max_sequences: int = 16
+        self,
+        model: str | Path | Model,
+        *,
+        backend: str = AUTO,
+        weights: str | None = None,
+        context: int | None = None,
+        max_sequences: int = 16,
     ) -> None:
         self.model = model if isinstance(model, Model) else load(model)
         longest = self.model.spec.context
@@ -60,7 +70,10 @@ class LLM:
         if max_sequences < 1:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
-        self._session = open_session(self.model, backend, self.context)
+        self.backend, self.notice = choose_backend(self.model, backend, weights)
+        self._weights = weights
+        self._contexts = lowering_contexts(self.model.spec, self.context)
+        self._sessions: dict[int, Session] = {}
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -99,8 +112,10 @@ class LLM:
             )
         if params.stop:
             self.model.text_tokenizer()  # a stop string needs text
+        needed = min(len(ids) + params.max_tokens, self.context)
         return Request(
-            index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer()
+            index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
+            program_context=next(context for context in self._contexts if needed <= context),
         )  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
@@ -121,16 +136,27 @@ class LLM:
         return Detokenizer(tokenizer.decode, skipped_ids=tokenizer.special_ids, byte_ids=byte_token_ids(tokenizer.vocabulary))
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """Requests that one Program serves run together."""
+        for context in self._contexts:
+            if together := [request for request in requests if request.program_context == context]:
+                yield from self._run_together(self._session(context), together)
+
+    def _session(self, context: int) -> Session:
+        if context not in self._sessions:
+            self._sessions[context] = open_session(self.model, self.backend, context, self._weights)
+        return self._sessions[context]
+
+    def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
         """Every running request catches its computed tokens up to its known ones, one step after another."""
         waiting, running = list(requests), list[Request]()
-        state = self._session.start(0)
+        state = session.start(0)
         while waiting or running:
             joining = waiting[: self.max_sequences - len(running)]
             waiting, running = waiting[len(joining) :], running + joining
             if joining:
-                state = state.joined(self._session.start(len(joining)))
+                state = state.joined(session.start(len(joining)))
             batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
-            logits, state = self._session.step(batch, state)
+            logits, state = session.step(batch, state)
             chunks = []
             for request, row in zip(running, logits, strict=True):
                 request.computed += len(request.pending)
@@ -149,21 +175,37 @@ class Scorer(Protocol):
         ...
 
 
-def open_session(model: Model, backend: str, context: int) -> Session:
+def choose_backend(model: Model, backend: str = AUTO, weights: str | None = None) -> tuple[str, str]:
+    """The backend to take, and what to tell the user about it ('' where there is nothing to tell).
+
+    'auto' takes the native backend where it has every kernel, else the reference. Raises UnsupportedError for an unknown name, or for
+    a weight format that would need the native backend where it cannot run."""
+    if backend != AUTO:
+        find_backend(backend)  # a wrong name is told at once, not with the first prompt
+        return backend, ""
+    missing = load_backend("cpu").refusals(model)
+    if not missing:
+        return "cpu", ""
+    if weights is not None:
+        raise UnsupportedError(f"weights {weights} need the native backend, which has no kernel for {', '.join(missing)} of {model.name}")
+    return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
+
+
+def open_session(model: Model, backend: str, context: int, weights: str | None = None) -> Session:
     """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
-    session: Session = _open(model, backend, context)
+    session: Session = _open(model, backend, context, weights)
     return session
 
 
-def open_scorer(model: Model, backend: str, context: int) -> Scorer:
+def open_scorer(model: Model, backend: str, context: int, weights: str | None = None) -> Scorer:
     """The same, for scoring."""
-    scorer: Scorer = _open(model, backend, context)
+    scorer: Scorer = _open(model, backend, context, weights)
     return scorer
 
 
-def _open(model: Model, backend: str, context: int) -> Any:
+def _open(model: Model, backend: str, context: int, weights: str | None) -> Any:
     try:
-        return load_backend(backend).session(model, context)
+        return load_backend(backend).session(model, context, weights)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

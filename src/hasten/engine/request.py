@@ -14,6 +14,22 @@ from hasten.engine.sampling import SamplingParams, sample
 FinishReason = Literal["stop", "length"]
 
 
+class _Stops(StopMatcher):
+    """A StopMatcher that can read on past stop strings."""
+
+    def skip(self, piece: str) -> str:
+        """Take text in which no stop string may end, though one may begin; return the text safe to emit."""
+        text = self._held + piece
+        for character in piece:
+            for index, stop in enumerate(self._stops):
+                self._advance(index, character)
+                if self._matched[index] == len(stop):
+                    self._matched[index] = self._borders[index][-1]
+        safe = len(text) - max(self._matched, default=0)
+        self._held = text[safe:]
+        return text[:safe]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
     """News of one request: text that is settled, the token ids that were drawn, and why it ended, on the last one."""
@@ -27,20 +43,21 @@ class Chunk:
 class Request:
     """Known tokens (prompt, then output), how many of them are computed, and the text made of the output so far.
 
-    ``limit`` is the most tokens prompt and output may have together; ``end_ids`` end the output and make no text."""
+    ``limit`` is the most tokens prompt and output may have together; ``end_ids`` end the output and make no text;
+    ``program_context`` is the context of the Program that serves it."""
 
     def __init__(
         self, index: int, prompt: Sequence[int], params: SamplingParams, *, limit: int, end_ids: frozenset[int],
-        detokenizer: Detokenizer | None,
+        detokenizer: Detokenizer | None, program_context: int,
     ) -> None:  # fmt: skip
-        self.index, self.params, self.prompt = index, params, tuple(prompt)
+        self.index, self.params, self.prompt, self.program_context = index, params, tuple(prompt), program_context
         self.output: list[int] = []
         self.computed = 0
         self.finish_reason: FinishReason | None = None
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
         self._most = min(params.max_tokens, limit - len(prompt))
         self._end_ids = (frozenset() if params.ignore_eos else end_ids) | frozenset(params.stop_token_ids)
-        self._detokenizer, self._stops = detokenizer, StopMatcher(tuple(params.stop))
+        self._detokenizer, self._stops = detokenizer, _Stops(tuple(params.stop))
         if detokenizer is not None:
             detokenizer.feed(prompt)  # spaces and bytes at the seam depend on what came before
             detokenizer.flush()
@@ -60,8 +77,7 @@ class Request:
         self.output.append(token)
         text, ended = "", token in self._end_ids
         if self._detokenizer is not None and not ended:
-            text, stop = self._stops.feed(self._detokenizer.feed([token]))
-            ended = stop is not None
+            text, ended = self._until_stop(self._detokenizer.feed([token]))
         if ended:
             self.finish_reason = "stop"
         elif len(self.output) >= self._most:
@@ -70,12 +86,19 @@ class Request:
             text += self._flush()
         return Chunk(self.index, text, (token,), self.finish_reason)
 
+    def _until_stop(self, text: str) -> tuple[str, bool]:
+        """What of the next text can be emitted, and whether a stop string ended it; none does in the text of ``min_tokens`` tokens."""
+        if len(self.output) <= self.params.min_tokens:
+            return self._stops.skip(text), False
+        text, stop = self._stops.feed(text)
+        return text, stop is not None
+
     def _flush(self) -> str:
         """Text held back until the end; a stop string may still be found in it."""
         if self._detokenizer is None or self._stops.stopped is not None:
             return ""
-        text, stop = self._stops.feed(self._detokenizer.flush())
-        if stop is not None:
+        text, stopped = self._until_stop(self._detokenizer.flush())
+        if stopped:
             self.finish_reason = "stop"
             return text
         return text + self._stops.flush()

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ class SamplingParams:
     """How one request's tokens are chosen and when it stops.
 
     ``stop`` may be given as one string or any list or tuple of them, ``stop_token_ids`` as a list or tuple; both are tuples once made.
+    Numbers may be NumPy's; they are Python's once made.
     A value of the wrong type or out of range raises `ConfigError`, one line that names the field.
     """
 
@@ -74,25 +76,31 @@ class SamplingParams:
     ignore_eos: bool = False
     """Generate on past end-of-sequence."""
     min_tokens: int = 0
-    """End-of-sequence and ``stop_token_ids`` are not drawn before this many tokens; at most ``max_tokens``."""
+    """Fewest tokens before the output may end; at most ``max_tokens``. Until then end-of-sequence and ``stop_token_ids`` are not drawn,
+    and the text of so many tokens may hold ``stop`` strings: only one that is complete in a later token's text ends it (vLLM's rule)."""
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, MAX_INT, "ask for at least one token")
-        _check_real("temperature", self.temperature, 0.0, 100.0, "use 0 for greedy, 1 for the model's own distribution")
-        _check_int("top_k", self.top_k, 0, MAX_INT, "use 0 to keep every id")
-        _check_real("top_p", self.top_p, 0.0, 1.0, "use 1 to keep every id")
-        _check_real("min_p", self.min_p, 0.0, 1.0, "use 0 to keep every id")
-        _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "use 1 for no penalty")
-        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0, "use 0 for no penalty")
-        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "use 0 for no penalty")
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0, MAX_SEED, "leave it out for a fresh seed")
         if type(self.ignore_eos) is not bool:
             raise ConfigError(f"ignore_eos is {_shown(self.ignore_eos)}: give true or false")
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens, "use 0 for no minimum, or raise max_tokens")
+        most = _checked_int("max_tokens", self.max_tokens, 1, MAX_INT, "ask for at least one token")
+        greedy, every, off = "use 0 for greedy, 1 for the model's own distribution", "to keep every id", "for no penalty"
+        checked = {
+            "max_tokens": most,
+            "temperature": _checked_real("temperature", self.temperature, 0.0, 100.0, greedy),
+            "top_k": _checked_int("top_k", self.top_k, 0, MAX_INT, f"use 0 {every}"),
+            "top_p": _checked_real("top_p", self.top_p, 0.0, 1.0, f"use 1 {every}"),
+            "min_p": _checked_real("min_p", self.min_p, 0.0, 1.0, f"use 0 {every}"),
+            "repetition_penalty": _checked_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0, f"use 1 {off}"),
+            "presence_penalty": _checked_real("presence_penalty", self.presence_penalty, -2.0, 2.0, f"use 0 {off}"),
+            "frequency_penalty": _checked_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0, f"use 0 {off}"),
+            "seed": None if self.seed is None else _checked_int("seed", self.seed, 0, MAX_SEED, "leave it out for a fresh seed"),
+            "min_tokens": _checked_int("min_tokens", self.min_tokens, 0, most, "use 0 for no minimum, or raise max_tokens"),
+            "stop": _checked_stops(self.stop),
+            "stop_token_ids": _checked_ids(self.stop_token_ids),
+        }
         # The documented way to normalise a field of a frozen dataclass; nothing is rewritten after construction.
-        object.__setattr__(self, "stop", _checked_stops(self.stop))
-        object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
+        for field, value in checked.items():
+            object.__setattr__(self, field, value)
 
 
 def noise(seed: int, choice: int, position: int, purpose: Purpose, n: int) -> NDArray[np.float64]:
@@ -234,15 +242,17 @@ def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
         size *= 16
 
 
-def _check_int(field: str, value: object, low: int, high: int, remedy: str) -> None:
-    if type(value) is not int or not low <= value <= high:
+def _checked_int(field: str, value: object, low: int, high: int, remedy: str) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ConfigError(f"{field} is {_shown(value)}: give a whole number from {low} to {high}; {remedy}")
+    return int(value)
 
 
-def _check_real(field: str, value: object, low: float, high: float, remedy: str) -> None:
-    # NaN fails the comparison; bool is refused because its type is neither.
-    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
+def _checked_real(field: str, value: object, low: float, high: float, remedy: str) -> float:
+    # NaN fails the comparison, which comes before float() because that cannot take every int.
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
         raise ConfigError(f"{field} is {_shown(value)}: give a number from {low:g} to {high:g}; {remedy}")
+    return float(value)
 
 
 def _checked_stops(given: object) -> tuple[str, ...]:
@@ -265,15 +275,17 @@ def _checked_ids(given: object) -> tuple[int, ...]:
     if len(given) > MAX_STOP_IDS:
         raise ConfigError(f"stop_token_ids is a list of {len(given)}: {remedy}")
     for token in given:
-        if type(token) is not int or not 0 <= token <= MAX_INT:
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) <= MAX_INT:
             raise ConfigError(f"stop_token_ids holds {_shown(token)}: {remedy}")
-    return tuple(given)
+    return tuple(map(int, given))
 
 
 def _shown(value: object) -> str:
     """A foreign value for an error message, at bounded cost: a huge int has no repr, and a huge list's is slow."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return one_line(value[:200] if isinstance(value, str) else value)
     return f"a {type(value).__name__}"

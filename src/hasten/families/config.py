@@ -15,70 +15,21 @@ PARTS_LIMIT = BLOCK_LIMIT
 
 # Keys that change no logit: training, generation defaults, bookkeeping. Everything else must be read by the family.
 NEUTRAL_KEYS = frozenset([
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "attn_implementation",
-    "attn_pdrop",
-    "auto_map",
-    "bos_token_id",
-    "cache_implementation",
-    "chunk_size_feed_forward",
-    "classifier_dropout",
-    "decoder_start_token_id",
-    "do_sample",
-    "dtype",
-    "embd_pdrop",
-    "embedding_dropout",
-    "eos_token_id",
-    "finetuning_task",
-    "head_pruning",
-    "hidden_dropout",
-    "id2label",
-    "initializer_range",
-    "init_std",
-    "is_decoder",
-    "is_encoder_decoder",
-    "keys_to_ignore_at_inference",
-    "label2id",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "model_type",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "prefix",
-    "pretraining_tp",
-    "problem_type",
-    "pruned_heads",
-    "repetition_penalty",
-    "resid_pdrop",
-    "return_dict",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
-    "sep_token_id",
-    "summary_activation",
-    "summary_first_dropout",
-    "summary_proj_to_labels",
-    "summary_type",
-    "summary_use_proj",
-    "task_specific_params",
-    "temperature",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "typical_p",
-    "use_cache",
-    "use_return_dict",
-])
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
+    "attn_implementation", "attn_pdrop", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop", "embedding_dropout",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "head_pruning", "hidden_dropout", "id2label", "init_std", "initializer_range",
+    "is_decoder", "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length",
+    "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
+    "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers_version", "typical_p", "unk_token_id", "use_bfloat16", "use_cache", "use_flash_attn", "use_return_dict",
+])  # fmt: skip
 
 
 class ConfigReader:
@@ -219,9 +170,9 @@ class ConfigReader:
         self._seen.update(keys)
 
     def finish(self) -> None:
-        """Refuse keys nobody read. Null, false and empty values say nothing, and pass."""
+        """Refuse keys nobody read. Null and empty values say nothing, and pass; false and 0 may say something."""
         for key, value in self._data.items():
-            if key not in self._seen and key not in NEUTRAL_KEYS and value not in (None, False, [], {}, ""):
+            if key not in self._seen and key not in NEUTRAL_KEYS and value is not None and value not in ([], {}, ""):
                 raise UnsupportedError(
                     f"{self._where}: {key!r} = {one_line(value)} is not understood by this family; remove the key if it changes no logit"
                 )

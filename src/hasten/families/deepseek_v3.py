@@ -6,7 +6,7 @@ from hasten.base.errors import UnsupportedError
 from hasten.families.config import ConfigReader
 from hasten.families.family import Config, Family
 from hasten.families.llama import ACTIVATIONS, ends, linears, norms
-from hasten.families.rope import read_rotary, yarn_magnitude
+from hasten.families.rope import read_rotary, rope_section, yarn_magnitude
 from hasten.formats.tensor_map import Each, Permute, Reshape, Split, TensorMap, TensorMapping, rename, split, stack
 from hasten.spec import Block, Embedding, GatedMLP, Head, LatentAttention, MixtureOfExperts, PreNorm, RMSNorm, Router, Spec, Yarn
 
@@ -55,7 +55,7 @@ def _score_correction(reader: ConfigReader, scaling: object) -> float:
     """With YaRN, scores are multiplied by the square of its magnitude for `mscale_all_dim`."""
     if not isinstance(scaling, Yarn):
         return 1.0
-    section = reader.section("rope_parameters") or reader.section("rope_scaling")
+    section = rope_section(reader)
     if section is None:
         raise UnsupportedError("config.json: YaRN needs rope_parameters or rope_scaling")
     all_dims = section.number("mscale_all_dim", 0.0)

@@ -40,6 +40,9 @@ class Family:
     def spec(self, config: Config) -> Spec:
         """The checked Spec of ``config``. Raises ConfigError or UnsupportedError naming the key."""
         reader = ConfigReader(config)
+        reader.must_be("is_causal", True)
+        reader.must_be("is_encoder_decoder", False)
+        reader.must_be("add_cross_attention", False)
         try:
             spec = self.read(reader)
         except ArithmeticError as error:

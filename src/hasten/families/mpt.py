@@ -41,8 +41,9 @@ def _attention(section: ConfigReader, head_dim: int, heads: int) -> Attention:
     section.must_be("attn_type", "multihead_attention")
     section.must_be("qk_ln", False)
     section.must_be("prefix_lm", False)
+    section.must_be("is_encoder_decoder", False)
     # `attn_uses_sequence_id` separates texts packed into one training row.
-    section.neutral("attn_impl", "attn_uses_sequence_id")
+    section.neutral("attn_impl", "attn_uses_sequence_id", "add_cross_attention", "tie_word_embeddings")
     slopes = alibi_slopes(heads, section.positive("alibi_bias_max", 8.0))
     mixer = Attention(
         heads=heads, kv_heads=heads, head_dim=head_dim, value_dim=head_dim, scale=section.positive("softmax_scale", head_dim**-0.5),

@@ -8,6 +8,7 @@ from hasten.families.config import ConfigReader
 from hasten.families.family import Config, Family
 from hasten.families.llama import ends, norms
 from hasten.families.mistral import decoder, window
+from hasten.families.rope import rope_section
 from hasten.formats.tensor_map import Split, TensorMap, TensorMapping, rename, split
 from hasten.spec import Attention, GatedMLP, LongRope, Rotary, Spec
 
@@ -28,7 +29,7 @@ def _rotary(reader: ConfigReader, head_dim: int, context: int) -> Rotary:
     """Plain or LongRoPE, the latter under three names. The original context is a key of its own here, whatever the rope object says."""
     base, partial = reader.positive("rope_theta", 10000.0), reader.positive("partial_rotary_factor", 1.0)
     original = reader.size("original_max_position_embeddings", 4096)
-    section = reader.section("rope_parameters") or reader.section("rope_scaling")
+    section = rope_section(reader)
     if section is None:
         return Rotary(base=base, dims=_rotated(reader, head_dim, partial))
     base, partial = section.positive("rope_theta", base), section.positive("partial_rotary_factor", partial)

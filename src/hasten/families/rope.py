@@ -4,9 +4,8 @@ import math
 
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.families.config import ConfigReader
-from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Scaling, Yarn
+from hasten.spec import ROTARY_LIMIT, LinearScaling, Llama3Scaling, LongRope, Rotary, Scaling, Yarn
 
-DIMS_LIMIT = 1 << 16
 """Most rotated features of a head, since their frequencies are spelled out."""
 
 
@@ -19,8 +18,7 @@ def read_rotary(
     ``partial`` None means that the family rotates whole heads, and a `partial_rotary_factor` is refused. With ``layer_type``, its own
     object inside `rope_parameters` is read where there is one."""
     base, share = reader.positive("rope_theta", theta), reader.positive("partial_rotary_factor", partial or 1.0)
-    # Where both spellings are there, the old one wins, as in transformers.
-    section = reader.section("rope_scaling") or reader.section("rope_parameters")
+    section = rope_section(reader)
     nested = None if section is None or layer_type is None else section.section(layer_type)
     section = nested or section
     original = reader.optional_size("original_max_position_embeddings")
@@ -34,14 +32,20 @@ def read_rotary(
     if partial is None and share != 1.0:  # transformers ignores the factor or fails on it, others obey it: nobody knows which was meant
         raise UnsupportedError(f"config.json: 'partial_rotary_factor' is {share}, but this family rotates whole heads; remove the key")
     dims = int(head_dim * min(share, 2.0))  # above 1 is wrong whatever it is, and 1e308 is no int
-    if dims % 2 or not 0 < dims <= min(head_dim, DIMS_LIMIT):
-        raise ConfigError(
-            f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number from 2 to {min(head_dim, DIMS_LIMIT)} "
-            f"is needed"
-        )
+    most = min(head_dim, ROTARY_LIMIT)
+    if dims % 2 or not 0 < dims <= most:
+        raise ConfigError(f"config.json: {dims} of {head_dim} features of a head would be rotated; an even number up to {most} is needed")
     if isinstance(scaling, LongRope) and len(scaling.short_factor) != dims // 2:
         raise ConfigError(f"config.json: longrope has {len(scaling.short_factor)} factors; {dims // 2} are needed, one a rotated pair")
     return Rotary(base=base, dims=dims, interleaved=interleaved, scaling=scaling)
+
+
+def rope_section(reader: ConfigReader) -> ConfigReader | None:
+    """The object with the rotary settings, under its new name or its old one; both at once are refused."""
+    old, new = reader.section("rope_scaling"), reader.section("rope_parameters")
+    if old is not None and new is not None:
+        raise UnsupportedError("config.json has both 'rope_scaling' and 'rope_parameters'; remove the one that is not meant")
+    return old or new
 
 
 def _read_scaling(section: ConfigReader, context: int, original: int) -> Scaling | None:

@@ -6,6 +6,8 @@ can be written back under its own names.
 """
 
 import dataclasses
+import functools
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -318,19 +320,25 @@ def apply_map(tensor_map: TensorMap, sources: Mapping[str, Weight]) -> dict[str,
     targets: dict[str, Weight] = {}
     for mapping in tensor_map:
         weights = [sources[name] for name in mapping.sources]
+        made = _Targets(mapping, weights)
         for index, (target, shape) in enumerate(zip(mapping.targets, mapping.shapes([w.shape for w in weights]), strict=True)):
-            targets[target] = Weight(shape, weights[0].dtype, _Lazy(mapping, weights, index))
+            targets[target] = Weight(shape, weights[0].dtype, functools.partial(made.load, index))
     return targets
 
 
-class _Lazy:
-    """Loads one target of a mapping."""
+class _Targets:
+    """The targets of one mapping, made together and handed out one by one: a stack of experts is taken apart once, not once an expert."""
 
-    def __init__(self, mapping: TensorMapping, weights: list[Weight], index: int) -> None:
-        self._mapping, self._weights, self._index = mapping, weights, index
+    def __init__(self, mapping: TensorMapping, weights: list[Weight]) -> None:
+        self._mapping, self._weights = mapping, weights
+        self._lock = threading.Lock()
+        self._made: dict[int, Array] = {}
 
-    def __call__(self) -> Array:
-        return self._mapping.apply([weight.load() for weight in self._weights])[self._index]
+    def load(self, index: int) -> Array:
+        with self._lock:
+            if index not in self._made:
+                self._made = dict(enumerate(self._mapping.apply([weight.load() for weight in self._weights])))
+            return self._made.pop(index)  # whoever asked holds it now; the others wait for theirs
 
 
 def _bits(array: Array) -> Array:

@@ -20,7 +20,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes a dense weight may have, by the name used in Spec and in `--dtype`."""
+"""The dtypes a dense weight may have, by the name used in Spec."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -38,7 +38,8 @@ class Score:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over ``tokens`` predicted tokens: ``loss`` in nats, ``perplexity`` = exp(loss), ``top1`` between 0 and 1."""
+    """Means over ``tokens`` predicted tokens: ``loss`` in nats, ``perplexity`` = exp(loss), infinite where that is beyond float64,
+    ``top1`` between 0 and 1."""
 
     loss: float
     perplexity: float
@@ -79,9 +80,13 @@ def cut_windows(model: Model, corpus: Corpus, window: int = 512, limit: int | No
     return Windows(tuple(windows))
 
 
-def score_windows(model: Model, windows: Windows, *, window: int = 512, backend: str = "reference") -> Iterator[Score]:
-    """Score the windows, a batch at a time; a batch takes as many windows as fit a fixed budget of logits."""
-    scorer = open_scorer(model, backend, window)
+def score_windows(
+    model: Model, windows: Windows, *, window: int = 512, backend: str = "reference", weights: str | None = None
+) -> Iterator[Score]:
+    """Score the windows, a batch at a time; a batch takes as many windows as fit a fixed budget of logits.
+
+    Raises UserError naming the model where its logits are not finite."""
+    scorer = open_scorer(model, backend, window, weights)
     together = max(1, _LOGITS_BYTES // (4 * model.spec.vocab * window))
     ordered = sorted(windows.windows, key=len, reverse=True)  # equal lengths run together
     for begin in range(0, len(ordered), together):
@@ -90,6 +95,10 @@ def score_windows(model: Model, windows: Windows, *, window: int = 512, backend:
         targets = np.concatenate([np.asarray(ids[1:]) for ids in batch])
         top = logits.max(axis=-1)
         picked = logits[np.arange(len(targets)), targets]
+        if not (np.isfinite(top).all() and np.isfinite(picked).all()):
+            raise UserError(
+                f"{model.name}: the model's logits are not finite, so there is no loss; check its weights, or run it in wider activations"
+            )
         correct = int((logits.argmax(axis=-1) == targets).sum())
         logits -= top[:, None]
         np.exp(logits, out=logits)

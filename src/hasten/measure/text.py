@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from hasten.base.errors import UserError
@@ -34,27 +36,57 @@ TEXT_SUFFIXES = frozenset([
 ])
 """What counts as text in a folder; a file named on its own is read whatever its suffix."""
 
+PASSED_OVER = frozenset(["node_modules", "__pycache__"])
+"""Folders that hold nobody's own text; hidden ones are passed over too."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents in a fixed order. ``sha256`` is over their bytes laid end to end, so that figures can be compared."""
+    """Documents in a fixed order. ``sha256`` is over their bytes laid end to end, so that figures can be compared.
+
+    ``skipped`` counts files of a folder that are called text and are not UTF-8."""
 
     name: str
     documents: tuple[str, ...]
     sha256: str
+    skipped: int = 0
 
 
 def read_corpus(path: Path) -> Corpus:
-    """A text file, or every text file below a folder in sorted order. Raises UserError naming what is not there or not UTF-8."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
-        if not files:
-            raise UserError(f"{path} holds no text files; looked for {', '.join(sorted(TEXT_SUFFIXES))}")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise UserError(f"no file or folder {path}; give text to evaluate on, or leave it out for the held-out set")
-    return _corpus(str(path), files)
+    """A text file, or every text file below a folder in sorted order, hidden folders and `PASSED_OVER` left out.
+
+    In a folder, files that are not UTF-8 are skipped and counted. Raises UserError naming what is not there, cannot be read, or, named
+    on its own, is not UTF-8."""
+    try:
+        if path.is_dir():
+            files = sorted(_text_files(path))
+            if not files:
+                raise UserError(f"{path} holds no text files; looked for {', '.join(sorted(TEXT_SUFFIXES))}")
+            corpus = _corpus(str(path), files, skip=True)
+            if not corpus.documents:
+                raise UserError(f"{path} holds {corpus.skipped} text files and none is UTF-8, the first {files[0].name}; convert them")
+            return corpus
+        if path.is_file():
+            return _corpus(str(path), [path])
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    raise UserError(f"no file or folder {path}; give text to evaluate on, or leave it out for the held-out set")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{error.filename or path} cannot be read: {error.strerror or error}; give text that can be, or leave it out")
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in PASSED_OVER]
+        for name in names:
+            path = Path(place, name)
+            if path.suffix in TEXT_SUFFIXES and path.is_file():
+                yield path
 
 
 def held_out(stdlib: Path | None = None) -> Corpus:
@@ -74,13 +106,18 @@ def held_out(stdlib: Path | None = None) -> Corpus:
     return _corpus("held-out standard library", chosen)
 
 
-def _corpus(name: str, files: list[Path]) -> Corpus:
+def _corpus(name: str, files: list[Path], *, skip: bool = False) -> Corpus:
     digest, documents = hashlib.sha256(), []
     for file in files:
-        data = file.read_bytes()
-        digest.update(data)
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise _unreadable(file, error) from None
         try:
             documents.append(data.decode("utf-8"))
         except UnicodeDecodeError as error:
+            if skip:
+                continue
             raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-    return Corpus(name, tuple(documents), digest.hexdigest())
+        digest.update(data)
+    return Corpus(name, tuple(documents), digest.hexdigest(), len(files) - len(documents))

@@ -88,8 +88,13 @@ def load_backend(name: str) -> Any:
     """The backend registered under ``name`` in the entry points of group hasten.backends, made with its defaults.
 
     Backends stand above models, so they are found by name rather than imported."""
+    return find_backend(name).load()()
+
+
+def find_backend(name: str) -> importlib.metadata.EntryPoint:
+    """Where the backend of that name is, without importing it. Raises UnsupportedError listing the names there are."""
     entries = importlib.metadata.entry_points(group=BACKENDS)
     for entry in entries:
         if entry.name == name:
-            return entry.load()()
+            return entry
     raise UnsupportedError(f"no backend {name!r}; there are {', '.join(sorted({entry.name for entry in entries}))}")

@@ -1,12 +1,13 @@
 """Text ↔ token ids, through the `tokenizers` library."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.base.errors import TokenizerError, one_line
+from hasten.base.errors import TokenizerError, UserError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
@@ -14,38 +15,53 @@ if TYPE_CHECKING:
 TEXT_LIMIT = 16 << 20
 """Longest settings file or chat template that is read, in bytes."""
 
+TOKENIZER_LIMIT = 256 << 20
+"""Longest `tokenizer.json` that is read, in bytes; one of 262,144 tokens has about a seventh of it."""
+
 
 class Tokenizer:
     """A `tokenizer.json`, with the settings of `tokenizer_config.json` that matter to hasten: chat template and special tokens.
 
-    One instance serves one thread at a time. Reading the file waits for the first use."""
+    One instance serves one thread at a time. Reading the file waits for the first use. Whatever goes wrong inside is a TokenizerError."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], chat_template: str | None) -> None:
         self.path, self.settings, self.chat_template = path, settings, chat_template
         self._tokenizer: RustTokenizer | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens are added as the model's own tokenizer would."""
-        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of ``text``; special tokens are added as the model's own tokenizer would.
+
+        Raises UserError where the text holds half a surrogate pair, as text decoded from bytes that are no UTF-8 may."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = one_line(text[error.start])
+            raise UserError(f"not valid UTF-8 text at character {error.start}, which is {found}; give text in UTF-8") from None
+        with self._guarded("encode this text"):
+            return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``. Bytes that are no UTF-8 come out as U+FFFD."""
-        return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        with self._guarded("decode these token ids"):
+            return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token, or None."""
-        return self._rust.token_to_id(token)
+        with self._guarded("look a token up"):
+            return self._rust.token_to_id(token)
 
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
         """Ids by token, added tokens included."""
-        return dict(self._rust.get_vocab(with_added_tokens=True))
+        with self._guarded("list its vocabulary"):
+            return dict(self._rust.get_vocab(with_added_tokens=True))
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that decode to nothing: special tokens."""
-        added = self._rust.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
+        with self._guarded("list its special tokens"):
+            added = self._rust.get_added_tokens_decoder()
+            return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @property
     def start_id(self) -> int | None:
@@ -69,13 +85,28 @@ class Tokenizer:
         if self._tokenizer is None:
             from tokenizers import Tokenizer as RustTokenizer
 
-            try:
-                self._tokenizer = RustTokenizer.from_file(str(self.path))
-            except Exception as error:  # the library raises bare Exception
-                raise TokenizerError(f"{self.path}: not a usable tokenizer.json: {one_line(str(error))}") from None
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
+            _check_size(self.path, TOKENIZER_LIMIT)
+            with self._guarded(""):
+                tokenizer = RustTokenizer.from_file(str(self.path))
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+            self._tokenizer = tokenizer
         return self._tokenizer
+
+    @contextlib.contextmanager
+    def _guarded(self, task: str) -> Iterator[None]:
+        """What the library raises, as one line; Ctrl-C and an exit pass."""
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException as error:  # the library raises bare Exception, and a panic in it is a BaseException without a public type
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            # A panic has been printed to file descriptor 2 by then. Only swapping the descriptor for the whole process, under every
+            # other thread, would silence it; our line comes last instead.
+            what = f"cannot {task}" if task else "not a usable tokenizer.json"
+            raise TokenizerError(f"{self.path}: {what}: {one_line(str(error))}; take the one that came with the model") from None
 
 
 def find_tokenizer(directory: Path) -> tuple[Tokenizer | None, str]:
@@ -112,13 +143,21 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
 def _read_text(path: Path) -> str:
     """A text file of bounded size."""
     try:
-        if path.stat().st_size > TEXT_LIMIT:
-            raise TokenizerError(f"{path}: {path.stat().st_size:,} bytes are too many; at most {TEXT_LIMIT:,} are read")
+        _check_size(path, TEXT_LIMIT)
         return path.read_text("utf-8")
     except OSError as error:
         raise TokenizerError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path}: not UTF-8 text (byte {error.start}); download it again") from None
+
+
+def _check_size(path: Path, limit: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror or error}") from None
+    if size > limit:
+        raise TokenizerError(f"{path}: {size:,} bytes are too many; at most {limit:,} are read")
 
 
 def _find_template(directory: Path, settings: Mapping[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import singledispatchmethod
 
+from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.program import ops
 from hasten.program.ops import In, Op, Out, Param, ShardAxis, StateRef
 from hasten.program.program import KvGroup, LatentGroup, Layer, Program, RecurrentGroup, RowSymbol, StateGroup, Value
@@ -57,17 +58,35 @@ class LinearFormats:
     activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def lower(spec: Spec, *, context: int | None = None, precision: Precision | None = None, formats: LinearFormats | None = None) -> Program:
-    """The Program of ``spec`` for sequences of up to ``context`` tokens (the Spec's own unless given)."""
-    builder = _Builder(spec, context or spec.context, precision or Precision(residual=spec.residual), formats or LinearFormats())
-    return builder.build()
+def lower(
+    spec: Spec,
+    *,
+    context: int | None = None,
+    precision: Precision | None = None,
+    formats: LinearFormats | None = None,
+    cache: str | None = None,
+) -> Program:
+    """The Program of ``spec`` for sequences of up to ``context`` tokens (the Spec's own unless given).
+
+    ``cache`` is the format of keys, values and latent rows; the compute dtype unless given. Raises ConfigError for a format that names
+    no linear layer, UnsupportedError for one nobody has."""
+    formats = formats or LinearFormats()
+    builder = _Builder(spec, context or spec.context, precision or Precision(residual=spec.residual), formats, cache)
+    program = builder.build()
+    linear = {op.weight for op in program.ops if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear)}
+    unknown = {*formats.weights, *formats.activations} - linear
+    if unknown:
+        raise ConfigError(f"{one_line(sorted(unknown)[0])} is no weight of a linear layer, so it has no format; see inspect --program")
+    return program
 
 
 class _Builder:
     """Writes the ops of one Program in order. Value names are the path of what makes them, which is what taps are asked for by."""
 
-    def __init__(self, spec: Spec, context: int, precision: Precision, formats: LinearFormats) -> None:
+    def __init__(self, spec: Spec, context: int, precision: Precision, formats: LinearFormats, cache: str | None) -> None:
         self.spec, self.context, self.precision, self.formats = spec, context, precision, formats
+        self.cache = cache or precision.compute
+        self.scan = "float64" if precision.compute == "float64" else "float32"  # sums over the whole past need the bits
         self.ops: list[Op] = []
         self.values: dict[str, Value] = {}
         self.params: dict[str, tuple[int, ...]] = {}
@@ -143,17 +162,36 @@ class _Builder:
         return y
 
     def linear(self, name: str, x: str, out: int, bias: bool = False, shard: ShardAxis | None = None) -> Out:
-        x = self.cast(x, self.precision.compute)
-        weight = self.param(f"{name}.weight", out, self.width(x))
-        y = self.value(name, out, self.precision.compute, self.values[x].rows)
+        return self.product(name, x, self.param(f"{name}.weight", out, self.width(x)), f"{name}.bias" if bias else None, shard)
+
+    def product(self, name: str, x: str, weight: Param, bias: str | None, shard: ShardAxis | None, dtype: Dtype | None = None) -> Out:
+        """x · weightᵀ + bias, named ``name``."""
+        out = self.params[weight][0]
+        fed, scale = self.fed(x, weight)
+        y = self.value(name, out, dtype or self.precision.compute, self.values[x].rows)
         self.ops.append(
             ops.Linear(
-                x=In(x), weight=weight, y=y, bias=self.param(f"{name}.bias", out) if bias else None,
-                weight_format=self.formats.weights.get(weight, "dense"),
-                activation_format=self.formats.activations.get(weight, "none"), adapter=name, shard=shard,
+                x=In(fed), weight=weight, y=y, scale=scale, bias=self.param(bias, out) if bias else None,
+                weight_format=self.formats.weights.get(weight, "dense"), dtype=dtype or self.precision.compute, adapter=name, shard=shard,
             )
         )  # fmt: skip
         return y
+
+    def fed(self, x: str, weight: Param) -> tuple[str, In | None]:
+        """x as the product with ``weight`` reads it: in the compute dtype, or rounded to int8 with the rows' scales."""
+        form = self.formats.activations.get(weight, "none")
+        if form == "none":
+            return self.cast(x, self.precision.compute), None
+        if form != "int8":
+            raise UnsupportedError(f"{weight}: activation format {one_line(form)} is not supported; accepted are none, int8")
+        name = f"{x}.int8"
+        if name not in self.values:  # several products may read one rounding
+            features = self.values[x].features
+            q = self.value(name, features, "int8", self.values[x].rows)
+            precise = "float64" if self.values[x].dtype == "float64" else "float32"
+            scale = self.value(f"{x}.scale", (*features[:-1], 1), precise, self.values[x].rows)
+            self.ops.append(ops.QuantizeRows(x=In(x), q=q, scale=scale))
+        return name, In(f"{x}.scale")
 
     def cast(self, x: str, dtype: Dtype) -> str:
         if self.values[x].dtype == dtype:
@@ -192,17 +230,23 @@ class _Builder:
     def head_linear(self, name: str, x: str, heads: int, out: int) -> Out:
         weight = self.param(f"{name}.weight", heads, out, self.width(x) // heads)
         y = self.value(name, heads * out, self.precision.compute)
-        self.ops.append(ops.HeadLinear(x=In(x), weight=weight, y=y, heads=heads, weight_format=self.formats.weights.get(weight, "dense")))
+        self.ops.append(
+            ops.HeadLinear(
+                x=In(x), weight=weight, y=y, heads=heads, weight_format=self.formats.weights.get(weight, "dense"),
+                dtype=self.precision.compute, adapter=name, shard="heads",
+            )
+        )  # fmt: skip
         return y
 
     def expert_linear(self, name: str, x: str, experts: str, count: int, out: int, bias: bool, shard: ShardAxis) -> Out:
         weight = self.param(f"{name}.weight", count, out, self.width(x))
+        fed, scale = self.fed(x, weight)
         y = self.value(name, (self.width(experts), out), self.precision.compute)
         self.ops.append(
             ops.ExpertLinear(
-                x=In(x), experts=In(experts), weight=weight, y=y, bias=self.param(f"{name}.bias", count, out) if bias else None,
-                weight_format=self.formats.weights.get(weight, "dense"), activation_format=self.formats.activations.get(weight, "none"),
-                shard=shard,
+                x=In(fed), experts=In(experts), weight=weight, y=y, scale=scale,
+                bias=self.param(f"{name}.bias", count, out) if bias else None,
+                weight_format=self.formats.weights.get(weight, "dense"), dtype=self.precision.compute, adapter=name, shard=shard,
             )
         )  # fmt: skip
         return y
@@ -224,7 +268,9 @@ class _Builder:
         spec, residual = self.spec, self.precision.residual
         x = self.value("embedding", spec.width, residual)
         self.ops.append(
-            ops.Embed(weight=self.param("embedding.weight", spec.vocab, spec.width), y=x, scale=spec.embedding.scale, dtype=residual)
+            ops.Embed(
+                weight=self.param("embedding.weight", spec.vocab, spec.width), y=x, scale=spec.embedding.scale, dtype=residual, shard="rows"
+            )
         )
         if (learned := spec.embedding.positions) is not None:
             rows = self.value("embedding.positions", spec.width, residual)
@@ -244,17 +290,9 @@ class _Builder:
         if norm is not None:
             y = self.norm(f"{prefix}norm", norm, y)
             self.values[y] = dataclasses.replace(self.values[y], rows="R")
-        y = self.cast(y, self.precision.compute)
-        weight = self.params_of_head(prefix, head)
-        out = self.value(f"{prefix}head", spec.vocab, self.precision.compute, "R")
-        self.ops.append(
-            ops.Linear(
-                x=In(y), weight=weight, y=out, bias=self.param(f"{prefix}head.bias", spec.vocab) if head.bias else None,
-                weight_format=self.formats.weights.get(weight, "dense"),
-                activation_format=self.formats.activations.get(weight, "none"), adapter=f"{prefix}head", shard="out",
-            )
-        )  # fmt: skip
-        y = self.cast(out, logits)
+        name = "embedding.weight" if head.tied else f"{prefix}head.weight"
+        weight = self.param(name, spec.vocab, spec.width)
+        y = self.product(f"{prefix}head", y, weight, f"{prefix}head.bias" if head.bias else None, "out", logits)
         if head.scale != 1.0:
             scaled = self.value(f"{prefix}head.scaled", spec.vocab, logits, "R")
             self.ops.append(ops.Scale(x=In(y), y=scaled, factor=head.scale))
@@ -264,10 +302,6 @@ class _Builder:
             self.ops.append(ops.SoftCap(x=In(y), y=capped, cap=head.softcap))
             y = capped
         return self.rename_last(y, f"{prefix}logits")
-
-    def params_of_head(self, prefix: str, head: Head) -> Param:
-        name = "embedding.weight" if head.tied else f"{prefix}head.weight"
-        return self.param(name, self.spec.vocab, self.spec.width)
 
     def rename_last(self, old: str, new: str) -> str:
         """Give the value that the last op made its public name."""
@@ -343,7 +377,7 @@ class _Builder:
         if isinstance(mixer.position, Rotary):
             q = self.rotate(f"{path}.q_rotated", q, heads, mixer.position)
             k = self.rotate(f"{path}.k_rotated", k, kv_heads, mixer.position)
-        state = self.state(KvGroup("kv", 0, kv_heads, dim, mixer.value_dim, mixer.visible), path)
+        state = self.state(KvGroup("kv", 0, kv_heads, dim, mixer.value_dim, mixer.visible, self.cache), path)
         self.ops.append(ops.AppendKv(k=In(k), v=In(v), state=state))
         y = self.value(f"{path}.attended", heads * mixer.value_dim, self.precision.compute)
         if isinstance(mixer.position, RelativeSinusoid):
@@ -385,7 +419,7 @@ class _Builder:
         latent, k_rope = self.split(f"{path}.kv_a", kv, latent=mixer.kv_rank, rope=rope)
         latent = self.norm(f"{path}.kv_norm", mixer.norm, latent)
         k = self.concat(f"{path}.k_latent", [latent, self.rotate(f"{path}.k_rotated", k_rope, 1, mixer.rotary)], 1)
-        state = self.state(LatentGroup("latent", 0, mixer.kv_rank + rope, mixer.kv_rank), path)
+        state = self.state(LatentGroup("latent", 0, mixer.kv_rank + rope, mixer.kv_rank, Causal(), self.cache), path)
         self.ops.append(ops.AppendKv(k=In(k), v=None, state=state))
         y = self.value(f"{path}.attended", heads * mixer.kv_rank, self.precision.compute)
         self.ops.append(
@@ -410,7 +444,7 @@ class _Builder:
             ops.SelectiveScan(
                 x=In(u), dt=In(dt), b=In(b), c=In(c), a_log=self.param(f"{path}.a_log", mixer.inner, mixer.state),
                 d=self.param(f"{path}.d", mixer.inner), dt_bias=self.param(f"{path}.dt_bias", mixer.inner), y=y,
-                state=self.state(RecurrentGroup("scan", 0, (mixer.inner, mixer.state)), path),
+                state=self.state(RecurrentGroup("scan", 0, (mixer.inner, mixer.state), self.scan), path),
             )
         )  # fmt: skip
         return self.linear(f"{path}.o", self.gate(f"{path}.gated", z, y, "silu"), self.spec.width, mixer.bias, "in")
@@ -428,7 +462,7 @@ class _Builder:
             ops.DualScan(
                 x=In(u), dt=In(dt), b=In(b), c=In(c), a_log=self.param(f"{path}.a_log", mixer.heads),
                 d=self.param(f"{path}.d", mixer.heads), dt_bias=self.param(f"{path}.dt_bias", mixer.heads), y=y,
-                state=self.state(RecurrentGroup("scan", 0, (mixer.heads, mixer.head_dim, mixer.state)), path), heads=mixer.heads,
+                state=self.state(RecurrentGroup("scan", 0, (mixer.heads, mixer.head_dim, mixer.state), self.scan), path), heads=mixer.heads,
                 groups=mixer.groups, dt_min=mixer.dt_min, dt_max=mixer.dt_max,
             )
         )  # fmt: skip
@@ -449,7 +483,7 @@ class _Builder:
             ops.GatedDeltaScan(
                 q=In(q), k=In(k), v=In(v), a=In(a), b=In(b), a_log=self.param(f"{path}.a_log", mixer.value_heads),
                 dt_bias=self.param(f"{path}.dt_bias", mixer.value_heads), y=y,
-                state=self.state(RecurrentGroup("scan", 0, (mixer.value_heads, mixer.key_dim, mixer.value_dim)), path),
+                state=self.state(RecurrentGroup("scan", 0, (mixer.value_heads, mixer.key_dim, mixer.value_dim), self.scan), path),
                 key_heads=mixer.key_heads, value_heads=mixer.value_heads,
             )
         )  # fmt: skip
@@ -463,7 +497,7 @@ class _Builder:
             ops.CausalConv(
                 x=In(x), weight=self.param(f"{path}.conv.weight", width, taps), y=y, activation="silu",
                 bias=self.param(f"{path}.conv.bias", width) if bias else None,
-                state=self.state(RecurrentGroup("conv", 0, (taps - 1, width)), path),
+                state=self.state(RecurrentGroup("conv", 0, (taps - 1, width), self.precision.compute), path),
             )
         )  # fmt: skip
         return y

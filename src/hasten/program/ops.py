@@ -19,7 +19,7 @@ In = NewType("In", str)
 Out = NewType("Out", str)
 Param = NewType("Param", str)
 
-ShardAxis = Literal["out", "in"]
+ShardAxis = Literal["out", "in", "heads", "rows"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ class Embed(Op):
     y: Out
     scale: float = 1.0
     dtype: Dtype = "float32"
+    shard: ShardAxis | None = None
 
 
 @_op(_EXACT)
@@ -193,7 +194,9 @@ class Cast(Op):
 
 @_op(_ONE_STEP, differentiable=False)
 class QuantizeRows(Op):
-    """Symmetric int8 per row: scale[T, 1] = max|x| / 127 (1 where the row is zero), q[T, N] = round_half_even(x / scale)."""
+    """Symmetric int8 per row: scale[T, 1] = max|x| / 127 (1 where the row is zero), q[T, N] = round_half_even(x / scale).
+
+    Of x [T, A, N] every one of the T·A rows has its own scale."""
 
     x: In
     q: Out
@@ -205,46 +208,53 @@ class QuantizeRows(Op):
 
 @_op(_REDUCTION)
 class Linear(Op):
-    """y[T, out] = x[T, in] · weightᵀ + bias. weight [out, in], bias [out].
+    """y[T, out] = x[T, in] · weightᵀ + bias, in ``dtype``. weight [out, in], bias [out].
 
-    ``weight_format`` names how the weight is stored, ``activation_format`` how x is fed to the product ('none': as it comes, 'int8':
-    quantized per row): choosing one never changes the other. ``adapter`` names the slot a low-rank adapter plugs into. ``shard`` is
-    the axis tensor parallelism may cut."""
+    ``weight_format`` names how the weight is stored. How x is fed is another choice: with ``scale`` [T, 1], x is int8 as QuantizeRows
+    makes it, and stands for x · scale. ``adapter`` names the slot a low-rank adapter plugs into; it reads what the product reads.
+    ``shard`` is the axis tensor parallelism may cut."""
 
     x: In
     weight: Param
     y: Out
+    scale: In | None = None
     bias: Param | None = None
     weight_format: str = "dense"
-    activation_format: str = "none"
+    dtype: Dtype = "float32"
     adapter: str | None = None
     shard: ShardAxis | None = None
 
 
 @_op(_REDUCTION)
 class HeadLinear(Op):
-    """One product per head: y[T, H·out] from x[T, H·in], weight [H, out, in]."""
+    """One product per head, in ``dtype``: y[T, H·out] from x[T, H·in], weight [H, out, in]."""
 
     x: In
     weight: Param
     y: Out
     heads: int
     weight_format: str = "dense"
+    dtype: Dtype = "float32"
+    adapter: str | None = None
+    shard: ShardAxis | None = None
 
 
 @_op(_REDUCTION)
 class ExpertLinear(Op):
-    """y[T, A, out] = x · weight[expert]ᵀ + bias[expert]. weight [E, out, in], bias [E, out].
+    """y[T, A, out] = x · weight[expert]ᵀ + bias[expert], in ``dtype``. weight [E, out, in], bias [E, out].
 
-    x is [T, in] (every chosen expert reads the token) or [T, A, in] (each reads its own row). ``experts`` is [T, A] int32."""
+    x is [T, in] (every chosen expert reads the token) or [T, A, in] (each reads its own row), int8 where ``scale`` (x's shape, 1 in
+    place of its last size) is given. ``experts`` is [T, A] int32."""
 
     x: In
     experts: In
     weight: Param
     y: Out
+    scale: In | None = None
     bias: Param | None = None
     weight_format: str = "dense"
-    activation_format: str = "none"
+    dtype: Dtype = "float32"
+    adapter: str | None = None
     shard: ShardAxis | None = None
 
 

@@ -27,6 +27,9 @@ class Value:
 
 # --- state groups: what must outlive a step
 
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element of a state group, by its format."""
+
 Reuse = Literal["prefix", "snapshot"]
 """When another request may start from this state: at any exact prefix (under a window, its last pages are enough), or only where a
 snapshot was kept."""
@@ -45,13 +48,14 @@ class KvGroup:
     key_dim: int
     value_dim: int
     visible: Visibility
+    format: str = "float32"
 
     reuse: ClassVar[Reuse] = "prefix"
     rollback: ClassVar[Rollback] = "truncate"
 
-    def bytes_per_token(self, element_bytes: int = 2) -> int:
+    def bytes_per_token(self) -> int:
         """Cache bytes one token adds, over all layers."""
-        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
+        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * ELEMENT_BYTES[self.format]
 
     def bytes_per_sequence(self) -> int:
         """Bytes a sequence holds whatever its length: none."""
@@ -71,13 +75,14 @@ class LatentGroup:
     width: int
     value_dim: int
     visible: Visibility = Causal()
+    format: str = "float32"
 
     reuse: ClassVar[Reuse] = "prefix"
     rollback: ClassVar[Rollback] = "truncate"
 
-    def bytes_per_token(self, element_bytes: int = 2) -> int:
+    def bytes_per_token(self) -> int:
         """Cache bytes one token adds, over all layers."""
-        return self.layers * self.width * element_bytes
+        return self.layers * self.width * ELEMENT_BYTES[self.format]
 
     def bytes_per_sequence(self) -> int:
         """Bytes a sequence holds whatever its length: none."""
@@ -90,22 +95,23 @@ class LatentGroup:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecurrentGroup:
-    """Slots of fixed size, one per sequence and layer, overwritten by every token. Kept in float32 or better."""
+    """Slots of fixed size, one per sequence and layer, overwritten by every token."""
 
     name: str
     layers: int
     shape: tuple[int, ...]
+    format: str = "float32"
 
     reuse: ClassVar[Reuse] = "snapshot"
     rollback: ClassVar[Rollback] = "snapshot"
 
-    def bytes_per_token(self, element_bytes: int = 2) -> int:
+    def bytes_per_token(self) -> int:
         """Cache bytes one token adds: none."""
         return 0
 
     def bytes_per_sequence(self) -> int:
         """Bytes one sequence holds, over all layers."""
-        size = 4 * self.layers
+        size = ELEMENT_BYTES[self.format] * self.layers
         for length in self.shape:
             size *= length
         return size
@@ -287,7 +293,7 @@ def _attribute_text(value: object) -> str:
 
 
 def _state_text(group: StateGroup) -> str:
-    sizes = [f"{n:,} bytes a token (2-byte elements)" for n in [group.bytes_per_token()] if n]
+    sizes = [f"{n:,} bytes a token ({group.format})" for n in [group.bytes_per_token()] if n]
     sizes += [f"{n:,} bytes a sequence" for n in [group.bytes_per_sequence()] if n]
     match group:
         case KvGroup():

@@ -4,7 +4,17 @@ import functools
 import math
 
 from hasten.base.errors import ConfigError, one_line
-from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Yarn
+from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Spec, Yarn
+
+
+def lowering_contexts(spec: Spec, context: int) -> tuple[int, ...]:
+    """The contexts up to ``context`` that a Program must be lowered for, ascending: a sequence takes the first that holds it.
+
+    There are two where LongRope has one set of frequencies for sequences up to the original context and one for longer ones."""
+    positions = [getattr(block.mixer, name, None) for block in spec.blocks for name in ("position", "rotary")]
+    scalings = [position.scaling for position in positions if isinstance(position, Rotary)]
+    originals = {scaling.original_context for scaling in scalings if isinstance(scaling, LongRope)}
+    return (*sorted(original for original in originals if original < context), context)
 
 
 @functools.lru_cache(maxsize=16)  # every layer of a model asks for the same few

@@ -3,6 +3,7 @@
 from hasten.spec.spec import (
     BLOCK_LIMIT,
     MLP,
+    ROTARY_LIMIT,
     SIZE_LIMIT,
     Activation,
     Alibi,
@@ -49,9 +50,9 @@ from hasten.spec.spec import (
 )
 
 __all__ = [
-    "BLOCK_LIMIT", "SIZE_LIMIT", "Activation", "Alibi", "Attention", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype",
-    "Embedding", "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
-    "LinearScaling", "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel", "Part",
-    "PostNorm", "PreNorm", "RMSNorm", "RelativeSinusoid", "Rotary", "Router", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow",
-    "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
+    "Activation", "Alibi", "Attention", "BLOCK_LIMIT", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding",
+    "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
+    "LinearScaling", "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel",
+    "Part", "PostNorm", "PreNorm", "RMSNorm", "ROTARY_LIMIT", "RelativeSinusoid", "Rotary", "Router", "SIZE_LIMIT", "Sandwich",
+    "Scaling", "SegmentMemory", "SlidingWindow", "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
 ]  # fmt: skip

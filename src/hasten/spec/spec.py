@@ -19,6 +19,9 @@ BLOCK_LIMIT = 4096
 SIZE_LIMIT = 1 << 24
 """Largest width, vocabulary, context, and so on."""
 
+ROTARY_LIMIT = 1 << 12
+"""Most features of a head that may be rotated: each op carries half as many frequencies."""
+
 Size = Annotated[int, msgspec.Meta(ge=1, le=SIZE_LIMIT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -120,7 +123,7 @@ class Rotary(Part, frozen=True):
     Pairs are (i, i + dims/2), or (2i, 2i + 1) where ``interleaved``."""
 
     base: Positive
-    dims: Size
+    dims: Annotated[int, msgspec.Meta(ge=1, le=ROTARY_LIMIT)]
     interleaved: bool = False
     scaling: Scaling | None = None
 

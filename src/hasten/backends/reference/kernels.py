@@ -90,11 +90,6 @@ def _(op: ops.Cast, step: Step, x: Tensor) -> Outputs:
 @compute.register
 def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
     x = x.detach()  # rounding has no gradient; a pass that trains through it says so with ops of its own
-    return quantize_rows(x)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """q int8 and scale [T, 1] of QuantizeRows."""
     scale = x.abs().amax(dim=-1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32)) / 127
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale
@@ -103,14 +98,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 # --- linear
 
 
-def as_fed(x: Tensor, activation_format: str) -> Tensor:
-    """x as a linear layer sees it: unchanged, or rounded to int8 per row (and back, so that one product serves)."""
-    if activation_format == "none":
-        return x
-    if activation_format == "int8":
-        q, scale = quantize_rows(x)
-        return (q * scale).to(x.dtype)
-    raise UnsupportedError(f"activation format {activation_format!r} is not one the reference backend knows; accepted are none, int8")
+def as_fed(x: Tensor, scale: Tensor | None) -> Tensor:
+    """What a product's input stands for: x as it is, or int8 rows times their scales."""
+    return x if scale is None else x.to(scale.dtype) * scale
 
 
 def dense(step: Step, name: str, weight_format: str) -> Tensor:
@@ -121,27 +111,26 @@ def dense(step: Step, name: str, weight_format: str) -> Tensor:
 
 
 @compute.register
-def _(op: ops.Linear, step: Step, x: Tensor) -> Outputs:
-    bias = step.optional(op.bias)
-    fed = as_fed(x, op.activation_format)
-    y = F.linear(fed, dense(step, op.weight, op.weight_format).to(x.dtype), None if bias is None else bias.to(x.dtype))
+def _(op: ops.Linear, step: Step, x: Tensor, scale: Tensor | None = None) -> Outputs:
+    bias, x = step.optional(op.bias), as_fed(x, scale)
+    y = F.linear(x, dense(step, op.weight, op.weight_format).to(x.dtype), None if bias is None else bias.to(x.dtype))
     adapter = step.adapters.get(op.adapter or "")
     if adapter is not None:
         y = y + F.linear(F.linear(x, adapter.down.to(x.dtype)), adapter.up.to(x.dtype)) * adapter.scale
-    return (y,)
+    return (y.to(TORCH_DTYPES[op.dtype]),)
 
 
 @compute.register
 def _(op: ops.HeadLinear, step: Step, x: Tensor) -> Outputs:
-    return (
-        torch.einsum("thi,hoi->tho", x.unflatten(-1, (op.heads, -1)), dense(step, op.weight, op.weight_format).to(x.dtype)).flatten(-2),
-    )
+    weight = dense(step, op.weight, op.weight_format).to(x.dtype)
+    y = torch.einsum("thi,hoi->tho", x.unflatten(-1, (op.heads, -1)), weight).flatten(-2)
+    return (y.to(TORCH_DTYPES[op.dtype]),)
 
 
 @compute.register
-def _(op: ops.ExpertLinear, step: Step, x: Tensor, experts: Tensor) -> Outputs:
+def _(op: ops.ExpertLinear, step: Step, x: Tensor, experts: Tensor, scale: Tensor | None = None) -> Outputs:
     weight, bias = dense(step, op.weight, op.weight_format), step.optional(op.bias)
-    x = as_fed(x, op.activation_format)
+    x = as_fed(x, scale)
     chosen = experts.shape[-1]
     flat = experts.flatten()
     order = torch.argsort(flat, stable=True)  # assignments expert by expert
@@ -152,7 +141,7 @@ def _(op: ops.ExpertLinear, step: Step, x: Tensor, experts: Tensor) -> Outputs:
         if len(part):
             offset = None if bias is None else bias[expert].to(x.dtype)
             parts.append(F.linear(part, weight[expert].to(x.dtype), offset))
-    return (torch.cat(parts)[torch.argsort(order)].unflatten(0, (-1, chosen)),)
+    return (torch.cat(parts)[torch.argsort(order)].unflatten(0, (-1, chosen)).to(TORCH_DTYPES[op.dtype]),)
 
 
 @compute.register

@@ -8,7 +8,7 @@ from torch import Tensor
 from hasten.backends.reference.kernels import compute
 from hasten.backends.reference.state import State
 from hasten.backends.reference.step import Adapter, Step
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.formats.weights import Array, Weights
 from hasten.program import Batch, Program, ops
 
@@ -30,6 +30,9 @@ def play(
     outside the tables."""
     device = next((tensor.device for tensor in (*weights.values(), *(given or {}).values())), torch.device("cpu"))
     _check_ids(program, batch)
+    _check_names(program, given or {}, adapters or {})
+    if state is not None:
+        state.check(batch)
     step = Step(program, batch, weights, state, adapters or {}, device)
     values: dict[str, Tensor] = dict(given or {})
     last_use = {name: index for index, op in enumerate(program.ops) for name in op.inputs}
@@ -45,6 +48,9 @@ def play(
 def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The program's weights as tensors, mapped without a copy where dtype, device and layout allow. Floats become ``dtype`` where given."""
     tensors = {}
+    for name in program.params:
+        if weights[name].format != "dense":
+            raise UnsupportedError(f"weight {name} is in format {one_line(weights[name].format)}; the reference backend plays dense ones")
     for name, array in weights.arrays(program.params):
         tensor = as_tensor(array).to(device).contiguous()  # rounding must not depend on how a checkpoint lays a weight out
         tensors[name] = tensor if dtype is None else tensor.to(dtype)
@@ -56,6 +62,14 @@ def as_tensor(array: Array) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def _check_names(program: Program, given: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
+    if set(given) != set(program.inputs):
+        raise ConfigError(f"the program's inputs are {list(program.inputs)}, given are {sorted(given)}; give exactly those")
+    slots = {op.adapter for op in program.ops if isinstance(op, ops.Linear)}
+    if unknown := adapters.keys() - slots:
+        raise ConfigError(f"no linear layer has the adapter slot {sorted(unknown)[0]!r}; see the program's text for slots")
 
 
 def _check_ids(program: Program, batch: Batch) -> None:

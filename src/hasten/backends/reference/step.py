@@ -50,6 +50,7 @@ class Step:
         self.positions = torch.as_tensor(batch.positions, device=device).long()
         every = np.array_equal(batch.rows, np.arange(len(batch.tokens)))
         self.rows = None if every else torch.as_tensor(batch.rows, device=device).long()
+        self.ends = tuple(int(batch.positions[end - 1]) + 1 for end in batch.offsets[1:])
         self.cohorts = _cohorts(batch, device)
         self.contexts: dict[StateRef, list[tuple[Tensor, Tensor]]] = {}  # keys, values [B, C, K, d] of each cohort
         self.kept: dict[StateRef, list[Entry]] = {}
@@ -94,7 +95,7 @@ class Step:
         """What this play leaves behind."""
         if self.state is None:
             return State(0)
-        return State(self.state.sequences, {ref: tuple(entries) for ref, entries in self.kept.items()})
+        return State(self.state.sequences, {ref: tuple(entries) for ref, entries in self.kept.items()}, self.ends)
 
 
 def _cohorts(batch: Batch, device: torch.device) -> list[Cohort]:

@@ -1,0 +1,242 @@
+// Linear layers for Python: a packed weight and the kernels on it, each argument checked. For tests and measurements.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings.hpp"
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace hasten {
+namespace {
+
+constexpr int kMostIn = 131072;  // so that no integer sum overflows
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+const char* name(Isa isa) {
+    switch (isa) {
+        case Isa::amx: return "amx";
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        default: return "generic";
+    }
+}
+
+// Best first.
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::generic})
+        if (best_isa(isa) == isa) names.emplace_back(name(isa));
+    return names;
+}
+
+Isa isa_of(const std::string& wanted) {
+    for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::generic})
+        if (wanted == name(isa) && best_isa(isa) == isa) return isa;
+    std::string accepted;
+    for (const std::string& each : available_isas()) accepted += (accepted.empty() ? "" : ", ") + each;
+    refuse("isa is '" + wanted + "'; this machine accepts " + accepted);
+}
+
+WeightFormat format_of(const std::string& wanted) {
+    if (wanted == "bf16") return WeightFormat::bf16;
+    if (wanted == "int8") return WeightFormat::int8;
+    if (wanted == "int4") return WeightFormat::int4;
+    refuse("format is '" + wanted + "'; accepted: bf16, int8, int4");
+}
+
+const char* name(WeightFormat format) { return format == WeightFormat::bf16 ? "bf16" : format == WeightFormat::int8 ? "int8" : "int4"; }
+
+using Array = nb::ndarray<nb::ro, nb::device::cpu>;
+using Output = nb::ndarray<nb::device::cpu>;
+
+// The data of a C-contiguous array of T with `dimensions`, or ValueError.
+template <class T, class Any>
+T* data(const char* what, const Any& array, std::size_t dimensions, const char* type) {
+    bool contiguous = true;
+    std::int64_t stride = 1;
+    for (std::size_t i = array.ndim(); i-- > 0;) {
+        contiguous = contiguous && (array.shape(i) <= 1 || array.stride(i) == stride);
+        stride *= static_cast<std::int64_t>(array.shape(i));
+    }
+    if (array.dtype() != nb::dtype<std::remove_const_t<T>>() || array.ndim() != dimensions || (!contiguous && stride))
+        refuse(std::string(what) + " must be a C-contiguous " + type + " array of " + std::to_string(dimensions) + " dimensions");
+    return static_cast<T*>(const_cast<void*>(static_cast<const void*>(array.data())));
+}
+
+int extent(const char* what, std::size_t size, std::size_t least, std::size_t most) {
+    if (size < least || size > most)
+        refuse(std::string(what) + " is " + std::to_string(size) + "; accepted: " + std::to_string(least) + " to " + std::to_string(most));
+    return static_cast<int>(size);
+}
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<std::byte, Free>;
+
+// At cache lines; in huge pages where it fills them.
+Memory allocate(std::size_t bytes) {
+    constexpr std::size_t kLine = 64, kPage = std::size_t{2} << 20;
+    const std::size_t align = bytes >= kPage ? kPage : kLine;
+    void* const memory = std::aligned_alloc(align, std::max(bytes + align - 1, align) / align * align);
+    if (!memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (align == kPage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    return Memory(static_cast<std::byte*>(memory));
+}
+
+// A new array that owns `memory`.
+template <class T>
+nb::object array_of(Memory memory, std::initializer_list<std::size_t> shape) {
+    auto* const values = reinterpret_cast<T*>(memory.get());
+    nb::capsule owner(memory.get(), [](void* p) noexcept { std::free(p); });
+    memory.release();
+    return nb::cast(nb::ndarray<nb::numpy, T>(values, shape, owner));
+}
+
+class PackedWeight {
+public:
+    PackedWeight(const std::string& format, int group, const Array& dense) : weight_{format_of(format), 0, 0, group, nullptr, nullptr} {
+        const auto* const values = data<const bf16>("dense", dense, 2, "uint16");
+        weight_.out = extent("the number of output channels", dense.shape(0), 1, 1u << 24);
+        weight_.in = extent("the number of inputs", dense.shape(1), 1, kMostIn);
+        const bool multiple = group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
+        if (weight_.format == WeightFormat::int4 ? !multiple : group != 0)
+            refuse("group is " + std::to_string(group) + "; accepted: " +
+                   (weight_.format == WeightFormat::int4 ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as only int4 has groups"));
+        bytes_ = packed_tile_bytes(weight_.format, weight_.out, weight_.in);
+        scale_count_ = packed_scale_count(weight_.format, weight_.out, weight_.in, group);
+        tiles_ = allocate(bytes_);
+        scales_ = allocate(scale_count_ * sizeof(float));
+        auto* const scales = reinterpret_cast<float*>(scales_.get());
+        nb::gil_scoped_release unlocked;
+        pack_linear(weight_.format, weight_.out, weight_.in, group, values, 0, weight_.panels(), tiles_.get(), scales);
+        weight_.tiles = tiles_.get();
+        weight_.scales = weight_.format == WeightFormat::bf16 ? nullptr : scales;
+    }
+
+    nb::object unpack() const {
+        const auto out = static_cast<std::size_t>(weight_.out), in = static_cast<std::size_t>(weight_.in);
+        Memory dense = allocate(out * in * sizeof(float));
+        unpack_linear(weight_, reinterpret_cast<float*>(dense.get()));
+        return array_of<float>(std::move(dense), {out, in});
+    }
+
+    const PackedLinear& weight() const { return weight_; }
+    std::size_t bytes() const { return bytes_ + scale_count_ * sizeof(float); }
+
+private:
+    PackedLinear weight_;
+    std::size_t bytes_, scale_count_;
+    Memory tiles_, scales_;
+};
+
+std::size_t size(int value) { return static_cast<std::size_t>(value); }
+
+void run_linear(const std::string& isa_name, const PackedWeight& packed, const Array& x, const std::optional<Array>& bias, int first, int last,
+                const Output& out, const std::optional<Array>& scales) {
+    const Isa isa = isa_of(isa_name);
+    const PackedLinear& weight = packed.weight();
+    const bool quantized = x.dtype() == nb::dtype<std::int8_t>();
+    const void* const values = quantized ? static_cast<const void*>(data<const std::int8_t>("x", x, 2, "int8"))
+                                         : static_cast<const void*>(data<const float>("x", x, 2, "float32 (or int8, with scales)"));
+    const int rows = extent("the number of rows", x.shape(0), 0, 1u << 20);
+    if (x.shape(1) != size(weight.in)) refuse("x has " + std::to_string(x.shape(1)) + " columns; the weight has " + std::to_string(weight.in) + " inputs");
+    if (quantized && (weight.format == WeightFormat::bf16 || !scales)) refuse("x of int8 needs scales, and a weight of int8 or int4");
+    if (!quantized && scales) refuse("scales go with x of int8 only");
+    const float* const given_scales = scales ? data<const float>("scales", *scales, 1, "float32") : nullptr;
+    if (scales && scales->shape(0) != size(rows)) refuse("scales must have one value for each row of x");
+    const float* const bias_values = bias ? data<const float>("bias", *bias, 1, "float32") : nullptr;
+    if (bias && bias->shape(0) != size(weight.out)) refuse("bias must have one value for each output channel");
+    float* const y = data<float>("out", out, 2, "float32");
+    if (out.shape(0) != size(rows) || out.shape(1) != size(weight.out)) refuse("out must be [rows of x, output channels of the weight]");
+    if (first < 0 || last < first || last > weight.panels())
+        refuse("the panels are [" + std::to_string(first) + ", " + std::to_string(last) + "); accepted: within [0, " + std::to_string(weight.panels()) + ")");
+
+    nb::gil_scoped_release unlocked;
+    const int in = weight.in, padded = weight.padded_in();
+    const std::size_t element = weight.format == WeightFormat::bf16 ? sizeof(bf16) : 1;
+    const Memory buffer = allocate(size((rows + 15) / 16 * 16) * size(padded) * element);
+    std::vector<float> row_scales(size(rows));
+    if (weight.format == WeightFormat::bf16) {
+        to_bf16(isa, static_cast<const float*>(values), in, rows, in, padded, reinterpret_cast<bf16*>(buffer.get()), padded);
+    } else if (!quantized) {
+        quantize_rows(isa, static_cast<const float*>(values), in, rows, in, padded, reinterpret_cast<std::int8_t*>(buffer.get()), padded, row_scales.data());
+    } else {
+        auto* q = reinterpret_cast<std::int8_t*>(buffer.get());
+        const auto* from = static_cast<const std::int8_t*>(values);
+        for (int r = 0; r < rows; ++r, q += padded, from += in) std::fill(std::copy_n(from, in, q), q + padded, std::int8_t{0});
+    }
+    const bool has_scales = weight.format != WeightFormat::bf16;
+    const Activations activations{buffer.get(), quantized ? given_scales : has_scales ? row_scales.data() : nullptr, rows, padded};
+    linear(isa, weight, activations, first, last, bias_values, y, weight.out);
+}
+
+nb::object run_to_bf16(const std::string& isa, const Array& x, int padded) {
+    const float* const values = data<const float>("x", x, 2, "float32");
+    const int rows = extent("the number of rows", x.shape(0), 0, 1u << 20), n = extent("the number of columns", x.shape(1), 0, 1u << 24);
+    if (padded < n) refuse("padded is " + std::to_string(padded) + "; accepted: at least the " + std::to_string(n) + " columns of x");
+    Memory y = allocate(size(rows) * size(padded) * sizeof(bf16));
+    to_bf16(isa_of(isa), values, n, rows, n, padded, reinterpret_cast<bf16*>(y.get()), padded);
+    return array_of<bf16>(std::move(y), {size(rows), size(padded)});
+}
+
+nb::object run_quantize_rows(const std::string& isa, const Array& x, int padded) {
+    const float* const values = data<const float>("x", x, 2, "float32");
+    const int rows = extent("the number of rows", x.shape(0), 0, 1u << 20), n = extent("the number of columns", x.shape(1), 0, 1u << 24);
+    if (padded < n) refuse("padded is " + std::to_string(padded) + "; accepted: at least the " + std::to_string(n) + " columns of x");
+    Memory q = allocate(size(rows) * size(padded)), scales = allocate(size(rows) * sizeof(float));
+    quantize_rows(isa_of(isa), values, n, rows, n, padded, reinterpret_cast<std::int8_t*>(q.get()), padded, reinterpret_cast<float*>(scales.get()));
+    return nb::make_tuple(array_of<std::int8_t>(std::move(q), {size(rows), size(padded)}), array_of<float>(std::move(scales), {size(rows)}));
+}
+
+}  // namespace
+
+void bind_linear(nb::module_& m) {
+    m.def("available_isas", available_isas, "The instruction-set levels of the kernels that this machine runs, best first: amx, avx512, avx2, generic.");
+
+    nb::class_<PackedWeight>(m, "PackedWeight",
+                             "A weight in panels of 16 output channels, as the linear kernels read it.\n\n"
+                             "`format` is bf16, int8 or int4; `dense` [out, in] has the bits of bf16 numbers as uint16; `group` is the number of\n"
+                             "inputs that share a scale in int4, 0 for one scale per channel.\n"
+                             "Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.")
+        .def(nb::init<const std::string&, int, const Array&>(), "format"_a, "group"_a, "dense"_a)
+        .def_prop_ro("format", [](const PackedWeight& p) { return name(p.weight().format); }, nb::sig("def format(self) -> str"))
+        .def_prop_ro("group", [](const PackedWeight& p) { return p.weight().group; })
+        .def_prop_ro("out", [](const PackedWeight& p) { return p.weight().out; })
+        .def_prop_ro("in_", [](const PackedWeight& p) { return p.weight().in; })
+        .def_prop_ro("panels", [](const PackedWeight& p) { return p.weight().panels(); })
+        .def_prop_ro("bytes", &PackedWeight::bytes)
+        .def("unpack", &PackedWeight::unpack, "The value of each element as the product sees it: float32 [out, in].");
+
+    m.def("linear", run_linear, "isa"_a, "weight"_a, "x"_a, "bias"_a.none(), "first_panel"_a, "last_panel"_a, "out"_a, "scales"_a = nb::none(),
+          "out[:, c] = x · weightᵀ + bias for the channels c of the panels [first_panel, last_panel); other channels stay.\n\n"
+          "x float32 [rows, in] is rounded to bf16 or to int8 as the weight's format asks; or it is int8 with float32 `scales` [rows].\n"
+          "bias float32 [out] or None, out float32 [rows, out]; all C-contiguous. Runs on this thread without the interpreter lock.\n"
+          "Raises ValueError for an isa this machine does not run, or an array or panel that does not fit.");
+    m.def("to_bf16", run_to_bf16, "isa"_a, "x"_a, "padded"_a,
+          "x float32 [rows, n] as the bits of bf16 numbers, rounded to nearest even: uint16 [rows, padded], zeros from n on.\n\n"
+          "Raises ValueError for an isa this machine does not run, or a shape that does not fit.");
+    m.def("quantize_rows", run_quantize_rows, "isa"_a, "x"_a, "padded"_a, nb::sig("def quantize_rows(isa: str, x: object, padded: int) -> tuple[object, object]"),
+          "x float32 [rows, n] as (int8 [rows, padded], scales float32 [rows]): x · (127 / max|x|) rounded half to even, scale max|x| / 127.\n\n"
+          "Raises ValueError for an isa this machine does not run, or a shape that does not fit.");
+}
+
+}  // namespace hasten

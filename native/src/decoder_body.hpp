@@ -1,0 +1,127 @@
+// Norms, pointwise ops and rotary embedding at one level: see decoder_vector.hpp for what the includer defines.
+//
+// Outputs may be their inputs. Sums run over 4 vectors of lanes in turn, are added pairwise, then folded in half until one is left.
+
+namespace hasten::HASTEN_LEVEL {
+namespace {
+
+// The sum of term(vector) over `count` numbers; lanes beyond them are zero after `term`, which is told how many are real.
+template <class Term>
+INLINE float sum_over(const float* x, int count, Term term) {
+    F sums[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
+    int i = 0;
+    for (; i + 4 * V::width <= count; i += 4 * V::width)
+        for (int k = 0; k < 4; ++k) sums[k] = term(V::load(x + i + k * V::width), sums[k], V::width);
+    for (; i + V::width <= count; i += V::width) sums[0] = term(V::load(x + i), sums[0], V::width);
+    if (i < count) sums[0] = term(V::load_some(x + i, count - i), sums[0], count - i);
+    return V::sum(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+}
+
+// step(offset, lanes) over `count` numbers; lanes < width in the last step only.
+template <class Step>
+INLINE void in_steps(std::size_t count, Step step) {
+    std::size_t i = 0;
+    for (; i + V::width <= count; i += V::width) step(i, V::width);
+    if (i < count) step(i, static_cast<int>(count - i));
+}
+
+INLINE F get(const float* p, int lanes) { return lanes == V::width ? V::load(p) : V::load_some(p, lanes); }
+INLINE void put(float* p, F x, int lanes) { lanes == V::width ? V::store(p, x) : V::store_some(p, x, lanes); }
+
+template <class Function>
+INLINE void gated(const float* gate, const float* up, std::size_t count, float* y, Function function) {
+    in_steps(count, [&](std::size_t i, int lanes) { put(y + i, V::mul(function(get(gate + i, lanes)), get(up + i, lanes)), lanes); });
+}
+
+}  // namespace
+
+void rms_norm(const float* x, int rows, int n, int group, const float* weight, int weight_n, float eps, float offset, float* y) {
+    for (int row = 0; row < rows; ++row)
+        for (int begin = 0; begin < n; begin += group) {
+            const float* from = x + static_cast<std::size_t>(row) * n + begin;
+            float* to = y + static_cast<std::size_t>(row) * n + begin;
+            const float* factor = weight + begin % weight_n;
+            const float squares = sum_over(from, group, [](F v, F sum, int) { return V::fma(v, v, sum); });
+            const F inverse = V::set(1.0f / __builtin_sqrtf(squares / static_cast<float>(group) + eps));
+            in_steps(group, [&](std::size_t i, int lanes) {
+                put(to + i, V::mul(V::mul(get(from + i, lanes), inverse), V::add(V::set(offset), get(factor + i, lanes))), lanes);
+            });
+        }
+}
+
+void layer_norm(const float* x, int rows, int n, int group, const float* weight, const float* bias, int weight_n, float eps, float* y) {
+    for (int row = 0; row < rows; ++row)
+        for (int begin = 0; begin < n; begin += group) {
+            const float* from = x + static_cast<std::size_t>(row) * n + begin;
+            float* to = y + static_cast<std::size_t>(row) * n + begin;
+            const float *factor = weight + begin % weight_n, *shift = bias ? bias + begin % weight_n : nullptr;
+            const F mean = V::set(sum_over(from, group, [](F v, F sum, int) { return V::add(sum, v); }) / static_cast<float>(group));
+            const float squares = sum_over(from, group, [&](F v, F sum, int lanes) {
+                F apart = V::sub(v, mean);
+                if (lanes < V::width) apart = V::if_less(V::iota(), V::set(static_cast<float>(lanes)), apart, V::set(0.0f));
+                return V::fma(apart, apart, sum);
+            });
+            const F inverse = V::set(1.0f / __builtin_sqrtf(squares / static_cast<float>(group) + eps));
+            in_steps(group, [&](std::size_t i, int lanes) {
+                const F normed = V::mul(V::mul(V::sub(get(from + i, lanes), mean), inverse), get(factor + i, lanes));
+                put(to + i, shift ? V::add(normed, get(shift + i, lanes)) : normed, lanes);
+            });
+        }
+}
+
+void add(const float* a, const float* b, std::size_t count, float* y) {
+    in_steps(count, [&](std::size_t i, int lanes) { put(y + i, V::add(get(a + i, lanes), get(b + i, lanes)), lanes); });
+}
+
+void gate(Activation activation, const float* gate, const float* up, std::size_t count, float* y) {
+    const auto positive = [](F x) { return V::max(V::set(0.0f), x); };
+    switch (activation) {
+        case Activation::relu:
+            return gated(gate, up, count, y, positive);
+        case Activation::relu_squared:
+            return gated(gate, up, count, y, [&](F x) { return V::mul(positive(x), positive(x)); });
+        case Activation::gelu:
+            return gated(gate, up, count, y, [](F x) { return V::mul(x, normal(x)); });
+        case Activation::gelu_tanh:  // ½(1 + tanh u) = sigmoid(2u)
+            return gated(gate, up, count, y, [](F x) {
+                const F twice = V::mul(V::set(1.5957691216057308f), V::fma(V::mul(V::set(0.044715f), V::mul(x, x)), x, x));
+                return V::mul(x, sigmoid(twice));
+            });
+        case Activation::silu:
+            return gated(gate, up, count, y, [](F x) { return V::mul(x, sigmoid(x)); });
+        case Activation::sigmoid:
+            return gated(gate, up, count, y, [](F x) { return sigmoid(x); });
+        case Activation::tanh:
+            return gated(gate, up, count, y, [](F x) { return tanh(x); });
+    }
+}
+
+void rotate(const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin,
+            float* y) {
+    const int half = dims / 2;
+    for (int row = 0; row < rows; ++row, cos += half, sin += half)
+        for (int head = 0; head < heads; ++head, x += head_dim, y += head_dim) {
+            if (x != y) {
+                __builtin_memcpy(y, x, start * sizeof(float));
+                __builtin_memcpy(y + start + dims, x + start + dims, (head_dim - start - dims) * sizeof(float));
+            }
+            const float* from = x + start;
+            float* to = y + start;
+            if (interleaved) {
+#pragma GCC ivdep
+                for (int i = 0; i < half; ++i) {
+                    const float a = from[2 * i], b = from[2 * i + 1];
+                    to[2 * i] = a * cos[i] - b * sin[i];
+                    to[2 * i + 1] = b * cos[i] + a * sin[i];
+                }
+            } else {
+                in_steps(half, [&](std::size_t i, int lanes) {
+                    const F a = get(from + i, lanes), b = get(from + half + i, lanes), c = get(cos + i, lanes), s = get(sin + i, lanes);
+                    put(to + i, V::sub(V::mul(a, c), V::mul(b, s)), lanes);
+                    put(to + half + i, V::add(V::mul(b, c), V::mul(a, s)), lanes);
+                });
+            }
+        }
+}
+
+}  // namespace hasten::HASTEN_LEVEL

@@ -1,0 +1,121 @@
+// Kernels of the native backend: plain functions over one task's share of an op, single-threaded; the executor cuts ops into tasks.
+//
+// Values are row-major, float32 unless a name says otherwise; row strides are in elements. A kernel never allocates, never fails on
+// sizes (zero rows are fine) and writes every element of its share. Sums accumulate in one fixed order whatever the share, so that
+// results do not depend on how an op was cut, on the batch, or on the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hasten {
+
+using bf16 = std::uint16_t;  // the upper half of a float32, rounded to nearest even
+
+enum class Isa { generic, avx2, avx512, amx };
+
+// The best level this machine runs, at most `limit`. avx2 has FMA; avx512 has F, BW, VL, DQ and VNNI; amx has all of that and the
+// kernel's permission.
+Isa best_isa(Isa limit = Isa::amx);
+
+// --- linear layers -------------------------------------------------------------------------------------------------------------
+
+enum class WeightFormat { bf16, int8, int4 };
+
+// A weight [out, in] rearranged into panels of 16 output channels, each a run of 1 KiB tiles in the order a product reads them, so
+// that one path serves every instruction set. K is padded with zeros to whole tiles, out to whole panels.
+//   bf16: tile = 32 k × 16 channels, pairs of k adjacent.              No scales.
+//   int8: tile = 64 k × 16 channels, quadruples of k adjacent.         scales [panels·16], one per channel.
+//   int4: two int8 tiles (128 k) in the nibbles of one 1 KiB tile.     scales [panels][groups][16], one per channel and group of `group` k.
+//         The low nibbles are the first 64 k. `group` is 0, 32, 64 or a multiple of 128 up to 1024.
+// `in` is at most 131072, up to which no int32 sum overflows, activations of -128 included.
+// Quantization is round-to-nearest of w / scale with scale = max|w| / 127 (int8) or / 7 (int4), 1 where all are zero.
+struct PackedLinear {
+  WeightFormat format;
+  int out, in;
+  int group;  // k per scale of int4 (128); 0: one scale per channel
+  const std::byte* tiles;
+  const float* scales;
+
+  int panels() const { return (out + 15) / 16; }
+  int padded_in() const { return format == WeightFormat::bf16 ? (in + 31) / 32 * 32 : format == WeightFormat::int8 ? (in + 63) / 64 * 64 : (in + 127) / 128 * 128; }
+};
+
+std::size_t packed_tile_bytes(WeightFormat format, int out, int in);
+std::size_t packed_scale_count(WeightFormat format, int out, int in, int group);
+
+// Fill panels [first, last) of tiles and scales from rows of bf16 (`dense` [out, in]).
+void pack_linear(WeightFormat format, int out, int in, int group, const bf16* dense, int first, int last, std::byte* tiles, float* scales);
+
+// The value of each element as the product sees it (q · scale), float32 [out, in]: the meaning of the packed form, for tests.
+void unpack_linear(const PackedLinear& weight, float* dense);
+
+// Activations as a product reads them. bf16 rows, or int8 rows with one scale each. Rows are `stride` elements apart; the first
+// padded_in() elements of each are readable, zeros beyond `in`; rows beyond `count` are not touched. Fastest where rows begin at cache
+// lines, an odd number of lines apart: a stride that is a multiple of 4 KiB puts a tile's rows in one set of the cache.
+struct Activations {
+  const void* rows;      // bf16 or int8
+  const float* scales;   // [rows] for int8, else null
+  int count;
+  std::ptrdiff_t stride;
+};
+
+// y[r, c] = x · wᵀ + bias for every row and the channels of panels [first, last). bias may be null. y row stride in elements.
+// bf16 weights take bf16 rows; int8 and int4 take int8 rows, and give the same bits at every isa: exact sums s, then per group in k order
+// t = fma(float(s), scale, t), then fma(t, row scale, bias). A bf16 product's bits depend on whether isa is amx; no bits on anything else.
+// y may hold partial sums until the call returns. `isa` must be one that runs here.
+void linear(Isa isa, const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride);
+
+// x [rows, n] → bf16, or → int8 as x · (127 / max|x|) rounded half to even, with scale = max|x| / 127 per row (1, and zeros, where
+// max|x| < 2⁻¹¹⁰; not finite where x is not); padded with zeros to `padded`. The same bits at every isa.
+void to_bf16(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, bf16* y, std::ptrdiff_t y_stride);
+void quantize_rows(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, std::int8_t* q, std::ptrdiff_t q_stride, float* scales);
+
+// --- the rest of a decoder -----------------------------------------------------------------------------------------------------
+
+void embed(const bf16* table, int width, const std::int32_t* tokens, int rows, float scale, float* y);  // y [rows, width]
+
+// y = x / sqrt(mean(x²) + eps) · (offset + weight) over each run of `group` of the n features; weight [group] (weight_n = group) or [n].
+void rms_norm(Isa isa, const float* x, int rows, int n, int group, const float* weight, int weight_n, float eps, float offset, float* y);
+
+// y = (x − mean) / sqrt(var + eps) · weight + bias, runs and weights as in rms_norm; bias as weight, or null.
+void layer_norm(Isa isa, const float* x, int rows, int n, int group, const float* weight, const float* bias, int weight_n, float eps, float* y);
+
+void add(Isa isa, const float* a, const float* b, std::size_t count, float* y);
+
+enum class Activation { relu, relu_squared, gelu, gelu_tanh, silu, sigmoid, tanh };
+void gate(Isa isa, Activation activation, const float* gate, const float* up, std::size_t count, float* y);  // activation(gate) · up
+
+// Rotary embedding: cos, sin [rows, dims / 2] of each row; `dims` features of every head from `start` are rotated, the others copied.
+void rotate(Isa isa, const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin, float* y);
+
+// One layer of a paged cache: pages of `page` tokens, each [kv_heads][page][key_dim] bf16 keys, then [kv_heads][page][value_dim] bf16 values.
+struct PagedLayer {
+  bf16* base;              // of page 0 of this layer
+  std::size_t page_stride; // elements from one page to the next
+  int page, kv_heads, key_dim, value_dim;
+};
+
+// Write rows [first, last) of k [rows, kv_heads·key_dim] and v [rows, kv_heads·value_dim] (float32, rounded to bf16) to the places
+// slots[row] = page · page_size + offset.
+void append_kv(const PagedLayer& layer, const float* k, const float* v, const std::int64_t* slots, int first, int last);
+
+struct AttendShape {
+  int heads, kv_heads, key_dim, value_dim;
+  float scale;
+  int window;         // keys a query sees, its own among them; 0: all
+  float softcap;      // 0: none
+  const float* slopes; // ALiBi, [heads], or null
+  const float* sinks;  // [heads], or null
+};
+
+// y[r, h] for the query rows [first, last) of one sequence and the heads of one key/value head: softmax over the sequence's cached
+// positions 0 … position(r), in blocks of 64 at absolute positions with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022).
+// q [rows, heads·key_dim], y [rows, heads·value_dim]; `position` is that of row 0 of q, rows follow one another; `table` lists the
+// sequence's pages, of which those that no row sees are not looked at. `scratch` has attend_scratch(shape, last − first) floats or more.
+// Up to avx512 everything is float32; amx rounds queries and softmax weights to bf16, for every number of rows.
+std::size_t attend_scratch(const AttendShape& shape, int rows);
+void attend(Isa isa, const AttendShape& shape, const PagedLayer& layer, const std::int32_t* table, const float* q, int first, int last,
+            int position, int kv_head, float* y, float* scratch);
+
+}  // namespace hasten

@@ -1,0 +1,61 @@
+// Memory for weights, caches and activations: anonymous, in huge pages where the system has them, touched first by who asks.
+#pragma once
+
+#include <cstddef>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#else
+#include <cstdlib>
+#endif
+
+namespace hasten {
+
+// Zeroed bytes, 64-byte aligned at least; reserved at once, taken from the system page by page as they are touched.
+class Buffer {
+   public:
+    Buffer() = default;
+    explicit Buffer(std::size_t bytes) : bytes_(bytes) {
+        if (bytes == 0) return;
+#if defined(__linux__)
+        data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (data_ == MAP_FAILED) throw std::bad_alloc();
+        if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#else
+        data_ = std::calloc(1, bytes + 64);
+        if (!data_) throw std::bad_alloc();
+#endif
+    }
+    ~Buffer() { release(); }
+    Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
+    Buffer& operator=(Buffer&& other) noexcept {
+        if (this != &other) {
+            release();
+            data_ = other.data_;
+            bytes_ = other.bytes_;
+            other.data_ = nullptr;
+        }
+        return *this;
+    }
+
+    std::byte* data() const { return static_cast<std::byte*>(data_); }
+    std::size_t size() const { return bytes_; }
+
+   private:
+    static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+    void release() {
+        if (!data_) return;
+#if defined(__linux__)
+        munmap(data_, bytes_);
+#else
+        std::free(data_);
+#endif
+    }
+
+    void* data_ = nullptr;
+    std::size_t bytes_ = 0;
+};
+
+}  // namespace hasten

@@ -1,0 +1,108 @@
+// A Program compiled for this machine: kernels resolved, activations at fixed places of one arena, weights packed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.hpp"
+#include "memory.hpp"
+#include "thread_pool.hpp"
+
+namespace hasten {
+
+// A packed weight and its scales in memory of their own.
+class WeightBuffer {
+   public:
+    // Packs rows of bf16 [out, in], every thread the panels it will read.
+    WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense);
+
+    const PackedLinear& packed() const { return packed_; }
+    std::size_t bytes() const { return tiles_.size() + scales_.size(); }
+
+   private:
+    Buffer tiles_, scales_;
+    PackedLinear packed_;
+};
+
+// Pages of one state group: every layer's keys and values, page by page.
+class PagePool {
+   public:
+    PagePool(int layers, int pages, int page, int kv_heads, int key_dim, int value_dim);
+
+    PagedLayer layer(int slot) const;
+    int pages() const { return pages_; }
+    int page() const { return page_; }
+
+   private:
+    int layers_, pages_, page_, kv_heads_, key_dim_, value_dim_;
+    std::size_t layer_elements_;
+    Buffer memory_;
+};
+
+// What one step is asked to do. Sequence s owns tokens offsets[s] … offsets[s + 1]; its pages are tables[group][s · width …].
+struct StepInput {
+    int tokens, sequences, logit_rows;
+    const std::int32_t* token_ids;
+    const std::int32_t* positions;
+    const std::int32_t* offsets;
+    const std::int32_t* rows;
+    std::vector<const std::int64_t*> slots;    // per group: place of each token's keys and values
+    std::vector<const std::int32_t*> tables;   // per group: [sequences, widths[group]]
+    std::vector<int> widths;
+    float* logits;  // [logit_rows, vocab]
+};
+
+// Where a value lies: bytes into the arena, or the caller's logits.
+struct Place {
+    static constexpr std::size_t kLogits = ~std::size_t{0};
+    std::size_t offset;
+};
+
+enum class Rows { tokens, logits };
+
+class Tape;
+
+// One op with everything it needs but the step. `play` does thread `thread`'s share.
+class TapeOp {
+   public:
+    virtual ~TapeOp() = default;
+    virtual void play(const Tape& tape, const StepInput& step, unsigned thread) const = 0;
+};
+
+class Tape {
+   public:
+    Tape(std::shared_ptr<ThreadPool> pool, Isa isa, std::size_t arena_bytes, int most_tokens);
+
+    void add(std::unique_ptr<TapeOp> op) { ops_.push_back(std::move(op)); }
+    int add_group(std::shared_ptr<PagePool> pages);
+
+    // Plays every op on every thread, with a barrier after each.
+    void run(const StepInput& step) const;
+
+    template <class T>
+    T* at(Place place, const StepInput& step) const {
+        if (place.offset == Place::kLogits) return reinterpret_cast<T*>(step.logits);
+        return reinterpret_cast<T*>(arena_.data() + place.offset);
+    }
+    float* scratch(unsigned thread) const { return reinterpret_cast<float*>(scratch_.data()) + thread * scratch_floats_; }
+    void need_scratch(std::size_t floats);
+
+    Isa isa() const { return isa_; }
+    unsigned threads() const { return pool_->size(); }
+    int most_tokens() const { return most_tokens_; }
+    std::size_t ops() const { return ops_.size(); }
+    const std::vector<std::shared_ptr<PagePool>>& groups() const { return groups_; }
+
+   private:
+    std::shared_ptr<ThreadPool> pool_;
+    Isa isa_;
+    int most_tokens_;
+    Buffer arena_, scratch_;
+    std::size_t scratch_floats_ = 0;
+    std::vector<std::unique_ptr<TapeOp>> ops_;
+    std::vector<std::shared_ptr<PagePool>> groups_;
+};
+
+}  // namespace hasten

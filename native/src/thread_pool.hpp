@@ -1,0 +1,58 @@
+// A fixed set of threads that play one step together.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace hasten {
+
+// All threads of a step wait here for each other between ops. They spin for a moment, then sleep.
+class Barrier {
+   public:
+    explicit Barrier(unsigned threads) : threads_(threads) {}
+    void wait();
+
+   private:
+    const unsigned threads_;
+    alignas(64) std::atomic<unsigned> arrived_{0};
+    alignas(64) std::atomic<std::uint32_t> round_{0};
+};
+
+// The calling thread is number 0; the others are made once, each pinned to a CPU this process may use, and sleep between steps.
+class ThreadPool {
+   public:
+    explicit ThreadPool(unsigned threads);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    unsigned size() const { return static_cast<unsigned>(workers_.size()) + 1; }
+
+    // Calls work(thread) on every thread and returns when all are done. One step at a time.
+    void run(const std::function<void(unsigned)>& work);
+
+    Barrier& barrier() { return barrier_; }
+
+   private:
+    void loop(unsigned thread, int cpu);
+
+    Barrier barrier_;
+    std::vector<std::thread> workers_;
+    const std::function<void(unsigned)>* work_ = nullptr;
+    bool stop_ = false;
+    alignas(64) std::atomic<std::uint32_t> step_{0};
+    alignas(64) std::atomic<unsigned> running_{0};
+};
+
+// Thread `thread`'s share of `count` equal pieces: contiguous, and the same every time.
+struct Share {
+    std::size_t begin, end;
+};
+inline Share share(std::size_t count, unsigned thread, unsigned threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+}  // namespace hasten

@@ -1,0 +1,67 @@
+"""Pages of the native cache, and which sequence holds which."""
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+
+from hasten.base.errors import UserError
+
+
+class PageAllocator:
+    """Free pages of one pool; the lowest free number goes first, so that a short run touches little memory."""
+
+    def __init__(self, pages: int) -> None:
+        self._free = list(range(pages - 1, -1, -1))
+        self._pages = pages
+
+    def take(self) -> int:
+        """A page nobody holds. Raises UserError where none is left."""
+        if not self._free:
+            raise UserError(f"the cache's {self._pages} pages are all in use; run fewer or shorter sequences at once")
+        return self._free.pop()
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Let others have these pages."""
+        self._free.extend(reversed(pages))
+
+    @property
+    def free(self) -> int:
+        """Pages nobody holds."""
+        return len(self._free)
+
+
+class CachedSequence:
+    """One sequence's pages in every group, and how many of its tokens are there. Its pages go back when nobody refers to it."""
+
+    def __init__(self, allocators: Sequence[PageAllocator], page: int) -> None:
+        self.length, self._page, self._allocators = 0, page, tuple(allocators)
+        self.pages: tuple[list[int], ...] = tuple([] for _ in allocators)
+        weakref.finalize(self, _give_back, self._allocators, self.pages)
+
+    def grow(self, length: int) -> None:
+        """Hold pages for ``length`` tokens."""
+        for pages, allocator in zip(self.pages, self._allocators):
+            while len(pages) * self._page < length:
+                pages.append(allocator.take())
+
+
+def _give_back(allocators: tuple[PageAllocator, ...], pages: tuple[list[int], ...]) -> None:
+    for allocator, held in zip(allocators, pages):
+        allocator.give_back(held)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CpuState:
+    """The sequences of a batch. A step appends to them in place: a state is used once, the step's result goes on."""
+
+    sequences: tuple[CachedSequence, ...]
+
+    def select(self, indices: Sequence[int]) -> "CpuState":
+        """These sequences, in this order, each at most once."""
+        if len(set(indices)) != len(indices):
+            raise ValueError("a cached sequence cannot be forked yet; select each index once")
+        return CpuState(tuple(self.sequences[index] for index in indices))
+
+    def joined(self, other: "CpuState") -> "CpuState":
+        """These sequences, then the other's."""
+        return CpuState(self.sequences + other.sequences)

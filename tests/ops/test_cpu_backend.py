@@ -1,0 +1,131 @@
+"""The native backend against the reference: same Programs, same numbers, and the same bits however a batch is cut."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from hasten import _native
+from hasten.backends.cpu import CpuBackend, unsupported_ops
+from hasten.backends.cpu.arena import Arena
+from hasten.backends.reference import ReferenceBackend
+from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.checkpoint import load
+from hasten.program import Batch, lower
+
+MODEL = load("code-8m")
+IDS = np.random.default_rng(0).integers(0, MODEL.spec.vocab, 150).tolist()
+ORDER = ["generic", "avx2", "avx512", "amx"]
+LEVELS = ORDER[: ORDER.index(_native.isa_level("best")) + 1]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return ReferenceBackend().session(MODEL, 256).score(Batch.of([IDS]))
+
+
+def relative(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize(("weights", "tolerance"), [("bf16", 2e-2), ("int8", 6e-2), ("int4", 0.5)])
+def test_logits_are_near_the_reference(isa, weights, tolerance, reference):
+    logits = CpuBackend(isa=isa).session(MODEL, 256, weights).score(Batch.of([IDS]))
+    assert relative(logits, reference) <= tolerance
+    likeliest = (logits.argmax(-1) == reference.argmax(-1)).mean()
+    assert likeliest >= {"bf16": 0.97, "int8": 0.93, "int4": 0.7}[weights]
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_the_same_bits_however_the_batch_is_cut(weights):
+    sessions = [CpuBackend(threads=threads).session(MODEL, 256, weights) for threads in (1, 2)]
+    whole = sessions[0].score(Batch.of([IDS]))
+    for session, seed in itertools.product(sessions, range(2)):
+        cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(IDS)), 5, replace=False).tolist())
+        state, rows = session.start(3), []
+        others = [IDS[7:19], IDS[50:51]]
+        for begin, end in zip([0, *cuts], [*cuts, len(IDS)]):
+            if begin == 0:  # the first piece beside two other prompts, the rest alone
+                logits, state = session.step(Batch.of([others[0], IDS[:end], others[1]], [0, 0, 0]), state)
+                rows.append(logits[12 : 12 + end])
+                state = state.select([1])
+            else:
+                logits, state = session.step(Batch.of([IDS[begin:end]], [begin]), state)
+                rows.append(logits)
+        assert np.array_equal(np.concatenate(rows), whole)
+        state, rows = session.start(1), []
+        for position in range(20):
+            logits, state = session.step(Batch.of([[IDS[position]]], [position]), state)
+            rows.append(logits)
+        assert np.array_equal(np.concatenate(rows), whole[:20])
+
+
+def test_pages_come_back():
+    session = CpuBackend().session(MODEL, 256)
+    before = [allocator.free for allocator in session.allocators]
+    state = session.start(2)
+    _, state = session.step(Batch.of([IDS[:40], IDS[:3]]), state)
+    assert [allocator.free for allocator in session.allocators] == [free - 4 for free in before]
+    state = state.select([1])
+    assert [allocator.free for allocator in session.allocators] == [free - 1 for free in before]
+    del state
+    assert [allocator.free for allocator in session.allocators] == before
+
+
+def test_more_tokens_than_a_step_takes():
+    session = CpuBackend().session(MODEL, 2048)
+    ids = np.random.default_rng(1).integers(0, MODEL.spec.vocab, 700).tolist()
+    expected = ReferenceBackend().session(MODEL, 2048).score(Batch.of([ids]))
+    assert relative(session.score(Batch.of([ids, ids[:5]]))[:700], expected) <= 2e-2
+
+
+def test_what_a_step_refuses():
+    session = CpuBackend().session(MODEL, 64)
+    with pytest.raises(ConfigError, match="8192"):
+        session.step(Batch.of([[8192]]), session.start(1))
+    with pytest.raises(ConfigError, match="beyond the context"):
+        session.step(Batch.of([[1]], [64]), _at(session, 64))
+    with pytest.raises(ConfigError, match="position 5"):
+        session.step(Batch.of([[1]], [5]), session.start(1))
+    with pytest.raises(ValueError, match="forked"):
+        session.start(1).select([0, 0])
+
+
+def _at(session, length):
+    state = session.start(1)
+    state.sequences[0].length = length
+    return state
+
+
+def test_what_the_backend_refuses():
+    with pytest.raises(UnsupportedError, match="int5"):
+        CpuBackend().session(MODEL, 64, "int5")
+    with pytest.raises(ValueError, match="threads"):
+        CpuBackend(threads=10_000).session(MODEL, 64)
+    with pytest.raises(ValueError, match="isa"):
+        CpuBackend(isa="vax").session(MODEL, 64)
+
+
+def test_unsupported_ops_are_named():
+    from tests.pure.specs import SPECS
+
+    missing = {name: unsupported_ops(lower(spec)) for name, spec in SPECS.items()}
+    assert any("DualScan" in reasons for reasons in missing.values())
+    assert unsupported_ops(lower(MODEL.spec)) == ()
+
+
+def test_arena_never_gives_two_values_one_place():
+    rng, arena, taken = np.random.default_rng(0), Arena(), {}
+    for _ in range(2000):
+        if taken and rng.random() < 0.5:
+            offset = int(rng.choice(list(taken)))
+            taken.pop(offset)
+            arena.give_back(offset)
+        else:
+            count = int(rng.integers(1, 5000))
+            offset = arena.take(count)
+            assert offset % 64 == 0
+            assert all(offset + count <= other or other + size <= offset for other, size in taken.items())
+            taken[offset] = count
+    assert arena.size >= max(offset + count for offset, count in taken.items())
