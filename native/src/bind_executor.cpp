@@ -205,10 +205,13 @@ void bind_executor(nb::module_& module) {
              },
              "logit_rows"_a, "x"_a, "y"_a, "n"_a, "group"_a, "weight"_a, "eps"_a, "offset"_a)
         .def("feed",
-             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, std::int64_t scales, int n, int padded, bool to_int8) {
-                 add_op<FeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales), n, padded, to_int8);
+             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, std::int64_t scales, int n, int padded, int stride,
+                bool to_int8) {
+                 if (padded < n || stride < padded) refuse("rows of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 add_op<FeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales), n, padded, stride, to_int8);
              },
-             "logit_rows"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "to_int8"_a)
+             "logit_rows"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "stride"_a,
+             "to_int8"_a)
         .def("linear",
              [](Player& self, bool logit_rows, std::shared_ptr<WeightBuffer> weight, std::int64_t x, std::int64_t scales, std::int64_t y,
                 int stride, Floats bias) {

@@ -69,20 +69,20 @@ struct RmsNormOp final : TapeOp {
 struct FeedOp final : TapeOp {
     Rows rows;
     Place x, y, scales;
-    int n, padded;
+    int n, padded, stride;
     bool to_int8;
 
-    FeedOp(Rows rows, Place x, Place y, Place scales, int n, int padded, bool to_int8)
-        : rows(rows), x(x), y(y), scales(scales), n(n), padded(padded), to_int8(to_int8) {}
+    FeedOp(Rows rows, Place x, Place y, Place scales, int n, int padded, int stride, bool to_int8)
+        : rows(rows), x(x), y(y), scales(scales), n(n), padded(padded), stride(stride), to_int8(to_int8) {}
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(row_count(rows, step), thread, tape.threads());
         const int count = static_cast<int>(part.end - part.begin);
         const float* const from = tape.at<float>(x, step) + part.begin * n;
         if (to_int8)
-            quantize_rows(tape.isa(), from, n, count, n, padded, tape.at<std::int8_t>(y, step) + part.begin * padded, padded,
+            quantize_rows(tape.isa(), from, n, count, n, padded, tape.at<std::int8_t>(y, step) + part.begin * stride, stride,
                           tape.at<float>(scales, step) + part.begin);
         else
-            to_bf16(tape.isa(), from, n, count, n, padded, tape.at<bf16>(y, step) + part.begin * padded, padded);
+            to_bf16(tape.isa(), from, n, count, n, padded, tape.at<bf16>(y, step) + part.begin * stride, stride);
     }
 };
 

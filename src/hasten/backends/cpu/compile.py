@@ -107,7 +107,7 @@ class _Compiler:
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
         self.places.update(made)
         if isinstance(op, ops.Linear) and op.scale is None and op.x not in self.fed:
-            self.fed[op.x] = self.arena.take(self._tile_rows() * _padded(self._width(op.x)) * 2)
+            self.fed[op.x] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), 2) * 2)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
@@ -118,7 +118,7 @@ class _Compiler:
 
     def _take(self, name: str) -> int:
         if self.program.values[name].dtype == "int8":
-            return self.arena.take(self._tile_rows() * _padded(self._width(name)))
+            return self.arena.take(self._tile_rows() * _stride(self._width(name), 1))
         return self.arena.take(self._tile_rows() * self._width(name) * 4)
 
     def _width(self, name: str) -> int:
@@ -142,7 +142,7 @@ class _Compiler:
                 )
             case ops.QuantizeRows():
                 n = self._width(op.x)
-                tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), True)
+                tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
             case ops.Linear():
                 self._emit_linear(tape, op, at)
             case ops.Rotate():
@@ -172,9 +172,9 @@ class _Compiler:
         rows, scales = (self.fed[op.x], 0) if op.scale is None else (at[op.x], at[op.scale])
         if op.scale is None and op.x not in self.done:  # products that read one value share its bf16 rows
             self.done.add(op.x)
-            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), False)
+            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), _stride(width, 2), False)
         bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
-        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _padded(width), bias)
+        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
 
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
@@ -194,6 +194,12 @@ class _Compiler:
 def _padded(width: int) -> int:
     """The row length every packed weight can read: whole tiles of the widest kind."""
     return -(-width // GROUP) * GROUP
+
+
+def _stride(width: int, element: int) -> int:
+    """Elements from one row to the next: an odd number of cache lines, so that the 16 rows of a tile do not fall into one cache set."""
+    lines = _padded(width) * element // 64
+    return (lines + 1 - lines % 2) * 64 // element
 
 
 def _bf16(array: Array) -> Array:
