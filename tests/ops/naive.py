@@ -353,7 +353,7 @@ def attention_map(op, world, q):
     return (y,)
 
 
-def attend_relative(op, world, q):
+def relative_score_of(op, world):
     projection = world.weights[op.position_weight].reshape(op.heads, op.head_dim, op.width)
     u, w = world.weights[op.content_bias], world.weights[op.position_bias]
 
@@ -368,11 +368,24 @@ def attend_relative(op, world, q):
         placed = [dot(row, sinusoid(distance)) for row in projection[h]]
         return (dot(query + u[h], keys[h]) + dot(query + w[h], placed)) * op.scale
 
+    return score
+
+
+def attend_relative(op, world, q):
     y = np.zeros((len(q), op.heads, op.head_dim))
-    for t, h, weights, values in probabilities(op, world, q, score):
+    for t, h, weights, values in probabilities(op, world, q, relative_score_of(op, world)):
         for c, weight in weights.items():
             y[t, h] += weight * values[c, h]
     return (y.reshape(len(q), -1),)
+
+
+def attention_map_relative(op, world, q):
+    longest = max(len(keys) for keys, _ in world.context[op.state])
+    y = np.zeros((len(q), op.heads, longest))
+    for t, h, weights, _ in probabilities(op, world, q, relative_score_of(op, world)):
+        for c, weight in weights.items():
+            y[t, h, c] = weight
+    return (y,)
 
 
 # --- recurrences
@@ -459,5 +472,6 @@ ORACLES = {
     ops.ExpertLinear: expert_linear, ops.Route: route, ops.Combine: combine, ops.RmsNorm: rms_norm, ops.LayerNorm: layer_norm,
     ops.Add: add, ops.Scale: scale, ops.Clip: clip, ops.SoftCap: soft_cap, ops.Activate: activate, ops.Gate: gate, ops.Rotate: rotate,
     ops.AppendKv: append_kv, ops.Attend: attend, ops.AttendRelative: attend_relative, ops.AttentionMap: attention_map,
+    ops.AttentionMapRelative: attention_map_relative,
     ops.CausalConv: causal_conv, ops.SelectiveScan: selective_scan, ops.DualScan: dual_scan, ops.GatedDeltaScan: gated_delta_scan,
 }  # fmt: skip

@@ -208,11 +208,11 @@ def softmax_cases(kind: type[ops.Op]) -> list[Case]:
     ]
 
 
-def relative(id: str, *, heads=2, head_dim=3, width=4, visible=None, **fields) -> Case:
+def relative(kind: type[ops.Op], id: str, *, heads=2, head_dim=3, width=4, visible=None, **fields) -> Case:
     visible = visible or Causal()
     known = {"lengths", "starts"}
     settings = {name: fields.pop(name) for name in list(fields) if name in known}
-    op = ops.AttendRelative(
+    op = kind(
         q="q", y="y", position_weight="p", content_bias="u", position_bias="w", state=REF, heads=heads, head_dim=head_dim, width=width,
         scale=0.6, visible=visible, **fields,
     )  # fmt: skip
@@ -221,6 +221,17 @@ def relative(id: str, *, heads=2, head_dim=3, width=4, visible=None, **fields) -
         op, {"q": (size,), "k": (size,), "v": (size,)}, {"p": (size, width), "u": (heads, head_dim), "w": (heads, head_dim)},
         group=KvGroup("s", 1, heads, head_dim, head_dim, visible), before=(ops.AppendKv(k="k", v="v", state=REF),), id=id, **settings,
     )  # fmt: skip
+
+
+def relative_cases(kind: type[ops.Op]) -> list[Case]:
+    return [
+        relative(kind, "one-token", lengths=ONE),
+        relative(kind, "unequal", lengths=MANY),
+        relative(kind, "one-head-odd", heads=1, head_dim=5, width=2, lengths=(4,)),
+        relative(kind, "clamp", clamp=2, lengths=(6, 3)),
+        relative(kind, "segments-past-clamp", visible=SegmentMemory(segment=3, memory=4), clamp=3, lengths=(5, 2), starts=(4, 7)),
+        relative(kind, "window-past", visible=SlidingWindow(size=3), lengths=(4, 1), starts=(0, 5)),
+    ]
 
 
 def append(id: str, group: StateGroup, **settings) -> Case:
@@ -406,14 +417,8 @@ CASES: dict[type[ops.Op], list[Case]] = {
     ],
     ops.Attend: softmax_cases(ops.Attend),
     ops.AttentionMap: softmax_cases(ops.AttentionMap),
-    ops.AttendRelative: [
-        relative("one-token", lengths=ONE),
-        relative("unequal", lengths=MANY),
-        relative("one-head-odd", heads=1, head_dim=5, width=2, lengths=(4,)),
-        relative("clamp", clamp=2, lengths=(6, 3)),
-        relative("segments-past-clamp", visible=SegmentMemory(segment=3, memory=4), clamp=3, lengths=(5, 2), starts=(4, 7)),
-        relative("window-past", visible=SlidingWindow(size=3), lengths=(4, 1), starts=(0, 5)),
-    ],
+    ops.AttendRelative: relative_cases(ops.AttendRelative),
+    ops.AttentionMapRelative: relative_cases(ops.AttentionMapRelative),
     ops.CausalConv: [
         conv("plain", 3, 4, False, None),
         conv("bias-silu-past", 3, 4, True, "silu", starts=(0, 6, 2)),
@@ -546,7 +551,7 @@ def test_in_chunks_equals_at_once(case, largest):
     state = state_of(case, tensors)
     given = {name: tensors[f"in:{name}"] for name in case.inputs}
     at_once, after = play(program, weights, batch, state, given=given)
-    is_map, longest = isinstance(case.op, ops.AttentionMap), int(batch.positions.max()) + 1
+    is_map, longest = isinstance(case.op, ops.AttentionMap | ops.AttentionMapRelative), int(batch.positions.max()) + 1
 
     def held(state, sequence):
         entry = state.entries[REF][sequence] if REF in state.entries else ()

@@ -460,6 +460,24 @@ class AttentionMap(Op):
     slopes: tuple[float, ...] | None = None
 
 
+@_op(_REDUCTION, state="reads")
+class AttentionMapRelative(Op):
+    """The probabilities of the AttendRelative that names the same state, laid out as AttentionMap's. Made only where a tap asks."""
+
+    q: In
+    y: Out
+    position_weight: Param
+    content_bias: Param
+    position_bias: Param
+    state: StateRef
+    heads: int
+    head_dim: int
+    width: int
+    scale: float
+    visible: Visibility
+    clamp: int | None = None
+
+
 # --- recurrences
 
 
@@ -540,7 +558,7 @@ class GatedDeltaScan(Op):
 
 OPS: tuple[type[Op], ...] = (
     Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, Linear, HeadLinear, ExpertLinear, Route, Combine,
-    RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap, CausalConv,
-    SelectiveScan, DualScan, GatedDeltaScan,
+    RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap,
+    AttentionMapRelative, CausalConv, SelectiveScan, DualScan, GatedDeltaScan,
 )  # fmt: skip
 """Every op there is. The generic tests walk this list: an op without a case fails them."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
-from hasten.program.ops import Attend, AttentionMap, Op, Out, Param, StateRef
+from hasten.program.ops import Attend, AttendRelative, AttentionMap, AttentionMapRelative, Op, Out, Param, StateRef
 from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
 
 RowSymbol = Literal["T", "S", "R"]
@@ -233,14 +233,13 @@ class Program:
 
     def _with_map(self, name: str) -> "Program":
         prefix = name.removesuffix("map")
-        found = [(index, op) for index, op in enumerate(self.ops) if isinstance(op, Attend) and op.y.startswith(prefix)]
+        found = [(index, op) for index, op in enumerate(self.ops) if isinstance(op, Attend | AttendRelative) and op.y.startswith(prefix)]
         if not found:
             return self
         index, op = found[0]
-        extra = AttentionMap(
-            q=op.q, y=Out(name), state=op.state, sinks=op.sinks, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.head_dim,
-            scale=op.scale, visible=op.visible, softcap=op.softcap, slopes=op.slopes,
-        )  # fmt: skip
+        kind = AttentionMap if isinstance(op, Attend) else AttentionMapRelative
+        shared = {field.name: getattr(op, field.name) for field in dataclasses.fields(kind) if field.name != "y"}
+        extra = kind(y=Out(name), **shared)
         layers = tuple(Layer(layer.label, layer.start + (layer.start > index), layer.stop + (layer.stop > index)) for layer in self.layers)
         return dataclasses.replace(
             self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hasten.backends.reference.step import Cohort, Step
 from hasten.program import KvGroup, RecurrentGroup, StateGroup
-from hasten.program.ops import AppendKv, Attend, AttendRelative, AttentionMap
+from hasten.program.ops import AppendKv, Attend, AttendRelative, AttentionMap, AttentionMapRelative
 from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
 
 
@@ -121,24 +121,39 @@ def _alibi(slopes: tuple[float, ...], query: Tensor, key: Tensor, dtype: torch.d
 
 
 def attend_relative(op: AttendRelative, step: Step, q: Tensor) -> Tensor:
-    """Transformer-XL's scores, term by term: [T, H·d] → [T, H·d]."""
+    """[T, H·d] → [T, H·d]."""
+    parts = []
+    for cohort, (keys, values) in zip(step.cohorts, step.contexts[op.state]):
+        weights = _relative_probabilities(op, step, cohort, cohort.take(q), keys)
+        parts.append(torch.einsum("bhqc,bchd->bqhd", weights, values.to(weights.dtype)).flatten(-2).to(q.dtype))
+    return step.scatter(parts)
+
+
+def attention_map_relative(op: AttentionMapRelative, step: Step, q: Tensor) -> Tensor:
+    """[T, H·d] → probabilities [T, H, C]; shorter contexts end in zeros."""
+    made = [
+        _relative_probabilities(op, step, cohort, cohort.take(q), keys).transpose(1, 2)
+        for cohort, (keys, _) in zip(step.cohorts, step.contexts[op.state])
+    ]
+    longest = max(part.shape[-1] for part in made)
+    return step.scatter([F.pad(part, (0, longest - part.shape[-1])) for part in made])
+
+
+def _relative_probabilities(op: AttendRelative | AttentionMapRelative, step: Step, cohort: Cohort, q: Tensor, k: Tensor) -> Tensor:
+    """Transformer-XL's scores, term by term, through the softmax: q [B, Q, H·d], k [B, C, H, d] → [B, H, Q, C]."""
     work = torch.promote_types(q.dtype, torch.float32)
     content_bias, position_bias = step.weight(op.content_bias).to(work), step.weight(op.position_bias).to(work)
     projection = step.weight(op.position_weight).to(work)
-    parts = []
-    for cohort, (keys, values) in zip(step.cohorts, step.contexts[op.state]):
-        queries = cohort.take(q).unflatten(-1, (op.heads, op.head_dim)).to(work)
-        query, key = positions(cohort, keys.shape[1], q.device)
-        distance = (query - key).clamp(min=0)
-        clamped = distance if op.clamp is None else distance.clamp(max=op.clamp)
-        relative = (sinusoid(int(clamped.max()) + 1, op.width, work, q.device) @ projection.T).unflatten(-1, (op.heads, op.head_dim))
-        by_content = torch.einsum("bqhd,bchd->bhqc", queries + content_bias, keys.to(work))
-        by_distance = torch.einsum("bqhd,rhd->bhqr", queries + position_bias, relative)
-        by_position = by_distance.gather(-1, clamped.expand(*by_distance.shape[:2], -1, -1))
-        scores = ((by_content + by_position) * op.scale).masked_fill(~visible_mask(op.visible, query, key), -math.inf)
-        mixed = torch.einsum("bhqc,bchd->bqhd", torch.softmax(scores, dim=-1), values.to(work))
-        parts.append(mixed.flatten(-2).to(q.dtype))
-    return step.scatter(parts)
+    queries = q.unflatten(-1, (op.heads, op.head_dim)).to(work)
+    query, key = positions(cohort, k.shape[1], q.device)
+    distance = (query - key).clamp(min=0)
+    clamped = distance if op.clamp is None else distance.clamp(max=op.clamp)
+    relative = (sinusoid(int(clamped.max()) + 1, op.width, work, q.device) @ projection.T).unflatten(-1, (op.heads, op.head_dim))
+    by_content = torch.einsum("bqhd,bchd->bhqc", queries + content_bias, k.to(work))
+    by_distance = torch.einsum("bqhd,rhd->bhqr", queries + position_bias, relative)
+    by_position = by_distance.gather(-1, clamped.expand(*by_distance.shape[:2], -1, -1))
+    scores = ((by_content + by_position) * op.scale).masked_fill(~visible_mask(op.visible, query, key), -math.inf)
+    return torch.softmax(scores, dim=-1)
 
 
 def sinusoid(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -276,6 +276,11 @@ def _(op: ops.AttentionMap, step: Step, q: Tensor) -> Outputs:
     return (attention.attention_map(op, step, q),)
 
 
+@compute.register
+def _(op: ops.AttentionMapRelative, step: Step, q: Tensor) -> Outputs:
+    return (attention.attention_map_relative(op, step, q),)
+
+
 # --- recurrences
 
 
