@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import singledispatchmethod
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.formats.cache import ROW_FORMATS
 from hasten.program import ops
 from hasten.program.ops import In, Op, Out, Param, ShardAxis, StateRef
 from hasten.program.program import KvGroup, LatentGroup, Layer, Program, RecurrentGroup, RowSymbol, StateGroup, Value
@@ -68,9 +69,11 @@ def lower(
 ) -> Program:
     """The Program of ``spec`` for sequences of up to ``context`` tokens (the Spec's own unless given).
 
-    ``cache`` is the format of keys, values and latent rows; the compute dtype unless given. Raises ConfigError for a format that names
-    no linear layer, UnsupportedError for one nobody has."""
+    ``cache`` is the format of keys, values and latent rows (ROW_FORMATS); the compute dtype unless given. Raises ConfigError for a
+    format that names no linear layer, UnsupportedError for one nobody has."""
     formats = formats or LinearFormats()
+    if cache is not None and cache not in ROW_FORMATS:
+        raise UnsupportedError(f"cache format {one_line(cache)} is not supported; accepted are {', '.join(ROW_FORMATS)}")
     builder = _Builder(spec, context or spec.context, precision or Precision(residual=spec.residual), formats, cache)
     program = builder.build()
     linear = {op.weight for op in program.ops if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear)}

@@ -1,10 +1,12 @@
 """Program: the flat list of ops a Spec lowers to, over symbolic sizes. Passes rewrite it; it prints as text."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.formats.cache import ROW_FORMATS
 from hasten.program.ops import Attend, AttendRelative, AttentionMap, AttentionMapRelative, Op, Out, Param, StateRef
 from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
 
@@ -26,9 +28,6 @@ class Value:
 
 
 # --- state groups: what must outlive a step
-
-ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one element of a state group, by its format."""
 
 Reuse = Literal["prefix", "snapshot"]
 """When another request may start from this state: at any exact prefix (under a window, its last pages are enough), or only where a
@@ -55,7 +54,8 @@ class KvGroup:
 
     def bytes_per_token(self) -> int:
         """Cache bytes one token adds, over all layers."""
-        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * ELEMENT_BYTES[self.format]
+        rows = ROW_FORMATS[self.format]
+        return self.layers * self.kv_heads * (rows.row_bytes(self.key_dim) + rows.row_bytes(self.value_dim))
 
     def bytes_per_sequence(self) -> int:
         """Bytes a sequence holds whatever its length: none."""
@@ -82,7 +82,7 @@ class LatentGroup:
 
     def bytes_per_token(self) -> int:
         """Cache bytes one token adds, over all layers."""
-        return self.layers * self.width * ELEMENT_BYTES[self.format]
+        return self.layers * ROW_FORMATS[self.format].row_bytes(self.width)
 
     def bytes_per_sequence(self) -> int:
         """Bytes a sequence holds whatever its length: none."""
@@ -111,10 +111,7 @@ class RecurrentGroup:
 
     def bytes_per_sequence(self) -> int:
         """Bytes one sequence holds, over all layers."""
-        size = ELEMENT_BYTES[self.format] * self.layers
-        for length in self.shape:
-            size *= length
-        return size
+        return self.layers * ROW_FORMATS[self.format].row_bytes(math.prod(self.shape))
 
 
 StateGroup = KvGroup | LatentGroup | RecurrentGroup

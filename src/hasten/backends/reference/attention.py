@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.backends.reference.step import Cohort, Step
+from hasten.backends.reference.step import TORCH_DTYPES, Cohort, Step
+from hasten.formats.cache import ROW_FORMATS, TINY, PlainRows
 from hasten.program import KvGroup, RecurrentGroup, StateGroup
 from hasten.program.ops import AppendKv, Attend, AttendRelative, AttentionMap, AttentionMapRelative
 from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
@@ -18,10 +19,11 @@ from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
 def append(op: AppendKv, step: Step, k: Tensor, v: Tensor | None) -> None:
     """Lay k[T, K·d] and v[T, K·dv] behind what each sequence has kept, for the ops that attend, and hand on what stays visible.
 
+    Both are rounded as the group's format has them; what is kept is what the format stands for, in the dtype it came in.
     A latent layer has no values of its own: its keys serve as both."""
     state_group = step.state_groups[op.state.group]
     heads = state_group.kv_heads if isinstance(state_group, KvGroup) else 1
-    fresh = [x.unflatten(-1, (heads, -1)) for x in (k, v) if x is not None]
+    fresh = [as_cached(x.unflatten(-1, (heads, -1)), state_group.format) for x in (k, v) if x is not None]
     contexts = step.contexts[op.state] = []
     for cohort in step.cohorts:
         kept = [cohort.take(x) for x in fresh]
@@ -31,6 +33,21 @@ def append(op: AppendKv, step: Step, k: Tensor, v: Tensor | None) -> None:
         contexts.append((kept[0], kept[-1]))
         first = kept[0].shape[1] - _stays(state_group, cohort.start + cohort.length, kept[0].shape[1])
         step.keep(op.state, cohort, [tuple(x[index, first:] for x in kept) for index in range(len(cohort.sequences))])
+
+
+def as_cached(x: Tensor, form: str) -> Tensor:
+    """What a cache in the format ``form`` of formats/cache.py gives back of rows x[..., n]."""
+    rows = ROW_FORMATS[form]
+    if form in {"float32", "float64"}:  # stays as exact as it was computed
+        return x
+    if isinstance(rows, PlainRows):
+        return x.to(TORCH_DTYPES[form]).to(x.dtype)
+    exact = x.detach().float()  # rounding has no gradient
+    most = exact.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(most < TINY, torch.ones_like(most), most / rows.largest)
+    ratio = exact / scale
+    near = ratio.round() if form == "int8" else ratio.to(torch.float8_e4m3fn).float()
+    return torch.where(most.isfinite(), near * scale, math.nan).to(x.dtype)
 
 
 def _stays(state_group: StateGroup, end: int, length: int) -> int:

@@ -7,10 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.backends.reference.kernels import TORCH_DTYPES
 from hasten.backends.reference.play import play, weights_of
 from hasten.backends.reference.state import State
+from hasten.backends.reference.step import TORCH_DTYPES
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.formats.cache import cache_format
 from hasten.model import Model
 from hasten.program import Batch, Precision, Program, lower
 
@@ -23,12 +24,14 @@ class ReferenceBackend:
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
         self.device, self.precision = device, precision
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None) -> "ReferenceSession":
-        """Weights made ready once, for steps of sequences of up to ``context`` tokens; played as they are, so ``weights`` is None."""
+    def session(self, model: Model, context: int | None = None, weights: str | None = None, cache: str | None = None) -> "ReferenceSession":
+        """Weights made ready once, for steps of sequences of up to ``context`` tokens; played as they are, so ``weights`` is None.
+
+        ``cache`` is how keys and values are kept: bf16, int8 or fp8; in the compute dtype unless given."""
         if weights is not None:
             raise UnsupportedError(f"weights {one_line(weights)} are for backend 'cpu'; reference plays a model's weights as they are")
         precision = self.precision or Precision(residual=model.spec.residual)
-        program = lower(model.spec, context=context, precision=precision)
+        program = lower(model.spec, context=context, precision=precision, cache=None if cache is None else cache_format(cache))
         return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[precision.compute]))
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:

@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.backends.reference import attention, scans
-from hasten.backends.reference.step import Step
+from hasten.backends.reference.step import TORCH_DTYPES, Step
 from hasten.base.errors import UnsupportedError
 from hasten.program import ops
 from hasten.program.ops import Op
 from hasten.spec import Activation, ClampedSwiglu
-
-TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Outputs = tuple[Tensor, ...]
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from hasten.backends.reference.state import Entry, State
 from hasten.program import Batch, Program, StateRef
 
+TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cohort:
