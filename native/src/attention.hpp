@@ -45,20 +45,42 @@ inline KeyBlock key_block(const AttendShape& shape, int block, int first, int co
 
 // Where the keys and values of a block lie, by place in the block; those outside [low, high) are the nearest that lie in it.
 struct BlockRows {
-    const bf16 *keys[kKeyBlock], *values[kKeyBlock];
+    const std::byte *keys[kKeyBlock], *values[kKeyBlock];
 };
 
-// The rows of one key/value head.
+// Scales of a block's keys and values by place in the block; zero outside [low, high).
+struct BlockScales {
+    alignas(64) float keys[kKeyBlock];
+    alignas(64) float values[kKeyBlock];
+};
+
+// Places [begin, end) of a block that one page holds.
+struct Run {
+    int begin, end;
+    const std::byte* head;  // where the page's share of the head begins
+    std::size_t offset;     // tokens of the page before them
+};
+
+inline Run run_at(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, int begin) {
+    if (begin >= block.high) return {begin, begin, nullptr, 0};
+    const int position = block.base + begin, index = position / layer.page, offset = position - index * layer.page;
+    return {begin, lesser(block.high, begin + layer.page - offset), layer.head(table[index], head), static_cast<std::size_t>(offset)};
+}
+
+// The rows of one key/value head; asks for their scales, which find_scales will want.
 inline void find_rows(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, BlockRows& rows) {
-    const auto page_size = static_cast<std::size_t>(layer.page), key_dim = static_cast<std::size_t>(layer.key_dim),
-               value_dim = static_cast<std::size_t>(layer.value_dim);
-    for (int t = block.low; t < block.high;) {
-        const int position = block.base + t, index = position / layer.page, offset = position - index * layer.page;
-        const int end = lesser(block.high, t + layer.page - offset);
-        const bf16* page = layer.base + static_cast<std::size_t>(table[index]) * layer.page_stride;
-        const bf16* key = page + (head * page_size + offset) * key_dim;
-        const bf16* value = page + layer.kv_heads * page_size * key_dim + (head * page_size + offset) * value_dim;
-        for (; t < end; ++t, key += key_dim, value += value_dim) {
+    const std::size_t key_bytes = layer.key_bytes(), value_bytes = layer.value_bytes(), page_size = static_cast<std::size_t>(layer.page);
+    for (Run run = run_at(layer, table, head, block, block.low); run.head; run = run_at(layer, table, head, block, run.end)) {
+        const std::byte* key = run.head + run.offset * key_bytes;
+        const std::byte* value = run.head + page_size * key_bytes + run.offset * value_bytes;
+        if (layer.format != CacheFormat::bf16) {
+            const std::byte* scales = run.head + layer.scales_offset() + run.offset * sizeof(float);
+            for (int t = run.begin; t < run.end; t += 16, scales += 64) {
+                __builtin_prefetch(scales);
+                __builtin_prefetch(scales + page_size * sizeof(float));
+            }
+        }
+        for (int t = run.begin; t < run.end; ++t, key += key_bytes, value += value_bytes) {
             rows.keys[t] = key;
             rows.values[t] = value;
         }
@@ -67,19 +89,29 @@ inline void find_rows(const PagedLayer& layer, const std::int32_t* table, int he
     for (int t = block.high; t < kKeyBlock; ++t) rows.keys[t] = rows.keys[block.high - 1], rows.values[t] = rows.values[block.high - 1];
 }
 
+inline void find_scales(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, BlockScales& scales) {
+    for (int t = 0; t < kKeyBlock; ++t) scales.keys[t] = scales.values[t] = 0.0f;
+    for (Run run = run_at(layer, table, head, block, block.low); run.head; run = run_at(layer, table, head, block, run.end)) {
+        const std::byte* from = run.head + layer.scales_offset() + run.offset * sizeof(float);
+        const std::size_t count = static_cast<std::size_t>(run.end - run.begin) * sizeof(float);
+        __builtin_memcpy(scales.keys + run.begin, from, count);
+        __builtin_memcpy(scales.values + run.begin, from + static_cast<std::size_t>(layer.page) * sizeof(float), count);
+    }
+}
+
 // Asks for the next block's rows while this one is worked on, a few at a time: the machine's own prefetch stops at every 4 KiB, and more
 // at once than it has buffers for would wait.
 struct Ahead {
     const BlockRows* rows;  // null: none
-    int key_dim, value_dim;
+    std::size_t key_bytes, value_bytes;
 
     __attribute__((always_inline)) void ask_keys(int from, int to) const {
         for (int t = from; rows && t < to; ++t)
-            for (int d = 0; d < key_dim; d += 32) __builtin_prefetch(rows->keys[t] + d, 0, 2);
+            for (std::size_t d = 0; d < key_bytes; d += 64) __builtin_prefetch(rows->keys[t] + d, 0, 2);
     }
     __attribute__((always_inline)) void ask_values(int from, int to) const {
         for (int t = from; rows && t < to; ++t)
-            for (int d = 0; d < value_dim; d += 32) __builtin_prefetch(rows->values[t] + d, 0, 2);
+            for (std::size_t d = 0; d < value_bytes; d += 64) __builtin_prefetch(rows->values[t] + d, 0, 2);
     }
     __attribute__((always_inline)) void ask(int from, int to) const {
         ask_keys(from, to);
@@ -105,6 +137,13 @@ class Blocks {
     const KeyBlock& block() const { return blocks_[index_ % 2]; }
     const BlockRows& rows() const { return rows_[index_ % 2]; }
 
+    // Null where the format has none. Called once a block.
+    const BlockScales* scales() {
+        if (layer_.format == CacheFormat::bf16) return nullptr;
+        find_scales(layer_, table_, head_, block(), scales_);
+        return &scales_;
+    }
+
     // Called once a block.
     Ahead ahead() {
         const BlockRows& behind = rows_[(index_ + 1) % 2];
@@ -112,7 +151,7 @@ class Blocks {
         const bool is = more();
         if (is) find();
         --index_;
-        return {is ? &behind : nullptr, layer_.key_dim, layer_.value_dim};
+        return {is ? &behind : nullptr, layer_.key_bytes(), layer_.value_bytes()};
     }
 
  private:
@@ -127,6 +166,7 @@ class Blocks {
     int head_, first_, count_, index_;
     KeyBlock blocks_[2];
     BlockRows rows_[2];
+    BlockScales scales_;
 };
 
 // Hands out 64-byte aligned pieces of scratch memory.

@@ -20,6 +20,7 @@
 #define HASTEN_AVX512
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "decoder_vector.hpp"
+#include "cache_vector.hpp"
 
 namespace hasten::HASTEN_LEVEL {
 namespace {
@@ -57,7 +58,20 @@ INLINE void pack_queries(const float* const (&rows)[kPairs], int d, int dim, bf1
     for (int i = 0; i < 16; ++i) _mm512_store_si512(packed + 32 * i, words[i]);
 }
 
+// Elements [d, d + n) of a row as bf16, n ≤ 32, zeros behind: int8 and fp8 fit in bf16 as they are.
+template <class E>
+INLINE __m512i as_bf16(const std::byte* row, int d, int n) {
+    if constexpr (E::bytes == sizeof(bf16)) {
+        return n >= 32 ? _mm512_loadu_si512(halves(row) + d) : _mm512_maskz_loadu_epi16((1u << n) - 1, halves(row) + d);
+    } else {
+        const F low = n >= 16 ? E::load(row, d) : E::load_some(row, d, n);
+        const F high = n >= 32 ? E::load(row, d + 16) : n > 16 ? E::load_some(row, d + 16, n - 16) : V::set(0.0f);
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+}
+
 // interleaved[f / 16][t / 2][f % 16] = values f of tokens t and t + 1, zero for tokens that nobody sees.
+template <class E>
 void interleave_values(const BlockRows& found, const KeyBlock& block, int dim, const Ahead& ahead, bf16* interleaved) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
                                          34, 2, 33, 1, 32, 0);
@@ -67,49 +81,67 @@ void interleave_values(const BlockRows& found, const KeyBlock& block, int dim, c
         if (both) _mm512_store_si512(to + 16 * kKeyBlock, _mm512_permutex2var_epi16(even, high, odd));
     };
     const int left = dim % 32;
-    const __mmask32 lanes = (1u << left) - 1;
     for (int t = 0; t < kKeyBlock; t += 2) {
         if (t % 4 == 0) ahead.ask(t / 4, t / 4 + 1);
         bf16* to = interleaved + 16 * t;
         const bool even_seen = t >= block.low && t < block.high, odd_seen = t + 1 >= block.low && t + 1 < block.high;
         const __m512i nothing = _mm512_setzero_si512();
-        const bf16 *even = found.values[t], *odd = found.values[t + 1];
+        const std::byte *even = found.values[t], *odd = found.values[t + 1];
         if (even_seen && odd_seen)
             for (int f = 0; f + 32 <= dim; f += 32, to += 2 * 16 * kKeyBlock)
-                put(to, _mm512_loadu_si512(even + f), _mm512_loadu_si512(odd + f), true);
+                put(to, as_bf16<E>(even, f, 32), as_bf16<E>(odd, f, 32), true);
         else
             for (int f = 0; f + 32 <= dim; f += 32, to += 2 * 16 * kKeyBlock)
-                put(to, even_seen ? _mm512_loadu_si512(even + f) : nothing, odd_seen ? _mm512_loadu_si512(odd + f) : nothing, true);
+                put(to, even_seen ? as_bf16<E>(even, f, 32) : nothing, odd_seen ? as_bf16<E>(odd, f, 32) : nothing, true);
         if (left)
-            put(to, _mm512_maskz_loadu_epi16(even_seen ? lanes : 0, even + dim - left),
-                _mm512_maskz_loadu_epi16(odd_seen ? lanes : 0, odd + dim - left), left > 16);
+            put(to, even_seen ? as_bf16<E>(even, dim - left, left) : nothing, odd_seen ? as_bf16<E>(odd, dim - left, left) : nothing,
+                left > 16);
     }
 }
 
 // Rows of 16 keys each, `stride` bytes apart, for the tile products: in the cache where they can be read there, else in `copy`.
 struct KeyTiles {
-    const bf16* rows[4];
+    const std::byte* rows[4];
     std::ptrdiff_t stride;
 };
 
-INLINE KeyTiles key_tiles(const BlockRows& found, const KeyBlock& block, int page, int dim, bf16* copy) {
-    if (dim % 32 == 0 && page % 16 == 0) {
+template <CacheFormat format>
+KeyTiles key_tiles(const BlockRows& found, const KeyBlock& block, int page, int dim, bf16* copy) {
+    if (format == CacheFormat::bf16 && dim % 32 == 0 && page % 16 == 0) {
         KeyTiles keys{{}, static_cast<std::ptrdiff_t>(dim * sizeof(bf16))};
         for (int i = 0; i < 4; ++i) {  // 16 of which nobody sees any may be any others: their scores are masked
             const int seen = lesser(greater(16 * i, block.low), block.high - 1);
-            keys.rows[i] = found.keys[seen] - static_cast<std::ptrdiff_t>(seen % 16) * dim;
+            keys.rows[i] = found.keys[seen] - static_cast<std::ptrdiff_t>(seen % 16) * keys.stride;
         }
         return keys;
     }
     const int padded = up_to_multiple(dim, 32);
     for (int t = 0; t < kKeyBlock; ++t)
-        for (int d = 0; d < padded; d += 32) {
-            const __mmask32 lanes = dim - d >= 32 ? ~0u : (1u << (dim - d)) - 1;
-            _mm512_store_si512(copy + t * padded + d, _mm512_maskz_loadu_epi16(lanes, found.keys[t] + d));
-        }
+        for (int d = 0; d < padded; d += 32)
+            _mm512_store_si512(copy + t * padded + d, as_bf16<Elements<format>>(found.keys[t], d, lesser(dim - d, 32)));
     KeyTiles keys{{}, static_cast<std::ptrdiff_t>(padded * sizeof(bf16))};
-    for (int i = 0; i < 4; ++i) keys.rows[i] = copy + i * 16 * padded;
+    for (int i = 0; i < 4; ++i) keys.rows[i] = reinterpret_cast<const std::byte*>(copy + i * 16 * padded);
     return keys;
+}
+
+// Keys where tiles can read them, values interleaved, of any format.
+template <CacheFormat format>
+KeyTiles prepare(const BlockRows& found, const KeyBlock& block, const AttendShape& shape, int page, const Ahead& ahead, bf16* copy,
+                 bf16* values) {
+    interleave_values<Elements<format>>(found, block, shape.value_dim, ahead, values);
+    return key_tiles<format>(found, block, page, shape.key_dim, copy);
+}
+
+KeyTiles prepare(const PagedLayer& layer, const BlockRows& found, const KeyBlock& block, const AttendShape& shape, const Ahead& ahead,
+                 bf16* copy, bf16* values) {
+    switch (layer.format) {
+        case CacheFormat::int8:
+            return prepare<CacheFormat::int8>(found, block, shape, layer.page, ahead, copy, values);
+        case CacheFormat::fp8:
+            return prepare<CacheFormat::fp8>(found, block, shape, layer.page, ahead, copy, values);
+        default:
+            return prepare<CacheFormat::bf16>(found, block, shape, layer.page, ahead, copy, values);
+    }
 }
 
 // scores[t · 16 + pair] of a block's 64 keys.
@@ -119,13 +151,14 @@ INLINE void score(const KeyTiles& keys, const bf16* queries, int dim, float* sco
     _tile_zero(2);
     _tile_zero(3);
     for (int d = 0; d < dim; d += 32) {
+        const std::ptrdiff_t at = d * static_cast<std::ptrdiff_t>(sizeof(bf16));
         _tile_loadd(6, queries + 16 * d, 64);
-        _tile_loadd(4, keys.rows[0] + d, keys.stride);
-        _tile_loadd(5, keys.rows[1] + d, keys.stride);
+        _tile_loadd(4, keys.rows[0] + at, keys.stride);
+        _tile_loadd(5, keys.rows[1] + at, keys.stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        _tile_loadd(4, keys.rows[2] + d, keys.stride);
-        _tile_loadd(5, keys.rows[3] + d, keys.stride);
+        _tile_loadd(4, keys.rows[2] + at, keys.stride);
+        _tile_loadd(5, keys.rows[3] + at, keys.stride);
         _tile_dpbf16ps(2, 4, 6);
         _tile_dpbf16ps(3, 5, 6);
     }
@@ -143,17 +176,20 @@ INLINE __m512i rounded_pair(F even, F odd) {
 }
 
 // Scores → weights [2][16 pairs][32 tokens] in bf16, exactly zero where a pair does not see a key; new maxima and sums of the lanes in
-// `active`, and the factors that what they summed before has to be faded by.
+// `active`, and the factors that what they summed before has to be faded by. With scales, a key's is taken to its scores, a value's to its
+// weights, behind the sums.
 template <bool masked>
-INLINE void soften(const AttendShape& shape, F slopes, F to_query, __m512i low, __m512i high, __mmask16 active, float* scores, Pairs& pairs,
-                   const Ahead& ahead, bf16* weights, float* fades) {
+INLINE void soften(const AttendShape& shape, const BlockScales* scales, F slopes, F to_query, __m512i low, __m512i high, __mmask16 active,
+                   float* scores, Pairs& pairs, const Ahead& ahead, bf16* weights, float* fades) {
     const F nothing = V::set(-__builtin_inff());
     F most[4] = {nothing, nothing, nothing, nothing};
     for (int t = 0; t < kKeyBlock; t += 4) {
         ahead.ask(16 + t / 4, 17 + t / 4);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            F x = V::mul(V::load(scores + (t + i) * kPairs), V::set(shape.scale));
+            F x = V::load(scores + (t + i) * kPairs);
+            if (scales) x = V::mul(x, V::set(scales->keys[t + i]));
+            x = V::mul(x, V::set(shape.scale));
             if (shape.softcap > 0) x = V::mul(V::set(shape.softcap), tanh(V::div(x, V::set(shape.softcap))));
             if (shape.slopes) x = V::fma(slopes, V::sub(V::set(static_cast<float>(t + i)), to_query), x);
             if constexpr (masked) {
@@ -181,6 +217,7 @@ INLINE void soften(const AttendShape& shape, F slopes, F to_query, __m512i low, 
             for (int k = 0; k < 4; ++k) {
                 w[k] = exp(V::sub(V::load(from + k * kPairs), base));
                 sums[k] = V::add(sums[k], w[k]);
+                if (scales) w[k] = V::mul(w[k], V::set(scales->values[32 * half + 2 * i + k]));
             }
             words[i] = rounded_pair(w[0], w[1]);
             words[i + 1] = rounded_pair(w[2], w[3]);
@@ -279,8 +316,8 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
             const KeyBlock& block = blocks.block();
             const BlockRows& found = blocks.rows();
             Ahead ahead = blocks.ahead();
-            const KeyTiles keys = key_tiles(found, block, layer.page, shape.key_dim, copy);
-            interleave_values(found, block, shape.value_dim, ahead, values);
+            const BlockScales* scales = blocks.scales();
+            const KeyTiles keys = prepare(layer, found, block, shape, ahead, copy, values);
             const int begin = block.begin * group, end = block.end * group;
             for (int pair = begin / kPairs * kPairs; pair < end; pair += kPairs) {
                 Pairs tile{maxima + pair, sums + pair, mixed + size(pair, stride), queries + size(pair, key_dim)};
@@ -300,10 +337,11 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
                 const __m512i lows = _mm512_load_si512(low), highs = _mm512_load_si512(high);
                 const int from = greater(begin - pair, 0), to = lesser(end - pair, kPairs);
                 const auto active = static_cast<__mmask16>(((1u << to) - 1) & ~((1u << from) - 1));
+                const F tilts = V::load(slopes), distances = V::load(to_query);
                 if (whole)
-                    soften<false>(shape, V::load(slopes), V::load(to_query), lows, highs, active, scores, tile, ahead, weights, fades);
+                    soften<false>(shape, scales, tilts, distances, lows, highs, active, scores, tile, ahead, weights, fades);
                 else
-                    soften<true>(shape, V::load(slopes), V::load(to_query), lows, highs, active, scores, tile, ahead, weights, fades);
+                    soften<true>(shape, scales, tilts, distances, lows, highs, active, scores, tile, ahead, weights, fades);
                 mix(weights, fades, values, from, to, stride, ahead, fresh, tile.mixed);
                 ahead.rows = nullptr;
             }

@@ -9,93 +9,80 @@ namespace {
 constexpr int kColumns = 4;  // vectors a register tile is wide
 
 // turned[d · 64 + t] = key d of token t, float32, for the vectors of tokens that [low, high) touches; lanes outside are some other token's.
-#if defined(HASTEN_AVX512)
-void turn_keys(const BlockRows& found, const KeyBlock& block, int dim, float* turned) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    for (int t = block.low / 16 * 16; t < block.high; t += 16) {
-        const bf16* const* rows = found.keys + t;
-        for (int d = 0; d < dim; d += 32) {
-            __m512i words[16];
+#if defined(HASTEN_AVX512) || defined(HASTEN_AVX2)
+template <class E, int j = 0>
+INLINE void put_parts(Words words, int count, float* to) {
+    constexpr int parts = 4 / E::bytes;
+    if (j < count) V::store(to + j * kKeyBlock, E::template part<j>(words));
+    if constexpr (j + 1 < parts) put_parts<E, j + 1>(words, count, to);
+}
+
+template <class E>
+void turn_keys_of(const BlockRows& found, const KeyBlock& block, int dim, float* turned) {
+    constexpr int w = V::width, parts = 4 / E::bytes, span = w * parts;  // features of a vector of words
+    for (int t = block.low / w * w; t < block.high; t += w)
+        for (int d = 0; d < dim; d += span) {
+            const std::byte* const* rows = found.keys + t;
             const int left = dim - d;
-            if (left >= 32) {
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(rows[i] + d);
-            } else {
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) words[i] = _mm512_maskz_loadu_epi16((1u << left) - 1, rows[i] + d);
-            }
-            transpose(words);
             float* to = turned + static_cast<std::ptrdiff_t>(d) * kKeyBlock + t;
-            if (left >= 32) {
+            Words words[w];
+            if (left >= span) {
 #pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i, to += 2 * kKeyBlock) {
-                    _mm512_store_si512(to, _mm512_slli_epi32(words[i], 16));
-                    _mm512_store_si512(to + kKeyBlock, _mm512_and_si512(words[i], upper));
-                }
+                for (int i = 0; i < w; ++i) words[i] = load_words(rows[i] + d * E::bytes);
+                transpose(words);
+#pragma GCC unroll 16
+                for (int i = 0; i < w; ++i) put_parts<E>(words[i], parts, to + i * parts * kKeyBlock);
             } else {
-                alignas(64) __m512i kept[16];
-                for (int i = 0; i < 16; ++i) kept[i] = words[i];
-                for (int i = 0; i < left; ++i, to += kKeyBlock)
-                    _mm512_store_si512(to, i % 2 ? _mm512_and_si512(kept[i / 2], upper) : _mm512_slli_epi32(kept[i / 2], 16));
+#pragma GCC unroll 16
+                for (int i = 0; i < w; ++i) words[i] = load_some_words(rows[i] + d * E::bytes, left * E::bytes);
+                transpose(words);
+                alignas(64) Words kept[w];
+                for (int i = 0; i < w; ++i) kept[i] = words[i];
+                for (int i = 0; i * parts < left; ++i) put_parts<E>(kept[i], left - i * parts, to + i * parts * kKeyBlock);
             }
         }
-    }
 }
 #else
-void turn_keys(const BlockRows& found, const KeyBlock& block, int dim, float* turned) {
+template <class E>
+void turn_keys_of(const BlockRows& found, const KeyBlock& block, int dim, float* turned) {
     constexpr int w = V::width;
-    for (int t = block.low / w * w; t < block.high; t += w) {
-        const bf16* const* rows = found.keys + t;
-        int d = 0;
-#if defined(HASTEN_AVX2)
-        for (; d + 16 <= dim; d += 16) {  // 8 rows of 8 words, each two features
-            __m256i a[8], b[8];
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + d));
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-                b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+    for (int t = block.low / w * w; t < block.high; t += w)
+        for (int i = 0; i < w; ++i)
+            for (int d = 0; d < dim; d += w) {
+                const F some = E::load_some(found.keys[t + i], d, lesser(dim - d, w));
+                for (int k = 0; k < lesser(dim - d, w); ++k) turned[static_cast<std::ptrdiff_t>(d + k) * kKeyBlock + t + i] = some[k];
             }
-#pragma GCC unroll 2
-            for (int i = 0; i < 8; i += 4) {
-                a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-                a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-                a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-                a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                b[i] = _mm256_permute2x128_si256(a[i], a[4 + i], 0x20);
-                b[4 + i] = _mm256_permute2x128_si256(a[i], a[4 + i], 0x31);
-            }
-            float* to = turned + static_cast<std::ptrdiff_t>(d) * kKeyBlock + t;
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i, to += 2 * kKeyBlock) {
-                V::store(to, _mm256_castsi256_ps(_mm256_slli_epi32(b[i], 16)));
-                V::store(to + kKeyBlock, _mm256_castsi256_ps(_mm256_and_si256(b[i], _mm256_set1_epi32(static_cast<int>(0xffff0000)))));
-            }
-        }
-#endif
-        for (; d < dim; ++d) {
-            float* to = turned + static_cast<std::ptrdiff_t>(d) * kKeyBlock + t;
-            for (int i = 0; i < w; ++i) {
-                const std::uint32_t bits = std::uint32_t{rows[i][d]} << 16;
-                __builtin_memcpy(to + i, &bits, sizeof bits);
-            }
-        }
-    }
 }
 #endif
 
 // widened[t · stride + f] = value f of token t, float32, for the tokens that are seen; zero up to the stride.
-void widen_values(const BlockRows& found, const KeyBlock& block, int dim, int stride, float* widened) {
+template <class E>
+void widen_values_of(const BlockRows& found, const KeyBlock& block, int dim, int stride, float* widened) {
     for (int t = block.low; t < block.high; ++t) {
-        const bf16* from = found.values[t];
+        const std::byte* from = found.values[t];
         float* to = widened + static_cast<std::ptrdiff_t>(t) * stride;
         int f = 0;
-        for (; f + V::width <= dim; f += V::width) V::store(to + f, V::load_bf16(from + f));
-        for (; f < stride; f += V::width) V::store(to + f, f < dim ? V::load_bf16_some(from + f, dim - f) : V::set(0.0f));
+        for (; f + V::width <= dim; f += V::width) V::store(to + f, E::load(from, f));
+        for (; f < stride; f += V::width) V::store(to + f, f < dim ? E::load_some(from, f, dim - f) : V::set(0.0f));
+    }
+}
+
+template <CacheFormat format>
+void widen(const BlockRows& found, const KeyBlock& block, const AttendShape& shape, int stride, float* turned, float* widened) {
+    turn_keys_of<Elements<format>>(found, block, shape.key_dim, turned);
+    widen_values_of<Elements<format>>(found, block, shape.value_dim, stride, widened);
+}
+
+// Keys turned and values widened, of any format.
+void widen(CacheFormat format, const BlockRows& found, const KeyBlock& block, const AttendShape& shape, int stride, float* turned,
+           float* widened) {
+    switch (format) {
+        case CacheFormat::bf16:
+            return widen<CacheFormat::bf16>(found, block, shape, stride, turned, widened);
+        case CacheFormat::int8:
+            return widen<CacheFormat::int8>(found, block, shape, stride, turned, widened);
+        case CacheFormat::fp8:
+            return widen<CacheFormat::fp8>(found, block, shape, stride, turned, widened);
     }
 }
 
@@ -186,15 +173,19 @@ INLINE void mix_rows(const float* weights, const float* fade, const KeyBlock& bl
 }
 
 // Scores of one pair over a block → weights against the new maximum, exactly zero outside [low, high). Updates the pair's maximum
-// and sum, and gives the factor that what was summed before has to be faded by.
-INLINE float soften(const AttendShape& shape, int head, int to_query, int low, int high, float* scores, float& maximum, float& sum) {
+// and sum, and gives the factor that what was summed before has to be faded by. With scales, a key's is taken to its score, a value's to
+// its weight, behind the sum.
+INLINE float soften(const AttendShape& shape, const BlockScales* scales, int head, int to_query, int low, int high, float* scores,
+                    float& maximum, float& sum) {
     constexpr int count = kKeyBlock / V::width;
     F kept[count], most = V::set(-__builtin_inff());
     const F begin = V::set(static_cast<float>(low)), end = V::set(static_cast<float>(high));
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) {
         const F key = V::add(V::iota(), V::set(static_cast<float>(i * V::width)));
-        F x = V::mul(V::load(scores + i * V::width), V::set(shape.scale));
+        F x = V::load(scores + i * V::width);
+        if (scales) x = V::mul(x, V::load(scales->keys + i * V::width));
+        x = V::mul(x, V::set(shape.scale));
         if (shape.softcap > 0) x = V::mul(V::set(shape.softcap), tanh(V::div(x, V::set(shape.softcap))));
         if (shape.slopes) x = V::fma(V::set(shape.slopes[head]), V::sub(key, V::set(static_cast<float>(to_query))), x);
         kept[i] = V::if_less(key, begin, V::set(-__builtin_inff()), V::if_less(key, end, x, V::set(-__builtin_inff())));
@@ -207,7 +198,7 @@ INLINE float soften(const AttendShape& shape, int head, int to_query, int low, i
 #pragma GCC unroll 16
     for (int i = 0; i < count; ++i) {
         const F weight = exp(V::sub(kept[i], top));  // exactly zero of −∞
-        V::store(scores + i * V::width, weight);
+        V::store(scores + i * V::width, scales ? V::mul(weight, V::load(scales->values + i * V::width)) : weight);
         sums = V::add(sums, weight);
     }
     float lane[V::width];
@@ -246,8 +237,8 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
             const KeyBlock& block = blocks.block();
             const BlockRows& found = blocks.rows();
             Ahead keys_ahead = blocks.ahead(), values_ahead = keys_ahead;
-            turn_keys(found, block, shape.key_dim, turned);
-            widen_values(found, block, shape.value_dim, stride, values);
+            const BlockScales* scales = blocks.scales();
+            widen(layer.format, found, block, shape, stride, turned, values);
 
             constexpr int wide = kColumns * V::width, rows = V::score_rows;
             const int begin = block.begin * group, end = block.end * group;
@@ -266,7 +257,7 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
             for (int pair = begin; pair < end; ++pair) {
                 const int to_query = at + pair / group - block.base,
                           low = greater(0, oldest_seen(shape, to_query + block.base) - block.base);
-                fades[pair] = soften(shape, kv_head * group + pair % group, to_query, low, lesser(to_query + 1, kKeyBlock),
+                fades[pair] = soften(shape, scales, kv_head * group + pair % group, to_query, low, lesser(to_query + 1, kKeyBlock),
                                      weights + pair * kKeyBlock, maxima[pair], sums[pair]);
             }
             int pair = begin;

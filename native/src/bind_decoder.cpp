@@ -25,7 +25,7 @@ using Array = nb::ndarray<T, nb::numpy, nb::ndim<dims>, nb::c_contig, nb::device
 using Vector = Array<const float, 1>;
 using Matrix = Array<const float, 2>;
 using Output = Array<float, 2>;
-using Cache = Array<std::uint16_t, 2>;
+using Cache = Array<std::uint8_t, 2>;
 
 [[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
 
@@ -129,18 +129,19 @@ void rotate_rows(const std::string& isa, Matrix x, int heads, int start, int dim
     rotate(level, x.data(), rows_of(x), heads, head_dim, start, dims, interleaved, cos.data(), sin.data(), y.data());
 }
 
-PagedLayer layer_of(const Cache& cache, int page, int kv_heads, int key_dim, int value_dim) {
+PagedLayer layer_of(const Cache& cache, const std::string& format, int page, int kv_heads, int key_dim, int value_dim) {
     require(page > 0 && kv_heads > 0 && key_dim > 0 && value_dim > 0, "page, kv_heads, key_dim and value_dim must be positive");
-    const auto needed = static_cast<std::size_t>(page) * static_cast<std::size_t>(kv_heads) *
-                        (static_cast<std::size_t>(key_dim) + static_cast<std::size_t>(value_dim));
-    require(cache.shape(1) >= needed, "a row of cache must hold the keys and values of a page");
-    return {cache.data(), cache.shape(1), page, kv_heads, key_dim, value_dim};
+    const PagedLayer layer{
+        reinterpret_cast<std::byte*>(cache.data()), cache.shape(1), cache_format_named(format), page, kv_heads, key_dim, value_dim};
+    require(layer.page_stride >= layer.bytes(), "a row of cache must hold the keys, values and scales of a page");
+    require(layer.page_stride % element_bytes(layer.format) == 0, "a row of cache must hold whole elements");
+    return layer;
 }
 
-void append_rows(Cache cache, int page, int kv_heads, Matrix k, Matrix v, Array<const std::int64_t, 1> slots) {
+void append_rows(Cache cache, const std::string& format, int page, int kv_heads, Matrix k, Matrix v, Array<const std::int64_t, 1> slots) {
     require(kv_heads > 0 && width_of(k) % kv_heads == 0 && width_of(v) % kv_heads == 0, "kv_heads must divide the widths of k and v");
     require(k.shape(0) == slots.size() && v.shape(0) == slots.size(), "k and v must have a row for each slot");
-    const PagedLayer layer = layer_of(cache, page, kv_heads, width_of(k) / kv_heads, width_of(v) / kv_heads);
+    const PagedLayer layer = layer_of(cache, format, page, kv_heads, width_of(k) / kv_heads, width_of(v) / kv_heads);
     const auto most = static_cast<std::int64_t>(cache.shape(0)) * page;
     for (std::size_t i = 0; i < slots.size(); ++i) require(slots(i) >= 0 && slots(i) < most, "slots must lie in the pages of cache");
     nb::gil_scoped_release unlocked;
@@ -148,10 +149,10 @@ void append_rows(Cache cache, int page, int kv_heads, Matrix k, Matrix v, Array<
 }
 
 // What one thread does of attention: the rows in calls of `chunk`, for each key/value head.
-void attend_rows(const std::string& isa, Cache cache, int page, int kv_heads, int key_dim, int value_dim,
+void attend_rows(const std::string& isa, Cache cache, const std::string& format, int page, int kv_heads, int key_dim, int value_dim,
                  Array<const std::int32_t, 1> table, Matrix q, int position, float scale, Output y, int window, float softcap,
                  std::optional<Vector> slopes, std::optional<Vector> sinks, int chunk) {
-    const PagedLayer layer = layer_of(cache, page, kv_heads, key_dim, value_dim);
+    const PagedLayer layer = layer_of(cache, format, page, kv_heads, key_dim, value_dim);
     require(width_of(q) % key_dim == 0, "key_dim must divide the width of q");
     const int heads = width_of(q) / key_dim, rows = rows_of(q);
     require(heads > 0 && heads % kv_heads == 0, "kv_heads must divide the heads");
@@ -192,9 +193,9 @@ void bind_decoder(nb::module_& m) {
     m.def("gate", gate_numbers, "isa"_a, "activation"_a, "gate"_a, "up"_a, "y"_a.noconvert(), "y = activation(gate) · up.");
     m.def("rotate", rotate_rows, "isa"_a, "x"_a, "heads"_a, "start"_a, "dims"_a, "interleaved"_a, "cos"_a, "sin"_a, "y"_a.noconvert(),
           "Rotary embedding of `dims` features of every head from `start`; the others are copied.");
-    m.def("append_kv", append_rows, "cache"_a.noconvert(), "page"_a, "kv_heads"_a, "k"_a, "v"_a, "slots"_a,
-          "Round the rows of k and v to bf16 and write them to their slots. A row of cache is a page.");
-    m.def("attend", attend_rows, "isa"_a, "cache"_a.noconvert(), "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "table"_a, "q"_a,
+    m.def("append_kv", append_rows, "cache"_a.noconvert(), "format"_a, "page"_a, "kv_heads"_a, "k"_a, "v"_a, "slots"_a,
+          "Round the rows of k and v to the cache's format and write them to their slots. A row of cache is a page's bytes.");
+    m.def("attend", attend_rows, "isa"_a, "cache"_a.noconvert(), "format"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "table"_a, "q"_a,
           "position"_a, "scale"_a, "y"_a.noconvert(), "window"_a = 0, "softcap"_a = 0.0f, "slopes"_a = nb::none(), "sinks"_a = nb::none(),
           "chunk"_a = 0,
           "Attention of one sequence's rows, which are at `position` and on, over its cached pages; `chunk` rows a call, 0 for all.");

@@ -178,10 +178,24 @@ void bind_executor(nb::module_& module) {
         .def_prop_ro("nbytes", &WeightBuffer::bytes)
         .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); });
 
-    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages.")
-        .def(nb::init<int, int, int, int, int, int>(), "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
+    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, int8 or fp8, in pages.")
+        .def("__init__",
+             [](PagePool* self, const std::string& format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim) {
+                 if (layers < 1 || pages < 1 || page < 1 || kv_heads < 1 || key_dim < 1 || value_dim < 1)
+                     refuse("a page pool has at least one of everything");
+                 new (self) PagePool(cache_format_named(format), layers, pages, page, kv_heads, key_dim, value_dim);
+             },
+             "format"_a, "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
         .def_prop_ro("pages", &PagePool::pages)
-        .def_prop_ro("page", &PagePool::page);
+        .def_prop_ro("page", &PagePool::page)
+        .def_prop_ro("page_bytes", &PagePool::page_bytes)
+        .def("copy_page",
+             [](PagePool& self, int from, int to) {
+                 if (from < 0 || to < 0 || from >= self.pages() || to >= self.pages())
+                     refuse("page " + std::to_string(from < 0 || from >= self.pages() ? from : to) + " is outside the cache");
+                 self.copy_page(from, to);
+             },
+             "from_"_a, "to"_a, "Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range.");
 
     nb::class_<Player>(module, "Tape", "A compiled Program. Places are byte offsets into its arena; -1 is the caller's logits.")
         .def(nb::init<std::shared_ptr<ThreadPool>, const std::string&, std::size_t, int, int, int>(), "pool"_a, "isa"_a, "arena_bytes"_a,

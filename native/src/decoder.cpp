@@ -12,14 +12,6 @@ float widened(bf16 x) {
     return y;
 }
 
-// To nearest even; NaN stays NaN.
-bf16 narrowed(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
-    return static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
-}
-
 // Calls `kernel` of the level that serves `isa`.
 #if defined(__x86_64__)
 #define HASTEN_AT(isa, call)            \
@@ -44,23 +36,6 @@ void embed(const bf16* table, int width, const std::int32_t* tokens, int rows, f
     for (int row = 0; row < rows; ++row, y += width) {
         const bf16* from = table + static_cast<std::size_t>(tokens[row]) * width;
         for (int i = 0; i < width; ++i) y[i] = widened(from[i]) * scale;
-    }
-}
-
-void append_kv(const PagedLayer& layer, const float* k, const float* v, const std::int64_t* slots, int first, int last) {
-    const std::size_t key_width = static_cast<std::size_t>(layer.kv_heads) * layer.key_dim;
-    const std::size_t value_width = static_cast<std::size_t>(layer.kv_heads) * layer.value_dim;
-    for (int row = first; row < last; ++row) {
-        bf16* page = layer.base + static_cast<std::size_t>(slots[row] / layer.page) * layer.page_stride;
-        const std::size_t offset = static_cast<std::size_t>(slots[row] % layer.page);
-        for (int head = 0; head < layer.kv_heads; ++head) {
-            bf16* key = page + (static_cast<std::size_t>(head) * layer.page + offset) * layer.key_dim;
-            bf16* value = page + layer.page * key_width + (static_cast<std::size_t>(head) * layer.page + offset) * layer.value_dim;
-            const float* from_key = k + row * key_width + static_cast<std::size_t>(head) * layer.key_dim;
-            const float* from_value = v + row * value_width + static_cast<std::size_t>(head) * layer.value_dim;
-            for (int i = 0; i < layer.key_dim; ++i) key[i] = narrowed(from_key[i]);
-            for (int i = 0; i < layer.value_dim; ++i) value[i] = narrowed(from_value[i]);
-        }
     }
 }
 

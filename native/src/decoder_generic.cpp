@@ -7,5 +7,6 @@
 
 #define HASTEN_LEVEL level_generic
 #include "decoder_vector.hpp"
+#include "cache_vector.hpp"
 #include "decoder_body.hpp"
 #include "attention_body.hpp"

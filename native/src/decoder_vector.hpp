@@ -124,6 +124,7 @@ struct V {
 struct V {
     using F __attribute__((vector_size(16))) = float;
     using I __attribute__((vector_size(16))) = std::int32_t;
+    using U __attribute__((vector_size(16))) = std::uint32_t;
     static constexpr int width = 4;
     static constexpr int score_rows = 2, mix_rows = 2;
     INLINE F load(const float* p) {

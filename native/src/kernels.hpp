@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cache.hpp"
+
 namespace hasten {
 
 using bf16 = std::uint16_t;  // the upper half of a float32, rounded to nearest even
@@ -89,17 +91,6 @@ void gate(Isa isa, Activation activation, const float* gate, const float* up, st
 // Rotary embedding: cos, sin [rows, dims / 2] of each row; `dims` features of every head from `start` are rotated, the others copied.
 void rotate(Isa isa, const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin, float* y);
 
-// One layer of a paged cache: pages of `page` tokens, each [kv_heads][page][key_dim] bf16 keys, then [kv_heads][page][value_dim] bf16 values.
-struct PagedLayer {
-  bf16* base;              // of page 0 of this layer
-  std::size_t page_stride; // elements from one page to the next
-  int page, kv_heads, key_dim, value_dim;
-};
-
-// Write rows [first, last) of k [rows, kv_heads·key_dim] and v [rows, kv_heads·value_dim] (float32, rounded to bf16) to the places
-// slots[row] = page · page_size + offset.
-void append_kv(const PagedLayer& layer, const float* k, const float* v, const std::int64_t* slots, int first, int last);
-
 struct AttendShape {
   int heads, kv_heads, key_dim, value_dim;
   float scale;
@@ -112,7 +103,8 @@ struct AttendShape {
 // y[r, h] for the query rows [first, last) of one sequence and the heads of one key/value head: softmax over the sequence's cached
 // positions 0 … position(r), in blocks of 64 at absolute positions with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022).
 // q [rows, heads·key_dim], y [rows, heads·value_dim]; `position` is that of row 0 of q, rows follow one another; `table` lists the
-// sequence's pages, of which those that no row sees are not looked at. `scratch` has attend_scratch(shape, last − first) floats or more.
+// sequence's pages, of which those that no row sees are not looked at. Scales of the cache multiply scores and softmax weights, never
+// elements. `scratch` has attend_scratch(shape, last − first) floats or more.
 // Up to avx512 everything is float32; amx rounds queries and softmax weights to bf16, for every number of rows.
 std::size_t attend_scratch(const AttendShape& shape, int rows);
 void attend(Isa isa, const AttendShape& shape, const PagedLayer& layer, const std::int32_t* table, const float* q, int first, int last,

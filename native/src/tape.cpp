@@ -1,5 +1,7 @@
 #include "tape.hpp"
 
+#include <cstring>
+
 namespace hasten {
 
 WeightBuffer::WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense)
@@ -13,19 +15,21 @@ WeightBuffer::WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int i
     });
 }
 
-PagePool::PagePool(int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)
-    : layers_(layers),
-      pages_(pages),
-      page_(page),
-      kv_heads_(kv_heads),
-      key_dim_(key_dim),
-      value_dim_(value_dim),
-      layer_elements_(static_cast<std::size_t>(kv_heads) * page * (key_dim + value_dim)),
-      memory_(layer_elements_ * layers * pages * sizeof(bf16)) {}
+PagePool::PagePool(CacheFormat format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)
+    : pages_(pages), layer_{nullptr, 0, format, page, kv_heads, key_dim, value_dim} {
+    layer_.page_stride = layer_.bytes() * static_cast<std::size_t>(layers);
+    memory_ = Buffer(layer_.page_stride * static_cast<std::size_t>(pages));
+}
 
 PagedLayer PagePool::layer(int slot) const {
-    const auto base = reinterpret_cast<bf16*>(memory_.data()) + layer_elements_ * slot;
-    return {base, layer_elements_ * layers_, page_, kv_heads_, key_dim_, value_dim_};
+    PagedLayer layer = layer_;
+    layer.base = memory_.data() + layer.bytes() * static_cast<std::size_t>(slot);
+    return layer;
+}
+
+void PagePool::copy_page(int from, int to) {
+    const std::size_t bytes = page_bytes();
+    std::memmove(memory_.data() + bytes * static_cast<std::size_t>(to), memory_.data() + bytes * static_cast<std::size_t>(from), bytes);
 }
 
 Tape::Tape(std::shared_ptr<ThreadPool> pool, Isa isa, std::size_t arena_bytes, int most_tokens)

@@ -26,18 +26,22 @@ class WeightBuffer {
     PackedLinear packed_;
 };
 
-// Pages of one state group: every layer's keys and values, page by page.
+// Pages of one state group: every layer's keys and values, page by page, so that a page is one run of bytes.
 class PagePool {
    public:
-    PagePool(int layers, int pages, int page, int kv_heads, int key_dim, int value_dim);
+    PagePool(CacheFormat format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim);
 
     PagedLayer layer(int slot) const;
     int pages() const { return pages_; }
-    int page() const { return page_; }
+    int page() const { return layer_.page; }
+    std::size_t page_bytes() const { return layer_.page_stride; }
+
+    // All layers of one page over those of another; both must lie in the pool.
+    void copy_page(int from, int to);
 
    private:
-    int layers_, pages_, page_, kv_heads_, key_dim_, value_dim_;
-    std::size_t layer_elements_;
+    int pages_;
+    PagedLayer layer_;  // the first; its base is set by layer()
     Buffer memory_;
 };
 

@@ -90,13 +90,23 @@ def rotate(
     """Rotary embedding of ``dims`` features of every head from ``start``; the others are copied. cos, sin [T, dims / 2]."""
 
 def append_kv(
-    cache: NDArray[np.uint16], page: int, kv_heads: int, k: NDArray[np.float32], v: NDArray[np.float32], slots: NDArray[np.int64]
+    cache: NDArray[np.uint8],
+    format: str,
+    page: int,
+    kv_heads: int,
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    slots: NDArray[np.int64],
 ) -> None:
-    """Round the rows of k and v to bf16 and write them to their slots (page number · page + place). A row of cache is a page."""
+    """Round the rows of k and v to ``format`` (bf16, int8 or fp8) and write them to their slots (page number · page + place).
+
+    A row of cache is a page: for each key/value head keys [page, key_dim], values [page, value_dim], and but for bf16 the float32 scales
+    of the keys [page] and of the values [page]."""
 
 def attend(
     isa: str,
-    cache: NDArray[np.uint16],
+    cache: NDArray[np.uint8],
+    format: str,
     page: int,
     kv_heads: int,
     key_dim: int,
@@ -190,13 +200,17 @@ class WeightBuffer:
     def padded_in(self) -> int: ...
 
 class PagePool:
-    """Keys and values of a state group, bf16, in pages of ``page`` tokens."""
+    """Keys and values of a state group in pages of ``page`` tokens; ``format`` is bf16, int8 or fp8. Raises ValueError for another."""
 
-    def __init__(self, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
+    def __init__(self, format: str, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
     @property
     def pages(self) -> int: ...
     @property
     def page(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+    def copy_page(self, from_: int, to: int) -> None:
+        """Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range."""
 
 class Tape:
     """A compiled Program. Places are byte offsets into its arena; -1 is the caller's logits. Ops play in the order they were added."""

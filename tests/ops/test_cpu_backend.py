@@ -88,8 +88,6 @@ def test_what_a_step_refuses():
         session.step(Batch.of([[1]], [64]), _at(session, 64))
     with pytest.raises(ConfigError, match="position 5"):
         session.step(Batch.of([[1]], [5]), session.start(1))
-    with pytest.raises(ValueError, match="forked"):
-        session.start(1).select([0, 0])
 
 
 def _at(session, length):

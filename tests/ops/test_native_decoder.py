@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hasten import _native
+from hasten.formats.cache import ROW_FORMATS
 from tests.ops import naive
 
 FEATURES = _native.cpu_features()
@@ -193,52 +194,98 @@ def test_rotate(isa, interleaved, heads, head_dim, start, dims):
 # --- a paged cache
 
 
-POISON = 0x7FC1  # a NaN
+FORMATS = {"bf16": "bfloat16", "int8": "int8", "fp8": "fp8"}
+CACHES = pytest.mark.parametrize("form", FORMATS)
+POISON = 0xFF  # a byte of which NaNs are made: in bf16, in fp8 and in a scale
 
 
-def empty_cache(pages, page, kv_heads, key_dim, value_dim, extra=0):
-    return np.full((pages, page * kv_heads * (key_dim + value_dim) + extra), POISON, dtype=np.uint16)
+def page_bytes(form, page, kv_heads, key_dim, value_dim):
+    rows = ROW_FORMATS[FORMATS[form]]
+    return page * kv_heads * (rows.row_bytes(key_dim) + rows.row_bytes(value_dim))
 
 
-def parts_of(cache, page, kv_heads, key_dim, value_dim):
-    """Views of every page's keys [pages, kv_heads, page, key_dim] and values."""
-    keys, values = page * kv_heads * key_dim, page * kv_heads * value_dim
-    return (
-        cache[:, :keys].reshape(-1, kv_heads, page, key_dim),
-        cache[:, keys : keys + values].reshape(-1, kv_heads, page, value_dim),
-    )
+def empty_cache(form, pages, page, kv_heads, key_dim, value_dim, extra=0):
+    return np.full((pages, page_bytes(form, page, kv_heads, key_dim, value_dim) + extra), POISON, dtype=np.uint8)
 
 
-@pytest.mark.parametrize(("page", "kv_heads", "key_dim", "value_dim"), [(16, 1, 12, 12), (64, 3, 64, 80), (48, 2, 7, 5)])
-def test_append_kv(page, kv_heads, key_dim, value_dim):
+def parts_of(form, cache, page, kv_heads, key_dim, value_dim):
+    """Views of the bytes of every page's keys [pages, kv_heads, page, …], values and, where there are such, their scales."""
+    rows = ROW_FORMATS[FORMATS[form]]
+    widths = [rows.dtype.itemsize * key_dim, rows.dtype.itemsize * value_dim, *([] if form == "bf16" else [4, 4])]
+    heads = cache[:, : page_bytes(form, page, kv_heads, key_dim, value_dim)].reshape(len(cache), kv_heads, -1)
+    ends = np.cumsum([page * width for width in widths])
+    return [heads[..., end - page * width : end].reshape(len(cache), kv_heads, page, width) for width, end in zip(widths, ends)]
+
+
+def as_bytes(array):
+    array = np.ascontiguousarray(array)
+    return array.view(np.uint8).reshape(*array.shape[:-1], -1)
+
+
+def kept(form, x, heads):
+    """What the cache's format stands for: float64 [tokens, heads, dim] of x [tokens, heads · dim]."""
+    rows = ROW_FORMATS[FORMATS[form]]
+    return rows.decode(*rows.encode(x.reshape(len(x), heads, -1))).astype(np.float64)
+
+
+@CACHES
+@pytest.mark.parametrize(
+    ("page", "kv_heads", "key_dim", "value_dim"), [(16, 1, 12, 12), (64, 3, 64, 80), (48, 2, 9, 8), (5, 3, 33, 7), (16, 2, 1, 3)]
+)
+def test_append_kv(form, page, kv_heads, key_dim, value_dim):
+    """Bit for bit the numpy codec, whatever the numbers; nothing else of a page is touched."""
     rng = random("append", page)
-    cache = empty_cache(5, page, kv_heads, key_dim, value_dim, extra=8)
-    slots = rng.permutation(5 * page)[:50].astype(np.int64)
-    k, v = normal(rng, 50, kv_heads * key_dim), normal(rng, 50, kv_heads * value_dim)
-    k[0, :7] = [np.inf, -np.inf, np.nan, -0.0, 3.4028235e38, 1.00390625, 1.01171875]  # the last two lie half way: to even
-    _native.append_kv(cache, page, kv_heads, k, v, slots)
-    expected = empty_cache(5, page, kv_heads, key_dim, value_dim, extra=8)
-    keys, values = parts_of(expected, page, kv_heads, key_dim, value_dim)
-    for row, slot in enumerate(slots):
-        keys[slot // page, :, slot % page] = to_bf16(k[row]).reshape(kv_heads, key_dim)
-        values[slot // page, :, slot % page] = to_bf16(v[row]).reshape(kv_heads, value_dim)
-    nan = np.isnan(from_bf16(expected)) & np.isnan(from_bf16(cache))
-    assert np.array_equal(cache[~nan], expected[~nan])
-    assert (expected != POISON).sum() >= 50 * kv_heads * (key_dim + value_dim) - 1
+    cache = empty_cache(form, 40, page, kv_heads, key_dim, value_dim, extra=8)
+    slots = rng.permutation(40 * page)[:150].astype(np.int64)
+    k, v = normal(rng, 150, kv_heads * key_dim), normal(rng, 150, kv_heads * value_dim)
+    k *= np.geomspace(1e-44, 1e36, 150, dtype=np.float32)[:, None]
+    v *= np.geomspace(1e36, 1e-44, 150, dtype=np.float32)[:, None]
+    ties = np.concatenate([np.arange(-127, 127.5, 0.5), np.arange(-448, 448.5, 0.5), np.arange(-8, 8, 0.0625) / 64]).astype(np.float32)
+    k[:100] = rng.choice(ties, k[:100].shape)  # half way between neighbours, where the largest is the format's
+    k[:50, 0], k[50:100, 0] = 127, -448
+    v[50, 0], v[51, -1], v[52, 0], v[53], v[54] = np.nan, -np.inf, -0.0, 0.0, 3.4028235e38
+    _native.append_kv(cache, form, page, kv_heads, k, v, slots)
+    expected = empty_cache(form, 40, page, kv_heads, key_dim, value_dim, extra=8)
+    parts = parts_of(form, expected, page, kv_heads, key_dim, value_dim)
+    rows = ROW_FORMATS[FORMATS[form]]
+    encoded = [rows.encode(x.reshape(150, kv_heads, -1)) for x in (k, v)]
+    for part, made in zip(parts, [*(elements for elements, _ in encoded), *(scales for _, scales in encoded if scales is not None)]):
+        for row, slot in enumerate(slots):
+            part[slot // page, :, slot % page] = as_bytes(made[row])
+    if form == "bf16":  # which NaN is not said
+        whole = slice(0, page_bytes(form, page, kv_heads, key_dim, value_dim))
+        cache, expected = (np.nan_to_num(from_bf16(part[:, whole].copy()), nan=7.5e7) for part in (cache, expected))
+    assert np.array_equal(cache, expected)
+    assert np.isfinite(kept(form, k[:100], kv_heads)).all()
+    assert np.isnan(kept(form, v, kv_heads)[50, 0, 0])
 
 
 class Sequence:
     """The cache of one sequence of ``length`` tokens, in shuffled pages among poisoned others, and its queries at every position."""
 
     def __init__(
-        self, *, length, heads, kv_heads, key_dim, value_dim=None, page=16, window=0, softcap=0.0, slopes=False, sinks=False, loud=1.0
+        self,
+        *,
+        length,
+        heads,
+        kv_heads,
+        key_dim,
+        value_dim=None,
+        page=16,
+        window=0,
+        softcap=0.0,
+        slopes=False,
+        sinks=False,
+        loud=1.0,
+        form="bf16",
     ):
         self.rng = random(length, heads, kv_heads, key_dim, value_dim, page, window)
         self.length, self.heads, self.kv_heads, self.key_dim, self.page = length, heads, kv_heads, key_dim, page
         self.value_dim = value_dim or key_dim
+        self.form = form
         self.loud, self.window, self.softcap, self.scale = loud, window, softcap, loud / math.sqrt(key_dim)
         used = -(-length // page)
-        self.cache = empty_cache(used + 3, page, kv_heads, key_dim, self.value_dim, extra=16)
+        self.cache = empty_cache(form, used + 3, page, kv_heads, key_dim, self.value_dim, extra=16)
         self.table = self.rng.permutation(used + 3)[:used].astype(np.int32)
         self.k, self.v = normal(self.rng, length, kv_heads * key_dim), normal(self.rng, length, kv_heads * self.value_dim)
         self.q = normal(self.rng, length, heads * key_dim)
@@ -248,22 +295,21 @@ class Sequence:
 
     def append(self, begin, end):
         slots = np.array([int(self.table[t // self.page]) * self.page + t % self.page for t in range(begin, end)], dtype=np.int64)
-        _native.append_kv(self.cache, self.page, self.kv_heads, self.k[begin:end], self.v[begin:end], slots)
+        _native.append_kv(self.cache, self.form, self.page, self.kv_heads, self.k[begin:end], self.v[begin:end], slots)
 
     def attend(self, isa, begin, end, *, chunk=0, cache=None, table=None):
         y = poisoned(end - begin, self.heads * self.value_dim)
         _native.attend(
-            isa, self.cache if cache is None else cache, self.page, self.kv_heads, self.key_dim, self.value_dim,
+            isa, self.cache if cache is None else cache, self.form, self.page, self.kv_heads, self.key_dim, self.value_dim,
             self.table if table is None else table, self.q[begin:end], begin, self.scale, y,
             window=self.window, softcap=self.softcap, slopes=self.slopes, sinks=self.sinks, chunk=chunk,
         )  # fmt: skip
         return y
 
     def expected(self, isa):
-        """Softmax attention written plainly, over what bf16 kept of keys and values (and of queries where tiles are of bf16)."""
+        """Softmax attention written plainly, over what the cache kept of keys and values (and bf16 of queries where tiles are of bf16)."""
         q = (from_bf16(to_bf16(self.q)) if isa == "amx" else self.q.astype(np.float64)).reshape(self.length, self.heads, self.key_dim)
-        k = from_bf16(to_bf16(self.k)).reshape(self.length, self.kv_heads, self.key_dim)
-        v = from_bf16(to_bf16(self.v)).reshape(self.length, self.kv_heads, self.value_dim)
+        k, v = kept(self.form, self.k, self.kv_heads), kept(self.form, self.v, self.kv_heads)
         y = np.zeros((self.length, self.heads, self.value_dim))
         for head in range(self.heads):
             shared = head // (self.heads // self.kv_heads)
@@ -314,17 +360,19 @@ EVERY_SEQUENCE = pytest.mark.parametrize("case", SEQUENCES)
 
 @LEVELS
 @EVERY_SEQUENCE
-def test_attend(isa, case):
+@CACHES
+def test_attend(isa, case, form):
     """Within 1e-5 of values of size 1 in float32, times the size of the scores; within 1e-2 where tiles round weights to bf16."""
-    sequence = Sequence(**SEQUENCES[case])
+    sequence = Sequence(**SEQUENCES[case], form=form)
     y = sequence.attend(isa, 0, sequence.length)
     np.testing.assert_allclose(y, sequence.expected(isa), rtol=0, atol=1e-2 if isa == "amx" else 1e-5 * max(1.0, sequence.loud))
 
 
 @LEVELS
 @EVERY_SEQUENCE
-def test_attend_gives_the_same_bits_however_rows_are_chunked(isa, case):
-    sequence = Sequence(**SEQUENCES[case])
+@CACHES
+def test_attend_gives_the_same_bits_however_rows_are_chunked(isa, case, form):
+    sequence = Sequence(**SEQUENCES[case], form=form)
     n = sequence.length
     whole = sequence.attend(isa, 0, n)
     assert not np.isnan(whole).any()
@@ -339,16 +387,17 @@ def test_attend_gives_the_same_bits_however_rows_are_chunked(isa, case):
 
 @LEVELS
 @EVERY_SEQUENCE
-def test_attend_looks_at_nothing_that_is_not_yet_or_no_longer_there(isa, case):
+@CACHES
+def test_attend_looks_at_nothing_that_is_not_yet_or_no_longer_there(isa, case, form):
     """A row's bits when it is the newest token, later slots hold NaN, and pages that its window has left are given away."""
-    sequence = Sequence(**SEQUENCES[case])
+    sequence = Sequence(**SEQUENCES[case], form=form)
     whole = sequence.attend(isa, 0, sequence.length)
     for at in {0, 1, 15, 16, 62, 63, 64, 100, 127, 128, sequence.length - 1}:
         if at >= sequence.length:
             continue
         cache, table = sequence.cache.copy(), sequence.table[: at // sequence.page + 1].copy()
         oldest = max(0, at - sequence.window + 1) if sequence.window else 0
-        for part in parts_of(cache, sequence.page, sequence.kv_heads, sequence.key_dim, sequence.value_dim):
+        for part in parts_of(form, cache, sequence.page, sequence.kv_heads, sequence.key_dim, sequence.value_dim):
             for t in [*range(oldest), *range(at + 1, sequence.length)]:
                 part[sequence.table[t // sequence.page], :, t % sequence.page] = POISON
         table[: oldest // sequence.page] = -(2**20)
@@ -383,13 +432,13 @@ def ones(*shape):
     return np.ones(shape, dtype=np.float32)
 
 
-def attend_page(table, position):
-    cache, table = np.zeros((2, 64), np.uint16), np.array(table, np.int32)
-    _native.attend("generic", cache, 8, 1, 4, 4, table, ones(1, 4), position, 1.0, ones(1, 4))
+def attend_page(table, position, form="bf16"):
+    cache, table = np.zeros((2, 128), np.uint8), np.array(table, np.int32)
+    _native.attend("generic", cache, form, 8, 1, 4, 4, table, ones(1, 4), position, 1.0, ones(1, 4))
 
 
-def append_at(slot):
-    _native.append_kv(np.zeros((2, 64), np.uint16), 8, 1, ones(1, 4), ones(1, 4), np.array([slot]))
+def append_at(slot, form="bf16", row=128):
+    _native.append_kv(np.zeros((2, row), np.uint8), form, 8, 1, ones(1, 4), ones(1, 4), np.array([slot]))
 
 
 @pytest.mark.parametrize(
@@ -405,6 +454,8 @@ def append_at(slot):
         (lambda: append_at(16), "slots must"),
         (lambda: attend_page([0], 8), "table must list"),
         (lambda: attend_page([2], 0), "table must name"),
+        (lambda: attend_page([0], 0, "int5"), "cache format is 'int5'; accepted: bf16, int8, fp8"),
+        (lambda: append_at(0, "int8", 8 * 4 * 2 + 8 * 4 * 2 - 1), "a row of cache must hold the"),
     ],
 )  # fmt: skip
 def test_refusals(call, message):

@@ -6,12 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten import _native
-from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
+from hasten.backends.cpu.cache import GONE, CachedSequence, CpuState, PageAllocator, PagedGroup
 from hasten.backends.cpu.compile import Compiled, compile_program, unsupported_ops
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, LinearFormats, Program, lower, ops
+from hasten.program import Batch, KvGroup, LinearFormats, Program, RecurrentGroup, StateGroup, lower, ops
 
 PAGE = 16  # tokens
 STEP_TOKENS = 512  # most tokens of one native step; longer batches are played in several
@@ -32,15 +33,16 @@ class CpuBackend:
         formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
         return (*unsupported_ops(lower(model.spec)), *formats)
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None) -> "CpuSession":
+    def session(self, model: Model, context: int | None = None, weights: str | None = None, cache: str | None = None) -> "CpuSession":
         """The model packed for this machine, for sequences of up to ``context`` tokens.
 
-        ``weights`` is how linear layers are stored: bf16 (unless given), or int8 or int4 with activations rounded to int8 per token."""
+        ``weights`` is how linear layers are stored: bf16 (unless given), or int8 or int4 with activations rounded to int8 per token;
+        ``cache`` is how keys and values are: bf16 (unless given), int8 or fp8."""
         weights = weights or "bf16"
         if weights not in FORMATS:
             raise UnsupportedError(f"weights {one_line(weights)} are not supported; accepted are {', '.join(FORMATS)}")
         formats = choose_formats(lower(model.spec, context=context), weights)
-        program = lower(model.spec, context=context, formats=formats, cache="bfloat16")
+        program = lower(model.spec, context=context, formats=formats, cache=cache_format(cache or "bf16"))
         pages = _page_counts(program)
         compiled = compile_program(
             program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
@@ -70,8 +72,14 @@ def _page_counts(program: Program) -> Mapping[str, int]:
     """As many pages as a quarter of free memory holds, and no more than 64 sequences of full length need. They cost nothing till used."""
     budget = (hardware.memory(hardware.ROOT).available or 8 << 30) // 4
     per_token = max(1, sum(group.bytes_per_token() for group in program.states))
-    pages = min(64 * -(-program.context // PAGE), max(budget // (per_token * PAGE), -(-program.context // PAGE)))
-    return {group.name: pages for group in program.states}
+    longest = {group.name: _most_pages(group, program.context) for group in program.states}
+    return {name: min(64 * pages, max(budget // (per_token * PAGE), pages)) for name, pages in longest.items()}
+
+
+def _most_pages(group: StateGroup, context: int) -> int:
+    """Pages that a sequence of ``context`` tokens holds at once: what its last token sees, and a step, not cut at pages."""
+    seen = context if isinstance(group, RecurrentGroup) else context - group.oldest_visible(context - 1)
+    return min(-(-context // PAGE), -(-(seen + STEP_TOKENS) // PAGE) + 1)
 
 
 class CpuSession:
@@ -80,12 +88,17 @@ class CpuSession:
     def __init__(self, program: Program, compiled: Compiled) -> None:
         self.program, self.compiled = program, compiled
         self.allocators = [PageAllocator(pool.pages) for pool in compiled.pools]
+        kept = [group for group in program.states if isinstance(group, KvGroup)]  # in the order of the pools
+        self._groups = [
+            PagedGroup(allocator, pool.copy_page, group.oldest_visible)
+            for allocator, pool, group in zip(self.allocators, compiled.pools, kept, strict=True)
+        ]
         self.vocab = program.values["logits"].features[-1]
         self.most_tokens = min(STEP_TOKENS, program.context)
 
     def start(self, sequences: int) -> CpuState:
         """The state of sequences that have seen nothing."""
-        return CpuState(tuple(CachedSequence(self.allocators, PAGE) for _ in range(sequences)))
+        return CpuState(tuple(CachedSequence(self._groups, PAGE) for _ in range(sequences)))
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences; nothing is carried on."""
@@ -128,6 +141,7 @@ class CpuSession:
             table = np.zeros((len(sequences), width), np.int32)
             for row, sequence in enumerate(sequences):
                 table[row, : len(sequence.pages[group])] = sequence.pages[group]
+            table[table == GONE] = 0  # no token looks there
             tables.append(table)
             slots.append(table[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE)
         wanted = np.flatnonzero((batch.rows >= begin) & (batch.rows < end))
@@ -145,3 +159,4 @@ class CpuSession:
         logits[wanted] = made
         for sequence, stop in zip(sequences, offsets[1:]):
             sequence.length = int(positions[stop - 1]) + 1
+            sequence.release()

@@ -9,6 +9,7 @@ import numpy as np
 from hasten import _native
 from hasten.backends.cpu.arena import Arena
 from hasten.base.errors import UnsupportedError
+from hasten.formats.cache import CACHE_FORMATS
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, Program, ops
 from hasten.spec import Causal, SlidingWindow
@@ -91,7 +92,8 @@ class _Compiler:
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
         groups = [group for group in program.states if isinstance(group, KvGroup)]
         pools = tuple(
-            _native.PagePool(group.layers, pages[group.name], page, group.kv_heads, group.key_dim, group.value_dim) for group in groups
+            _native.PagePool(_native_cache(group), group.layers, pages[group.name], page, group.kv_heads, group.key_dim, group.value_dim)
+            for group in groups
         )
         self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
         for (frequencies, magnitude), (cos, sin) in self.tables.items():
@@ -189,6 +191,14 @@ class _Compiler:
             self.packed[key] = packed
             self.weight_bytes += packed.nbytes
         return self.packed[key]
+
+
+def _native_cache(group: KvGroup) -> str:
+    """The group's format by the kernels' name. Raises UnsupportedError where no kernel reads it."""
+    names = {form: name for name, form in CACHE_FORMATS.items()}
+    if group.format not in names:
+        raise UnsupportedError(f"{group.name} is kept in {group.format}; kernels read {', '.join(names)}: lower with cache=one of them")
+    return names[group.format]
 
 
 def _padded(width: int) -> int:
