@@ -394,3 +394,24 @@ def test_importing_the_command_line_is_quick():
     program = "import sys, hasten.cli; print([name for name in ('torch', 'numpy', 'tokenizers', 'huggingface_hub') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert done.stdout.strip() == "[]"
+
+
+# --- the cache's format
+
+
+def test_the_cache_of_a_command(hasten_main, monkeypatch, capsys):
+    facts = json.loads(hasten_main("inspect", "code-8m", "--cache", "int8", "--json").out)
+    assert (facts["cache"], facts["cache_bytes_per_token"]) == ("int8", 8 * 2 * 2 * (64 + 4))
+    assert "cache 2,176 bytes a token (fp8)" in hasten_main("inspect", "code-8m", "--cache", "fp8").out
+    losses = {}
+    for cache in ("bf16", "int8", "fp8"):
+        facts = json.loads(hasten_main("eval", "code-8m", "--limit", "400", "--cache", cache, "--json").out)
+        assert facts["cache"] == cache
+        losses[cache] = facts["loss"]
+    assert len(set(losses.values())) == 3
+    out = hasten_main("generate", "code-8m", "-p", "import os\n", "-n", "5", "--cache", "int8", "--json").out
+    assert len(json.loads(out)["token_ids"]) == 5
+    for command in (("generate", "-p", "x"), ("chat",), ("eval",), ("inspect",)):
+        refused = main(monkeypatch, capsys, command[0], "code-8m", *command[1:], "--cache", "q4")
+        assert refused.code == 2
+        assert "cache 'q4' is not supported; accepted are bf16, int8, fp8" in refused.err

@@ -22,12 +22,13 @@ def chat(
     seed: options.Seed = None,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    cache: options.CacheOption = None,
 ) -> None:
     """Chat in the terminal. /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."""
     from hasten.engine import LLM, SamplingParams
     from hasten.engine.chat import render_chat
 
-    llm = LLM(model, backend=backend, weights=weights)
+    llm = LLM(model, backend=backend, weights=weights, cache=cache)
     notify(llm.notice)
     tokenizer = llm.model.text_tokenizer()
     template = tokenizer.chat_template

@@ -26,6 +26,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many tokens.")] = None,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    cache: options.CacheOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Token loss (nats), perplexity and top-1 accuracy."""
@@ -46,7 +47,7 @@ def evaluate(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"scoring {windows.tokens:,} tokens", total=windows.tokens)
-        for score in score_windows(loaded, windows, window=window, backend=backend, weights=weights):
+        for score in score_windows(loaded, windows, window=window, backend=backend, weights=weights, cache=cache):
             scores.append(score)
             progress.advance(task, score.tokens)
     seconds = time.perf_counter() - began
@@ -56,7 +57,7 @@ def evaluate(
         "skipped": corpus.skipped, "window": window, "loss": result.loss,
         "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,  # JSON has no infinity
         "top1": result.top1, "tokens": result.tokens, "seconds": seconds,
-        "backend": backend, "weights": weights,
+        "backend": backend, "weights": weights, "cache": cache,
     }  # fmt: skip
     if text is None and limit is None:
         facts |= compare_with_card(model, corpus.sha256, result.loss)

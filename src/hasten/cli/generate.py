@@ -33,6 +33,7 @@ def generate(
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    cache: options.CacheOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it comes."""
@@ -47,7 +48,7 @@ def generate(
     )  # fmt: skip
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
-    llm = LLM(model, backend=backend, weights=weights)
+    llm = LLM(model, backend=backend, weights=weights, cache=cache)
     notify(llm.notice)
     if text is not None:
         given = llm.encode(text)

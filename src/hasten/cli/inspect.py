@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.base.errors import one_line
-from hasten.cli.options import JsonOption, ModelArgument
+from hasten.cli.options import CacheOption, JsonOption, ModelArgument
 from hasten.cli.terminal import visible_line
 
 if TYPE_CHECKING:
@@ -21,21 +21,23 @@ def inspect(
     program: Annotated[bool, typer.Option("--program", help="Print the ops the model lowers to.")] = False,
     spec: Annotated[bool, typer.Option("--spec", help="Print the Spec as JSON.")] = False,
     load_all: Annotated[bool, typer.Option("--load", help="Read (or make) every weight, and say how long that took.")] = False,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Spec, bytes by part, cache cost, provenance."""
     from hasten.checkpoint import load
+    from hasten.formats.cache import cache_format
     from hasten.program import lower
 
     loaded = load(model)
-    lowered = lower(loaded.spec, cache="bfloat16")
+    lowered = lower(loaded.spec, cache=cache_format(cache or "bf16"))
     if program:
         typer.echo(lowered.text(), nl=False)
         return
     if spec:
         typer.echo(loaded.spec.to_json().decode())
         return
-    facts = describe(loaded, lowered)
+    facts = {**describe(loaded, lowered), "cache": cache or "bf16"}
     if load_all:
         from rich.console import Console
 
@@ -122,7 +124,7 @@ def _print(facts: dict[str, Any]) -> None:
     for block in facts["blocks"]:
         console.print(f"{block['count']} × {block['mixer']} + {block['feed_forward']}, {block['wiring'].split('(')[0]}", markup=False)
     cache, state = facts["cache_bytes_per_token"], facts["state_bytes_per_sequence"]
-    console.print(f"cache {cache:,} bytes a token (bfloat16)" + (f", state {state:,} bytes a sequence" if state else ""))
+    console.print(f"cache {cache:,} bytes a token ({facts['cache']})" + (f", state {state:,} bytes a sequence" if state else ""))
     table = Table("part", "parameters", "bytes", "share", box=None)
     for column in table.columns[1:]:
         column.justify = "right"

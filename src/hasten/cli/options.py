@@ -10,6 +10,9 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model: cpu (native), reference (torch), or auto.")]
 WeightsOption = Annotated[str | None, typer.Option("--weights", help="How the native backend stores linear layers: bf16, int8 or int4.")]
+CacheOption = Annotated[
+    str | None, typer.Option("--cache", help="How keys and values are kept: bf16, int8 or fp8. [default: bf16 natively]")
+]
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own distribution.")]

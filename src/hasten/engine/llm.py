@@ -13,6 +13,7 @@ from hasten.checkpoint import load
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
+from hasten.formats.cache import cache_format
 from hasten.model import Model, find_backend, load_backend
 from hasten.program import Batch, lowering_contexts, token_array
 
@@ -51,7 +52,8 @@ class LLM:
 
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
     own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a user should know of the choice;
-    ``weights`` is how the native backend stores linear layers: bf16, int8 or int4."""
+    ``weights`` is how the native backend stores linear layers: bf16, int8 or int4; ``cache`` is how keys and values are kept: bf16, int8
+    or fp8, the backend's own choice unless given."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class LLM:
         *,
         backend: str = AUTO,
         weights: str | None = None,
+        cache: str | None = None,
         context: int | None = None,
         max_sequences: int = 16,
     ) -> None:
@@ -72,6 +75,9 @@ class LLM:
         self.max_sequences = max_sequences
         self.backend, self.notice = choose_backend(self.model, backend, weights)
         self._weights = weights
+        self._cache = cache
+        if cache is not None:
+            cache_format(cache)  # a wrong name is told at once, not with the first prompt
         self._contexts = lowering_contexts(self.model.spec, self.context)
         self._sessions: dict[int, Session] = {}
 
@@ -143,7 +149,7 @@ class LLM:
 
     def _session(self, context: int) -> Session:
         if context not in self._sessions:
-            self._sessions[context] = open_session(self.model, self.backend, context, self._weights)
+            self._sessions[context] = open_session(self.model, self.backend, context, self._weights, self._cache)
         return self._sessions[context]
 
     def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
@@ -191,21 +197,21 @@ def choose_backend(model: Model, backend: str = AUTO, weights: str | None = None
     return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
 
 
-def open_session(model: Model, backend: str, context: int, weights: str | None = None) -> Session:
+def open_session(model: Model, backend: str, context: int, weights: str | None = None, cache: str | None = None) -> Session:
     """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
-    session: Session = _open(model, backend, context, weights)
+    session: Session = _open(model, backend, context, weights, cache)
     return session
 
 
-def open_scorer(model: Model, backend: str, context: int, weights: str | None = None) -> Scorer:
+def open_scorer(model: Model, backend: str, context: int, weights: str | None = None, cache: str | None = None) -> Scorer:
     """The same, for scoring."""
-    scorer: Scorer = _open(model, backend, context, weights)
+    scorer: Scorer = _open(model, backend, context, weights, cache)
     return scorer
 
 
-def _open(model: Model, backend: str, context: int, weights: str | None) -> Any:
+def _open(model: Model, backend: str, context: int, weights: str | None, cache: str | None) -> Any:
     try:
-        return load_backend(backend).session(model, context, weights)
+        return load_backend(backend).session(model, context, weights, cache)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -1,0 +1,314 @@
+"""The native cache: its formats against the reference, who holds which page, and sequences that go on after a fork."""
+
+import gc
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from hasten import _native
+from hasten.backends.cpu import CpuBackend
+from hasten.backends.cpu.backend import PAGE, STEP_TOKENS
+from hasten.backends.cpu.cache import GONE, CachedSequence, CpuState, PageAllocator, PagedGroup
+from hasten.backends.reference import ReferenceBackend
+from hasten.backends.reference.attention import as_cached
+from hasten.base.errors import UnsupportedError, UserError
+from hasten.checkpoint import load
+from hasten.engine import LLM, SamplingParams
+from hasten.formats.cache import CACHE_FORMATS, ROW_FORMATS
+from hasten.measure import Evaluation, cut_windows, held_out, score_windows
+from hasten.program import Batch
+from tests.families.oracles import make_checkpoint
+
+MODEL = load("code-8m")
+IDS = np.random.default_rng(0).integers(0, MODEL.spec.vocab, 150).tolist()
+CACHES = pytest.mark.parametrize("cache", CACHE_FORMATS)
+WINDOW = 50
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A small model all of whose layers see 50 tokens."""
+    directory = tmp_path_factory.mktemp("windowed")
+    config = {
+        "model_type": "mistral", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 4096, "sliding_window": WINDOW,
+    }  # fmt: skip
+    make_checkpoint(config, directory)
+    return load(directory)
+
+
+def relative(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+# --- formats
+
+
+@pytest.mark.parametrize("form", ROW_FORMATS)
+def test_the_reference_rounds_as_the_codec(form):
+    rng = np.random.default_rng(2)
+    rows = (rng.standard_normal((50, 3, 13)) * np.geomspace(1e-36, 1e36, 50)[:, None, None]).astype(np.float32)
+    rows[3, 0, 4], rows[4, 1, 2], rows[5] = np.nan, -np.inf, 0
+    if form == "float16":
+        rows = np.clip(rows, -6e4, 6e4)
+    codec = ROW_FORMATS[form]
+    kept = codec.decode(*codec.encode(rows)).astype(np.float32)
+    assert np.array_equal(as_cached(torch.from_numpy(rows), form).numpy(), kept, equal_nan=True)
+
+
+@CACHES
+def test_logits_are_near_the_reference_of_the_same_cache(cache):
+    """fp8 has 3 bits of mantissa, so a key that bf16 weights move a little may round to its neighbour."""
+    native = CpuBackend().session(MODEL, 256, cache=cache).score(Batch.of([IDS]))
+    reference = {name: ReferenceBackend().session(MODEL, 256, cache=name).score(Batch.of([IDS])) for name in CACHE_FORMATS}
+    assert relative(native, reference[cache]) <= {"bf16": 2e-2, "int8": 4e-2, "fp8": 8e-2}[cache]
+    error = {name: float(np.abs(native - logits).mean()) for name, logits in reference.items()}
+    other = "fp8" if cache != "fp8" else "bf16"
+    assert error[cache] < 0.75 * error[other]
+
+
+def test_a_page_is_what_the_program_says_it_costs():
+    for cache in CACHE_FORMATS:
+        session = CpuBackend().session(MODEL, 64, cache=cache)
+        per_token = sum(group.bytes_per_token() for group in session.program.states)
+        assert sum(pool.page_bytes for pool in session.compiled.pools) == per_token * PAGE
+        assert per_token == {"bf16": 8 * 2 * 2 * 64 * 2, "int8": 8 * 2 * 2 * (64 + 4), "fp8": 8 * 2 * 2 * (64 + 4)}[cache]
+
+
+def test_held_out_loss():
+    windows = cut_windows(MODEL, held_out(), 256, 2000)
+    loss = {
+        cache: Evaluation.of(list(score_windows(MODEL, windows, window=256, backend="cpu", cache=cache))).loss for cache in CACHE_FORMATS
+    }
+    assert 0 < abs(loss["int8"] - loss["bf16"]) <= 0.003
+    assert 0 < abs(loss["fp8"] - loss["bf16"]) <= 0.02
+
+
+@pytest.mark.parametrize(("weights", "cache"), list(itertools.product(["bf16", "int8"], ["int8", "fp8"])))
+def test_the_same_bits_however_the_batch_is_cut(weights, cache):
+    sessions = [CpuBackend(threads=threads).session(MODEL, 256, weights, cache) for threads in (1, 2)]
+    whole = sessions[0].score(Batch.of([IDS]))
+    assert np.isfinite(whole).all()
+    for session, seed in itertools.product(sessions, range(2)):
+        cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(IDS)), 5, replace=False).tolist())
+        state, rows = session.start(3), []
+        for begin, end in zip([0, *cuts], [*cuts, len(IDS)]):
+            if begin == 0:  # the first piece beside two other prompts, the rest alone
+                logits, state = session.step(Batch.of([IDS[7:19], IDS[:end], IDS[50:51]], [0, 0, 0]), state)
+                rows.append(logits[12 : 12 + end])
+                state = state.select([1])
+            else:
+                logits, state = session.step(Batch.of([IDS[begin:end]], [begin]), state)
+                rows.append(logits)
+        assert np.array_equal(np.concatenate(rows), whole)
+
+
+def test_caches_that_are_refused():
+    for call in (
+        lambda: CpuBackend().session(MODEL, 64, cache="int5"),
+        lambda: ReferenceBackend().session(MODEL, 64, cache="int5"),
+        lambda: LLM(MODEL, cache="int5"),
+    ):
+        with pytest.raises(UnsupportedError, match="cache 'int5' is not supported; accepted are bf16, int8, fp8"):
+            call()
+    with pytest.raises(ValueError, match="cache format is 'int5'; accepted: bf16, int8, fp8"):
+        _native.PagePool("int5", 1, 1, 16, 1, 4, 4)
+    with pytest.raises(ValueError, match="at least one"):
+        _native.PagePool("int8", 1, 0, 16, 1, 4, 4)
+
+
+def test_an_engine_keeps_its_cache_as_asked():
+    completions = {
+        cache: LLM(MODEL, backend="cpu", cache=cache).generate([IDS[:40]], SamplingParams(max_tokens=12))[0].token_ids
+        for cache in CACHE_FORMATS
+    }
+    assert {len(tokens) for tokens in completions.values()} == {12}
+
+
+# --- pages and their holders
+
+
+def paged_groups(pages, page, window, stored):
+    """A group that sees everything and one with a window, over arrays that hold one number per token."""
+
+    def group(number, oldest):
+        def copy(begin, end):
+            stored[number][end] = stored[number][begin]
+            copies.append(number)
+
+        return PagedGroup(PageAllocator(pages), copy, oldest)
+
+    copies: list[int] = []
+    return [group(0, lambda position: 0), group(1, lambda position: max(0, position - window + 1))], copies
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pages_against_a_plain_model(seed):
+    """Sequences start, grow, fork, leave and are joined at random; each must read back its own tokens, and pages go back exactly once."""
+    rng = np.random.default_rng(seed)
+    pages, page, window = 25, 4, int(rng.integers(1, 14))
+    stored = np.full((2, pages, page), GONE)
+    groups, copies = paged_groups(pages, page, window, stored)
+    state, plain, full = CpuState(()), list[list[int]](), 0
+    for _ in range(600):
+        act = rng.random()
+        if act < 0.15:
+            state, plain = state.joined(CpuState((CachedSequence(groups, page),))), [*plain, []]
+        elif act < 0.3 and plain:  # drop, reorder and fork
+            chosen = rng.integers(0, len(plain), int(rng.integers(0, 8))).tolist()
+            state, plain = state.select(chosen), [list(plain[index]) for index in chosen]
+        elif plain:
+            index = int(rng.integers(len(plain)))
+            sequence, count = state.sequences[index], int(rng.integers(1, 12))
+            try:
+                sequence.grow(len(plain[index]) + count)
+            except UserError:  # it stays as it was, though it may hold pages to come
+                full += 1
+                state, plain = state.select(range(0, len(plain), 2)), plain[::2]
+            else:
+                begin = len(plain[index])
+                plain[index].extend(rng.integers(1 << 30, size=count).tolist())
+                for number, position in itertools.product(range(2), range(begin, begin + count)):
+                    at = sequence.pages[number][position // page]
+                    assert not groups[number].allocator.shared(at)
+                    stored[number, at, position % page] = plain[index][position]
+                sequence.length = len(plain[index])
+                sequence.release()
+        sequence = None  # a name left over would hold pages
+        for sequence, tokens in zip(state.sequences, plain, strict=True):
+            assert sequence.length == len(tokens)
+            for number, group in enumerate(groups):
+                oldest = group.oldest(len(tokens))
+                read = [
+                    stored[number, sequence.pages[number][position // page], position % page] for position in range(oldest, len(tokens))
+                ]
+                assert read == tokens[oldest:]
+            assert sum(at != GONE for at in sequence.pages[1]) <= (window + 12) // page + 3
+        sequence = None
+        for number, group in enumerate(groups):
+            held = {at for one in state.sequences for at in one.pages[number] if at != GONE}
+            assert group.allocator.free == pages - len(held)
+    assert copies
+    assert full
+    state = CpuState(())
+    assert [group.allocator.free for group in groups] == [pages, pages]
+    with pytest.raises(ValueError, match="held by nobody"):
+        groups[0].allocator.give_back([0])
+
+
+@CACHES
+def test_a_fork_goes_on_as_if_it_had_never_been_one(cache):
+    session = CpuBackend().session(MODEL, 256, cache=cache)
+    copied = spy_on_copies(session)
+    tails = [IDS[40:60], IDS[60:61], IDS[70:110]]
+    alone = [session.score(Batch.of([IDS[:37] + tail]))[37:] for tail in tails]
+    free = session.allocators[0].free
+    _, state = session.step(Batch.of([IDS[:37]], rows="none"), session.start(1))
+    state = state.select([0, 0, 0])
+    assert free - session.allocators[0].free == 3  # 37 tokens, once
+    logits, state = session.step(Batch.of(tails, [37] * 3), state)
+    assert np.array_equal(logits, np.concatenate(alone))
+    assert len(copied) == 2  # the last to write has the page to itself
+    logits, state = session.step(Batch.of([IDS[:5]], [38]), state.select([1]).select([0]))
+    assert np.array_equal(logits, session.score(Batch.of([IDS[:37] + tails[1] + IDS[:5]]))[38:])
+    assert len(copied) == 2
+    del state
+    gc.collect()
+    assert session.allocators[0].free == free
+
+
+def spy_on_copies(session):
+    copied = []
+
+    def seen(copy):
+        return lambda begin, end: (copied.append((begin, end)), copy(begin, end))
+
+    session._groups = [PagedGroup(group.allocator, seen(group.copy), group.oldest) for group in session._groups]
+    return copied
+
+
+def test_a_fork_at_the_end_of_a_page_copies_nothing():
+    session = CpuBackend().session(MODEL, 256)
+    copied = spy_on_copies(session)
+    _, state = session.step(Batch.of([IDS[:32]], rows="none"), session.start(1))
+    logits, _ = session.step(Batch.of([IDS[40:50], IDS[50:60]], [32, 32]), state.select([0, 0]))
+    assert np.array_equal(logits[:10], session.score(Batch.of([IDS[:32] + IDS[40:50]]))[32:])
+    assert not copied
+
+
+def test_native_copies_of_pages():
+    pool = _native.PagePool("int8", 2, 3, 4, 1, 4, 4)
+    assert pool.page_bytes == 2 * 4 * (4 + 4 + 8)
+    for pages in ((0, 3), (-1, 0), (3, 0)):
+        with pytest.raises(ValueError, match="outside the cache"):
+            pool.copy_page(*pages)
+    pool.copy_page(1, 1)
+
+
+# --- windows
+
+
+@CACHES
+def test_a_window_gives_its_pages_back(windowed, cache):
+    session = CpuBackend().session(windowed, 4096, cache=cache)
+    (allocator,) = session.allocators
+    assert allocator.free < 64 * 4096 // PAGE / 4  # the pool is sized for what a window keeps
+    ids = np.random.default_rng(3).integers(0, 97, 1500).tolist()
+    free, fewest = allocator.free, allocator.free
+    state, rows, at = session.start(1), [], 0
+    for count in itertools.cycle([1, 3, 40, 200, 16]):
+        if at == len(ids):
+            break
+        logits, state = session.step(Batch.of([ids[at : at + count]], [at]), state)
+        rows.append(logits)
+        at = min(at + count, len(ids))
+        fewest = min(fewest, allocator.free)
+    assert free - fewest <= WINDOW // PAGE + 2
+    assert state.sequences[0].pages[0][: (1500 - WINDOW) // PAGE] == [GONE] * ((1500 - WINDOW) // PAGE)
+    whole = session.score(Batch.of([ids]))  # in steps of 512, where what the first sees is gone when the last begins
+    assert np.array_equal(np.concatenate(rows), whole)
+    if cache == "bf16":
+        assert len(ids) > 2 * STEP_TOKENS
+        assert relative(whole, ReferenceBackend().session(windowed, 4096).score(Batch.of([ids]))) <= 3e-2
+    forked = state.select([0, 0])
+    logits, forked = session.step(Batch.of([ids[:7], ids[:7]], [1500] * 2), forked)
+    assert np.array_equal(logits[:7], logits[7:])
+    del state, forked
+    gc.collect()
+    assert allocator.free == free
+
+
+# --- what must not crash
+
+
+@CACHES
+def test_keys_that_are_no_numbers(cache):
+    """NaN and infinity in cached rows give NaN where they are seen, and nothing where they are not."""
+    rng = np.random.default_rng(4)
+    rows, dim = 80, 24
+    codec = ROW_FORMATS[CACHE_FORMATS[cache]]
+    store = np.zeros((10, 8 * 2 * codec.row_bytes(dim)), np.uint8)
+    k, v, q = (rng.standard_normal((rows, dim)).astype(np.float32) for _ in range(3))
+    k[70, 3], v[71, 5] = np.nan, np.inf
+    table = np.arange(10, dtype=np.int32)
+    _native.append_kv(store, cache, 8, 1, k, v, np.arange(rows))
+    for isa in ("generic", _native.isa_level("best")):
+        for at in (69, 75):
+            y = np.full((1, dim), 7.0, np.float32)
+            _native.attend(isa, store, cache, 8, 1, dim, dim, table, q[at : at + 1], at, 0.2, y)
+            assert np.isfinite(y).all() == (at == 69)
+
+
+def test_a_table_that_points_outside():
+    store, ones = np.zeros((2, 8 * 2 * 8), np.uint8), np.ones((1, 4), np.float32)
+    for table in ([5], [-1]):
+        with pytest.raises(ValueError, match="table must name pages"):
+            _native.attend("generic", store, "int8", 8, 1, 4, 4, np.array(table, np.int32), ones, 0, 1.0, ones.copy())
+    session = CpuBackend().session(MODEL, 64, cache="int8")
+    _, state = session.step(Batch.of([IDS[:20]]), session.start(1))
+    state.sequences[0].pages[0][0] = 10**6
+    with pytest.raises(ValueError, match="page 1000000 is outside the cache"):
+        session.step(Batch.of([IDS[20:21]], [20]), state)
+    state.sequences[0].pages[0][0] = 0
