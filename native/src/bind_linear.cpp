@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "kernels.hpp"
+#include "linear.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -53,14 +53,26 @@ Isa isa_of(const std::string& wanted) {
     refuse("isa is '" + wanted + "'; this machine accepts " + accepted);
 }
 
+constexpr std::pair<const char*, WeightFormat> kFormats[] = {
+    {"f32", WeightFormat::f32},   {"f16", WeightFormat::f16},   {"bf16", WeightFormat::bf16}, {"fp8", WeightFormat::fp8},
+    {"int8", WeightFormat::int8}, {"int4", WeightFormat::int4}, {"int3", WeightFormat::int3}, {"int2", WeightFormat::int2}};
+
 WeightFormat format_of(const std::string& wanted) {
-    if (wanted == "bf16") return WeightFormat::bf16;
-    if (wanted == "int8") return WeightFormat::int8;
-    if (wanted == "int4") return WeightFormat::int4;
-    refuse("format is '" + wanted + "'; accepted: bf16, int8, int4");
+    std::string accepted;
+    for (const auto& [name, format] : kFormats) {
+        if (wanted == name) return format;
+        accepted += (accepted.empty() ? "" : ", ") + std::string(name);
+    }
+    refuse("format is '" + wanted + "'; accepted: " + accepted);
 }
 
-const char* name(WeightFormat format) { return format == WeightFormat::bf16 ? "bf16" : format == WeightFormat::int8 ? "int8" : "int4"; }
+const char* name(WeightFormat format) {
+    for (const auto& [name, its] : kFormats)
+        if (its == format) return name;
+    return "";
+}
+
+bool is_integer(WeightFormat format) { return has_scales(format) && format != WeightFormat::fp8; }
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
@@ -113,23 +125,38 @@ nb::object array_of(Memory memory, std::initializer_list<std::size_t> shape) {
 
 class PackedWeight {
 public:
-    PackedWeight(const std::string& format, int group, const Array& dense) : weight_{format_of(format), 0, 0, group, nullptr, nullptr} {
-        const auto* const values = data<const bf16>("dense", dense, 2, "uint16");
+    PackedWeight(const std::string& format, int group, const Array& dense, bool zero_points, bool sparse) : weight_{format_of(format), 0, 0, group, nullptr, nullptr} {
+        const bool halves = dense.dtype() == nb::dtype<bf16>();
+        const void* const values = halves ? static_cast<const void*>(data<const bf16>("dense", dense, 2, "uint16 (bits of bf16) or float32"))
+                                          : data<const float>("dense", dense, 2, "uint16 (bits of bf16) or float32");
         weight_.out = extent("the number of output channels", dense.shape(0), 1, 1u << 24);
         weight_.in = extent("the number of inputs", dense.shape(1), 1, kMostIn);
-        const bool multiple = group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
-        if (weight_.format == WeightFormat::int4 ? !multiple : group != 0)
+        const bool multiple = group == 0 || group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
+        if (has_scales(weight_.format) ? !multiple : group != 0)
             refuse("group is " + std::to_string(group) + "; accepted: " +
-                   (weight_.format == WeightFormat::int4 ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as only int4 has groups"));
+                   (has_scales(weight_.format) ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as " + format + " has no scales"));
+        if (zero_points && (!is_integer(weight_.format) || weight_.format == WeightFormat::int8)) refuse("zero points go with int4, int3 and int2, not " + format);
+        if (sparse && weight_.format != WeightFormat::bf16 && weight_.format != WeightFormat::int8 && weight_.format != WeightFormat::int4)
+            refuse("sparse weights are bf16, int8 or int4, not " + format);
+        if (sparse && zero_points) refuse("a sparse weight has no zero points: what is left out stands for 0");
+        if (halves && zero_points) refuse("zero points need dense in float32");
         bytes_ = packed_tile_bytes(weight_.format, weight_.out, weight_.in);
-        scale_count_ = packed_scale_count(weight_.format, weight_.out, weight_.in, group);
+        const std::size_t scale_count = packed_scale_count(weight_.format, weight_.out, weight_.in, group);
         tiles_ = allocate(bytes_);
-        scales_ = allocate(scale_count_ * sizeof(float));
+        scales_ = allocate(scale_count * sizeof(float));
+        zeros_ = allocate(scale_count);
         auto* const scales = reinterpret_cast<float*>(scales_.get());
+        auto* const zeros = zero_points ? reinterpret_cast<std::int8_t*>(zeros_.get()) : nullptr;
         nb::gil_scoped_release unlocked;
-        pack_linear(weight_.format, weight_.out, weight_.in, group, values, 0, weight_.panels(), tiles_.get(), scales);
+        if (halves)
+            pack_linear(weight_.format, weight_.out, weight_.in, group, static_cast<const bf16*>(values), 0, weight_.panels(), tiles_.get(), scales);
+        else
+            pack_linear(weight_.format, weight_.out, weight_.in, group, static_cast<const float*>(values), 0, weight_.panels(), tiles_.get(), scales, zeros);
         weight_.tiles = tiles_.get();
-        weight_.scales = weight_.format == WeightFormat::bf16 ? nullptr : scales;
+        weight_.scales = scale_count ? scales : nullptr;
+        weight_.zeros = zeros;
+        if (sparse) sparsify();
+        bytes_ += scale_count * (sizeof(float) + (zeros ? 1 : 0));
     }
 
     nb::object unpack() const {
@@ -140,18 +167,35 @@ public:
     }
 
     const PackedLinear& weight() const { return weight_; }
-    std::size_t bytes() const { return bytes_ + scale_count_ * sizeof(float); }
+    std::size_t bytes() const { return bytes_; }
 
 private:
+    void sparsify() {
+        const auto panels = static_cast<std::size_t>(weight_.panels());
+        masks_.resize(sparse_mask_count(weight_));
+        starts_.resize(panels + 1);
+        std::vector<std::uint64_t> sizes(panels);
+        sparse_masks(weight_, 0, weight_.panels(), masks_.data(), sizes.data());
+        for (std::size_t i = 0; i < panels; ++i) starts_[i + 1] = starts_[i] + sizes[i];
+        Memory elements = allocate(starts_.back() + 64);
+        sparse_elements(weight_, masks_.data(), starts_.data(), 0, weight_.panels(), elements.get());
+        tiles_ = std::move(elements);
+        weight_.tiles = tiles_.get();
+        weight_.masks = masks_.data();
+        weight_.starts = starts_.data();
+        bytes_ = starts_.back() + masks_.size() * sizeof(std::uint64_t);
+    }
+
     PackedLinear weight_;
-    std::size_t bytes_, scale_count_;
-    Memory tiles_, scales_;
+    std::size_t bytes_;
+    Memory tiles_, scales_, zeros_;
+    std::vector<std::uint64_t> masks_, starts_;
 };
 
 std::size_t size(int value) { return static_cast<std::size_t>(value); }
 
 void run_linear(const std::string& isa_name, const PackedWeight& packed, const Array& x, const std::optional<Array>& bias, int first, int last,
-                const Output& out, const std::optional<Array>& scales) {
+                const Output& out, const std::optional<Array>& scales, const std::optional<std::string>& activations) {
     const Isa isa = isa_of(isa_name);
     const PackedLinear& weight = packed.weight();
     const bool quantized = x.dtype() == nb::dtype<std::int8_t>();
@@ -159,7 +203,7 @@ void run_linear(const std::string& isa_name, const PackedWeight& packed, const A
                                          : static_cast<const void*>(data<const float>("x", x, 2, "float32 (or int8, with scales)"));
     const int rows = extent("the number of rows", x.shape(0), 0, 1u << 20);
     if (x.shape(1) != size(weight.in)) refuse("x has " + std::to_string(x.shape(1)) + " columns; the weight has " + std::to_string(weight.in) + " inputs");
-    if (quantized && (weight.format == WeightFormat::bf16 || !scales)) refuse("x of int8 needs scales, and a weight of int8 or int4");
+    if (quantized && (!is_integer(weight.format) || !scales)) refuse("x of int8 needs scales, and a weight of integers");
     if (!quantized && scales) refuse("scales go with x of int8 only");
     const float* const given_scales = scales ? data<const float>("scales", *scales, 1, "float32") : nullptr;
     if (scales && scales->shape(0) != size(rows)) refuse("scales must have one value for each row of x");
@@ -169,13 +213,21 @@ void run_linear(const std::string& isa_name, const PackedWeight& packed, const A
     if (out.shape(0) != size(rows) || out.shape(1) != size(weight.out)) refuse("out must be [rows of x, output channels of the weight]");
     if (first < 0 || last < first || last > weight.panels())
         refuse("the panels are [" + std::to_string(first) + ", " + std::to_string(last) + "); accepted: within [0, " + std::to_string(weight.panels()) + ")");
+    const std::string natural = !has_scales(weight.format) && weight.format != WeightFormat::bf16 ? "f32" : is_integer(weight.format) ? "int8" : "bf16";
+    const std::string fed = activations.value_or(natural);
+    if (fed != natural && !(natural == "int8" && fed == "bf16" && !quantized))
+        refuse("activations are '" + fed + "'; " + name(weight.format) + " weights accept " + (natural == "int8" ? "int8 (and bf16 for x of float32)" : natural));
 
     nb::gil_scoped_release unlocked;
     const int in = weight.in, padded = weight.padded_in();
-    const std::size_t element = weight.format == WeightFormat::bf16 ? sizeof(bf16) : 1;
+    const std::size_t element = fed == "f32" ? sizeof(float) : fed == "bf16" ? sizeof(bf16) : 1;
     const Memory buffer = allocate(size((rows + 15) / 16 * 16) * size(padded) * element);
     std::vector<float> row_scales(size(rows));
-    if (weight.format == WeightFormat::bf16) {
+    if (fed == "f32") {
+        auto* to = reinterpret_cast<float*>(buffer.get());
+        const auto* from = static_cast<const float*>(values);
+        for (int r = 0; r < rows; ++r, to += padded, from += in) std::fill(std::copy_n(from, in, to), to + padded, 0.0f);
+    } else if (fed == "bf16") {
         to_bf16(isa, static_cast<const float*>(values), in, rows, in, padded, reinterpret_cast<bf16*>(buffer.get()), padded);
     } else if (!quantized) {
         quantize_rows(isa, static_cast<const float*>(values), in, rows, in, padded, reinterpret_cast<std::int8_t*>(buffer.get()), padded, row_scales.data());
@@ -184,9 +236,8 @@ void run_linear(const std::string& isa_name, const PackedWeight& packed, const A
         const auto* from = static_cast<const std::int8_t*>(values);
         for (int r = 0; r < rows; ++r, q += padded, from += in) std::fill(std::copy_n(from, in, q), q + padded, std::int8_t{0});
     }
-    const bool has_scales = weight.format != WeightFormat::bf16;
-    const Activations activations{buffer.get(), quantized ? given_scales : has_scales ? row_scales.data() : nullptr, rows, padded};
-    linear(isa, weight, activations, first, last, bias_values, y, weight.out);
+    const Activations given{buffer.get(), quantized ? given_scales : fed == "int8" ? row_scales.data() : nullptr, rows, padded};
+    linear(isa, weight, given, first, last, bias_values, y, weight.out);
 }
 
 nb::object run_to_bf16(const std::string& isa, const Array& x, int padded) {
@@ -214,10 +265,12 @@ void bind_linear(nb::module_& m) {
 
     nb::class_<PackedWeight>(m, "PackedWeight",
                              "A weight in panels of 16 output channels, as the linear kernels read it.\n\n"
-                             "`format` is bf16, int8 or int4; `dense` [out, in] has the bits of bf16 numbers as uint16; `group` is the number of\n"
-                             "inputs that share a scale in int4, 0 for one scale per channel.\n"
+                             "`format` is f32, f16, bf16, fp8, int8, int4, int3 or int2; `dense` [out, in] is float32, or the bits of bf16 numbers\n"
+                             "as uint16; `group` is the number of inputs that share a scale, 0 for one scale per channel (or none). Integers of up\n"
+                             "to four bits may have zero points; bf16, int8 and int4 may be sparse: only elements that are not zero are stored.\n"
                              "Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.")
-        .def(nb::init<const std::string&, int, const Array&>(), "format"_a, "group"_a, "dense"_a)
+        .def(nb::init<const std::string&, int, const Array&, bool, bool>(), "format"_a, "group"_a, "dense"_a, "zero_points"_a = false,
+             "sparse"_a = false)
         .def_prop_ro("format", [](const PackedWeight& p) { return name(p.weight().format); }, nb::sig("def format(self) -> str"))
         .def_prop_ro("group", [](const PackedWeight& p) { return p.weight().group; })
         .def_prop_ro("out", [](const PackedWeight& p) { return p.weight().out; })
@@ -227,8 +280,10 @@ void bind_linear(nb::module_& m) {
         .def("unpack", &PackedWeight::unpack, "The value of each element as the product sees it: float32 [out, in].");
 
     m.def("linear", run_linear, "isa"_a, "weight"_a, "x"_a, "bias"_a.none(), "first_panel"_a, "last_panel"_a, "out"_a, "scales"_a = nb::none(),
+          "activations"_a = nb::none(),
           "out[:, c] = x · weightᵀ + bias for the channels c of the panels [first_panel, last_panel); other channels stay.\n\n"
-          "x float32 [rows, in] is rounded to bf16 or to int8 as the weight's format asks; or it is int8 with float32 `scales` [rows].\n"
+          "x float32 [rows, in] is rounded to bf16 or to int8 as the weight's format asks (integers take bf16 if `activations` says so;\n"
+          "f32 and f16 take float32); or it is int8 with float32 `scales` [rows].\n"
           "bias float32 [out] or None, out float32 [rows, out]; all C-contiguous. Runs on this thread without the interpreter lock.\n"
           "Raises ValueError for an isa this machine does not run, or an array or panel that does not fit.");
     m.def("to_bf16", run_to_bf16, "isa"_a, "x"_a, "padded"_a,

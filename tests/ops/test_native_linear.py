@@ -263,7 +263,14 @@ def test_what_does_not_fit_is_refused():
     dense = weights(16, 20, 50)
     packed = _native.PackedWeight("int8", 0, dense)
     x, y = np.zeros((2, 50), np.float32), np.zeros((2, 20), np.float32)
-    for arguments in [("fp8", 0, dense), ("bf16", 128, dense), ("int4", 48, dense), ("int4", -128, dense), ("int4", 2048, dense)]:
+    for arguments in [
+        ("int5", 0, dense),
+        ("bf16", 128, dense),
+        ("f16", 32, dense),
+        ("int4", 48, dense),
+        ("int4", -128, dense),
+        ("int4", 2048, dense),
+    ]:
         with pytest.raises(ValueError, match="accepted"):
             _native.PackedWeight(*arguments)
     for wrong in (dense.astype(np.float32), dense[0], dense[:, ::2], np.zeros((0, 3), np.uint16), np.zeros((1, 131073), np.uint16)):
