@@ -1,11 +1,12 @@
 // The tape as Python builds and plays it. What comes from a caller at every step is checked here; a kernel may trust its arguments.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <limits>
+#include <optional>
 #include <string>
 
 #include "bindings.hpp"
@@ -50,11 +51,10 @@ const char* name_of(Isa isa) {
     return "?";
 }
 
-WeightFormat format_named(const std::string& name) {
-    if (name == "bf16") return WeightFormat::bf16;
-    if (name == "int8") return WeightFormat::int8;
-    if (name == "int4") return WeightFormat::int4;
-    refuse("weight format is '" + name + "'; accepted: bf16, int8, int4");
+Feed feed_named(const std::string& name) {
+    for (const auto& [its, feed] : {std::pair{"f32", Feed::f32}, {"bf16", Feed::bf16}, {"int8", Feed::int8}})
+        if (name == its) return feed;
+    refuse("feed is '" + name + "'; accepted: f32, bf16, int8");
 }
 
 Activation activation_named(const std::string& name) {
@@ -164,20 +164,6 @@ void bind_executor(nb::module_& module) {
              "threads"_a)
         .def_prop_ro("threads", &ThreadPool::size);
 
-    nb::class_<WeightBuffer>(module, "WeightBuffer", "A linear layer's weight, packed for this machine's kernels.")
-        .def("__init__",
-             [](WeightBuffer* self, ThreadPool& pool, const std::string& format, int group, Halves dense) {
-                 const WeightFormat its = format_named(format);
-                 const std::size_t out = dense.shape(0), in = dense.shape(1);
-                 if (out < 1 || in < 1 || out > std::numeric_limits<int>::max() / 2 || in > std::numeric_limits<int>::max() / 2)
-                     refuse("a weight must have at least one row and one column");
-                 nb::gil_scoped_release unlocked;
-                 new (self) WeightBuffer(pool, its, static_cast<int>(out), static_cast<int>(in), group, dense.data());
-             },
-             "pool"_a, "format"_a, "group"_a, "dense"_a)
-        .def_prop_ro("nbytes", &WeightBuffer::bytes)
-        .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); });
-
     nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages.")
         .def(nb::init<int, int, int, int, int, int>(), "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
         .def_prop_ro("pages", &PagePool::pages)
@@ -206,19 +192,21 @@ void bind_executor(nb::module_& module) {
              "logit_rows"_a, "x"_a, "y"_a, "n"_a, "group"_a, "weight"_a, "eps"_a, "offset"_a)
         .def("feed",
              [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, std::int64_t scales, int n, int padded, int stride,
-                bool to_int8) {
+                const std::string& feed) {
                  if (padded < n || stride < padded) refuse("rows of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
-                 add_op<FeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales), n, padded, stride, to_int8);
+                 add_op<FeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales), n, padded, stride, feed_named(feed));
              },
              "logit_rows"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "stride"_a,
-             "to_int8"_a)
+             "feed"_a)
         .def("linear",
-             [](Player& self, bool logit_rows, std::shared_ptr<WeightBuffer> weight, std::int64_t x, std::int64_t scales, std::int64_t y,
-                int stride, Floats bias) {
+             [](Player& self, bool logit_rows, std::shared_ptr<WeightBuffer> weight, std::int64_t x, std::optional<std::int64_t> scales,
+                std::int64_t y, int stride, Floats bias) {
+                 if (scales && !is_integer(weight->packed().format)) refuse("only weights of integers take int8 rows");
                  if (stride < weight->packed().padded_in()) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
-                 add_op<LinearOp>(self, rows_named(logit_rows), std::move(weight), place(x), place(scales), place(y), stride, std::move(bias));
+                 add_op<LinearOp>(self, rows_named(logit_rows), std::move(weight), place(x),
+                                  scales ? std::optional(place(*scales)) : std::nullopt, place(y), stride, std::move(bias));
              },
-             "logit_rows"_a, "weight"_a, "x"_a, "scales"_a, "y"_a, "stride"_a, "bias"_a)
+             "logit_rows"_a, "weight"_a, "x"_a, "scales"_a.none(), "y"_a, "stride"_a, "bias"_a)
         .def("rotate",
              [](Player& self, std::int64_t x, std::int64_t y, std::int64_t cos, std::int64_t sin, int heads, int head_dim, int start, int dims,
                 bool interleaved) {

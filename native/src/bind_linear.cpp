@@ -17,6 +17,7 @@
 
 #include "bindings.hpp"
 #include "linear.hpp"
+#include "tape.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -72,8 +73,6 @@ const char* name(WeightFormat format) {
     return "";
 }
 
-bool is_integer(WeightFormat format) { return has_scales(format) && format != WeightFormat::fp8; }
-
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
 
@@ -123,81 +122,52 @@ nb::object array_of(Memory memory, std::initializer_list<std::size_t> shape) {
     return nb::cast(nb::ndarray<nb::numpy, T>(values, shape, owner));
 }
 
-class PackedWeight {
-public:
-    PackedWeight(const std::string& format, int group, const Array& dense, bool zero_points, bool sparse) : weight_{format_of(format), 0, 0, group, nullptr, nullptr} {
-        const bool halves = dense.dtype() == nb::dtype<bf16>();
-        const void* const values = halves ? static_cast<const void*>(data<const bf16>("dense", dense, 2, "uint16 (bits of bf16) or float32"))
-                                          : data<const float>("dense", dense, 2, "uint16 (bits of bf16) or float32");
-        weight_.out = extent("the number of output channels", dense.shape(0), 1, 1u << 24);
-        weight_.in = extent("the number of inputs", dense.shape(1), 1, kMostIn);
-        const bool multiple = group == 0 || group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
-        if (has_scales(weight_.format) ? !multiple : group != 0)
-            refuse("group is " + std::to_string(group) + "; accepted: " +
-                   (has_scales(weight_.format) ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as " + format + " has no scales"));
-        if (zero_points && (!is_integer(weight_.format) || weight_.format == WeightFormat::int8)) refuse("zero points go with int4, int3 and int2, not " + format);
-        if (sparse && weight_.format != WeightFormat::bf16 && weight_.format != WeightFormat::int8 && weight_.format != WeightFormat::int4)
-            refuse("sparse weights are bf16, int8 or int4, not " + format);
-        if (sparse && zero_points) refuse("a sparse weight has no zero points: what is left out stands for 0");
-        if (halves && zero_points) refuse("zero points need dense in float32");
-        bytes_ = packed_tile_bytes(weight_.format, weight_.out, weight_.in);
-        const std::size_t scale_count = packed_scale_count(weight_.format, weight_.out, weight_.in, group);
-        tiles_ = allocate(bytes_);
-        scales_ = allocate(scale_count * sizeof(float));
-        zeros_ = allocate(scale_count);
-        auto* const scales = reinterpret_cast<float*>(scales_.get());
-        auto* const zeros = zero_points ? reinterpret_cast<std::int8_t*>(zeros_.get()) : nullptr;
-        nb::gil_scoped_release unlocked;
-        if (halves)
-            pack_linear(weight_.format, weight_.out, weight_.in, group, static_cast<const bf16*>(values), 0, weight_.panels(), tiles_.get(), scales);
-        else
-            pack_linear(weight_.format, weight_.out, weight_.in, group, static_cast<const float*>(values), 0, weight_.panels(), tiles_.get(), scales, zeros);
-        weight_.tiles = tiles_.get();
-        weight_.scales = scale_count ? scales : nullptr;
-        weight_.zeros = zeros;
-        if (sparse) sparsify();
-        bytes_ += scale_count * (sizeof(float) + (zeros ? 1 : 0));
-    }
+// Raises ValueError for what no weight is stored as.
+WeightLayout checked_layout(const std::string& format, std::int64_t out, std::int64_t in, int group, bool zero_points, bool sparse) {
+    const WeightFormat its = format_of(format);
+    if (out < 1 || out > 1 << 24) refuse("the number of output channels is " + std::to_string(out) + "; accepted: 1 to " + std::to_string(1 << 24));
+    if (in < 1 || in > kMostIn) refuse("the number of inputs is " + std::to_string(in) + "; accepted: 1 to " + std::to_string(kMostIn));
+    const bool multiple = group == 0 || group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
+    if (has_scales(its) ? !multiple : group != 0)
+        refuse("group is " + std::to_string(group) + "; accepted: " +
+               (has_scales(its) ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as " + format + " has no scales"));
+    if (zero_points && (!is_integer(its) || its == WeightFormat::int8)) refuse("zero points go with int4, int3 and int2, not " + format);
+    if (sparse && its != WeightFormat::bf16 && its != WeightFormat::int8 && its != WeightFormat::int4)
+        refuse("sparse weights are bf16, int8 or int4, not " + format);
+    if (sparse && zero_points) refuse("a sparse weight has no zero points: what is left out stands for 0");
+    return {its, static_cast<int>(out), static_cast<int>(in), group, zero_points, sparse};
+}
 
-    nb::object unpack() const {
-        const auto out = static_cast<std::size_t>(weight_.out), in = static_cast<std::size_t>(weight_.in);
-        Memory dense = allocate(out * in * sizeof(float));
-        unpack_linear(weight_, reinterpret_cast<float*>(dense.get()));
-        return array_of<float>(std::move(dense), {out, in});
-    }
+void pack(WeightBuffer& weight, ThreadPool& pool, const Array& dense) {
+    const PackedLinear& packed = weight.packed();
+    if (packed.masks) refuse("a sparse weight is packed once");
+    const bool halves = dense.dtype() == nb::dtype<bf16>();
+    const char* const type = "float32 (or uint16, bits of bf16)";
+    const void* const values = halves ? static_cast<const void*>(data<const bf16>("dense", dense, 2, type)) : data<const float>("dense", dense, 2, type);
+    if (dense.shape(0) != static_cast<std::size_t>(packed.out) || dense.shape(1) != static_cast<std::size_t>(packed.in))
+        refuse("dense must be [" + std::to_string(packed.out) + ", " + std::to_string(packed.in) + "]");
+    if (halves && packed.zeros) refuse("zero points need dense in float32");
+    nb::gil_scoped_release unlocked;
+    if (halves)
+        weight.pack(pool, static_cast<const bf16*>(values));
+    else
+        weight.pack(pool, static_cast<const float*>(values));
+}
 
-    const PackedLinear& weight() const { return weight_; }
-    std::size_t bytes() const { return bytes_; }
-
-private:
-    void sparsify() {
-        const auto panels = static_cast<std::size_t>(weight_.panels());
-        masks_.resize(sparse_mask_count(weight_));
-        starts_.resize(panels + 1);
-        std::vector<std::uint64_t> sizes(panels);
-        sparse_masks(weight_, 0, weight_.panels(), masks_.data(), sizes.data());
-        for (std::size_t i = 0; i < panels; ++i) starts_[i + 1] = starts_[i] + sizes[i];
-        Memory elements = allocate(starts_.back() + 64);
-        sparse_elements(weight_, masks_.data(), starts_.data(), 0, weight_.panels(), elements.get());
-        tiles_ = std::move(elements);
-        weight_.tiles = tiles_.get();
-        weight_.masks = masks_.data();
-        weight_.starts = starts_.data();
-        bytes_ = starts_.back() + masks_.size() * sizeof(std::uint64_t);
-    }
-
-    PackedLinear weight_;
-    std::size_t bytes_;
-    Memory tiles_, scales_, zeros_;
-    std::vector<std::uint64_t> masks_, starts_;
-};
+nb::object unpack(const WeightBuffer& weight) {
+    const PackedLinear& packed = weight.packed();
+    const auto out = static_cast<std::size_t>(packed.out), in = static_cast<std::size_t>(packed.in);
+    Memory dense = allocate(out * in * sizeof(float));
+    unpack_linear(packed, reinterpret_cast<float*>(dense.get()));
+    return array_of<float>(std::move(dense), {out, in});
+}
 
 std::size_t size(int value) { return static_cast<std::size_t>(value); }
 
-void run_linear(const std::string& isa_name, const PackedWeight& packed, const Array& x, const std::optional<Array>& bias, int first, int last,
+void run_linear(const std::string& isa_name, const WeightBuffer& packed, const Array& x, const std::optional<Array>& bias, int first, int last,
                 const Output& out, const std::optional<Array>& scales, const std::optional<std::string>& activations) {
     const Isa isa = isa_of(isa_name);
-    const PackedLinear& weight = packed.weight();
+    const PackedLinear& weight = packed.packed();
     const bool quantized = x.dtype() == nb::dtype<std::int8_t>();
     const void* const values = quantized ? static_cast<const void*>(data<const std::int8_t>("x", x, 2, "int8"))
                                          : static_cast<const void*>(data<const float>("x", x, 2, "float32 (or int8, with scales)"));
@@ -263,21 +233,27 @@ nb::object run_quantize_rows(const std::string& isa, const Array& x, int padded)
 void bind_linear(nb::module_& m) {
     m.def("available_isas", available_isas, "The instruction-set levels of the kernels that this machine runs, best first: amx, avx512, avx2, generic.");
 
-    nb::class_<PackedWeight>(m, "PackedWeight",
-                             "A weight in panels of 16 output channels, as the linear kernels read it.\n\n"
-                             "`format` is f32, f16, bf16, fp8, int8, int4, int3 or int2; `dense` [out, in] is float32, or the bits of bf16 numbers\n"
-                             "as uint16; `group` is the number of inputs that share a scale, 0 for one scale per channel (or none). Integers of up\n"
-                             "to four bits may have zero points; bf16, int8 and int4 may be sparse: only elements that are not zero are stored.\n"
-                             "Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.")
-        .def(nb::init<const std::string&, int, const Array&, bool, bool>(), "format"_a, "group"_a, "dense"_a, "zero_points"_a = false,
-             "sparse"_a = false)
-        .def_prop_ro("format", [](const PackedWeight& p) { return name(p.weight().format); }, nb::sig("def format(self) -> str"))
-        .def_prop_ro("group", [](const PackedWeight& p) { return p.weight().group; })
-        .def_prop_ro("out", [](const PackedWeight& p) { return p.weight().out; })
-        .def_prop_ro("in_", [](const PackedWeight& p) { return p.weight().in; })
-        .def_prop_ro("panels", [](const PackedWeight& p) { return p.weight().panels(); })
-        .def_prop_ro("bytes", &PackedWeight::bytes)
-        .def("unpack", &PackedWeight::unpack, "The value of each element as the product sees it: float32 [out, in].");
+    nb::class_<WeightBuffer>(m, "WeightBuffer",
+                             "A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.\n\n"
+                             "`format` is f32, f16, bf16, fp8, int8, int4, int3 or int2; `group` is the number of inputs that share a scale, 0 for one\n"
+                             "scale per channel (or none). Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse: only\n"
+                             "elements that are not zero are stored. Raises ValueError for what cannot be packed, MemoryError if there is no room.")
+        .def("__init__",
+             [](WeightBuffer* self, const std::string& format, std::int64_t out, std::int64_t in, int group, bool zero_points, bool sparse) {
+                 new (self) WeightBuffer(checked_layout(format, out, in, group, zero_points, sparse));
+             },
+             "format"_a, "out"_a, "in_"_a, "group"_a = 0, "zero_points"_a = false, "sparse"_a = false)
+        .def("pack", pack, "pool"_a, "dense"_a,
+             "Fill it from `dense` [out, in_], float32 or the bits of bf16 numbers as uint16, on the pool's threads.\n\n"
+             "Raises ValueError for an array that does not fit.")
+        .def("unpack", unpack, "The value of each element as the product sees it: float32 [out, in_].")
+        .def_prop_ro("format", [](const WeightBuffer& self) { return name(self.packed().format); }, nb::sig("def format(self) -> str"))
+        .def_prop_ro("group", [](const WeightBuffer& self) { return self.packed().group; })
+        .def_prop_ro("out", [](const WeightBuffer& self) { return self.packed().out; })
+        .def_prop_ro("in_", [](const WeightBuffer& self) { return self.packed().in; })
+        .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); })
+        .def_prop_ro("panels", [](const WeightBuffer& self) { return self.packed().panels(); })
+        .def_prop_ro("nbytes", &WeightBuffer::bytes);
 
     m.def("linear", run_linear, "isa"_a, "weight"_a, "x"_a, "bias"_a.none(), "first_panel"_a, "last_panel"_a, "out"_a, "scales"_a = nb::none(),
           "activations"_a = nb::none(),

@@ -39,6 +39,9 @@ constexpr bool has_scales(WeightFormat format) {
     return format != WeightFormat::f32 && format != WeightFormat::f16 && format != WeightFormat::bf16;
 }
 
+// Integers, whose products with int8 rows are exact.
+constexpr bool is_integer(WeightFormat format) { return has_scales(format) && format != WeightFormat::fp8; }
+
 // Groups of k that have their own scales: 1 for one scale per channel, 0 for formats without.
 inline int scale_groups(const PackedLinear& weight) {
     if (!has_scales(weight.format)) return 0;

@@ -12,17 +12,30 @@
 
 namespace hasten {
 
-// A packed weight and its scales in memory of their own.
+// What a weight [out, in] is stored as; what each field may be is written at PackedLinear.
+struct WeightLayout {
+    WeightFormat format;
+    int out, in, group;
+    bool zero_points, sparse;
+};
+
+// A packed weight in memory of its own: reserved when made, filled by pack().
 class WeightBuffer {
    public:
-    // Packs rows of bf16 [out, in], every thread the panels it will read.
-    WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense);
+    explicit WeightBuffer(const WeightLayout& layout);
+
+    // Packs rows of bf16 or float32 [out, in], every thread the panels it will read. Zero points need float32.
+    void pack(ThreadPool& pool, const bf16* dense);
+    void pack(ThreadPool& pool, const float* dense);
 
     const PackedLinear& packed() const { return packed_; }
-    std::size_t bytes() const { return tiles_.size() + scales_.size(); }
+    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + starts_.size(); }
 
    private:
-    Buffer tiles_, scales_;
+    void sparsify(ThreadPool& pool);
+
+    bool sparse_;
+    Buffer tiles_, scales_, zeros_, masks_, starts_;
     PackedLinear packed_;
 };
 

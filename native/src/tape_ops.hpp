@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "linear.hpp"
 #include "tape.hpp"
 
 namespace hasten {
@@ -65,42 +67,47 @@ struct RmsNormOp final : TapeOp {
     }
 };
 
-// float32 rows → bf16, or int8 with a scale a row, padded as the product that reads them wants.
+// float32 rows → as a product reads them: padded, in bf16, in int8 with a scale a row, or as they are.
 struct FeedOp final : TapeOp {
     Rows rows;
     Place x, y, scales;
     int n, padded, stride;
-    bool to_int8;
+    Feed feed;
 
-    FeedOp(Rows rows, Place x, Place y, Place scales, int n, int padded, int stride, bool to_int8)
-        : rows(rows), x(x), y(y), scales(scales), n(n), padded(padded), stride(stride), to_int8(to_int8) {}
+    FeedOp(Rows rows, Place x, Place y, Place scales, int n, int padded, int stride, Feed feed)
+        : rows(rows), x(x), y(y), scales(scales), n(n), padded(padded), stride(stride), feed(feed) {}
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(row_count(rows, step), thread, tape.threads());
         const int count = static_cast<int>(part.end - part.begin);
         const float* const from = tape.at<float>(x, step) + part.begin * n;
-        if (to_int8)
+        if (feed == Feed::int8)
             quantize_rows(tape.isa(), from, n, count, n, padded, tape.at<std::int8_t>(y, step) + part.begin * stride, stride,
                           tape.at<float>(scales, step) + part.begin);
-        else
+        else if (feed == Feed::bf16)
             to_bf16(tape.isa(), from, n, count, n, padded, tape.at<bf16>(y, step) + part.begin * stride, stride);
+        else
+            for (int r = 0; r < count; ++r) {
+                float* const to = tape.at<float>(y, step) + (part.begin + r) * stride;
+                std::fill(std::copy_n(from + static_cast<std::ptrdiff_t>(r) * n, n, to), to + padded, 0.0f);
+            }
     }
 };
 
 struct LinearOp final : TapeOp {
     Rows rows;
     std::shared_ptr<WeightBuffer> weight;
-    Place x, scales, y;
+    Place x;
+    std::optional<Place> scales;  // of int8 rows
+    Place y;
     int stride;  // elements from one row of x to the next
     std::vector<float> bias;
 
-    LinearOp(Rows rows, std::shared_ptr<WeightBuffer> weight, Place x, Place scales, Place y, int stride, std::vector<float> bias)
+    LinearOp(Rows rows, std::shared_ptr<WeightBuffer> weight, Place x, std::optional<Place> scales, Place y, int stride, std::vector<float> bias)
         : rows(rows), weight(std::move(weight)), x(x), scales(scales), y(y), stride(stride), bias(std::move(bias)) {}
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const PackedLinear& w = weight->packed();
         const Share panels = share(w.panels(), thread, tape.threads());
-        const bool quantized = w.format != WeightFormat::bf16;
-        const Activations fed{tape.at<std::byte>(x, step), quantized ? tape.at<float>(scales, step) : nullptr, row_count(rows, step),
-                              stride};
+        const Activations fed{tape.at<std::byte>(x, step), scales ? tape.at<float>(*scales, step) : nullptr, row_count(rows, step), stride};
         linear(tape.isa(), w, fed, static_cast<int>(panels.begin), static_cast<int>(panels.end), bias.empty() ? nullptr : bias.data(),
                tape.at<float>(y, step), w.out);
     }

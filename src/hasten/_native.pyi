@@ -117,15 +117,21 @@ def attend(
 def available_isas() -> list[str]:
     """The instruction-set levels of the kernels that this machine runs, best first: amx, avx512, avx2, generic."""
 
-class PackedWeight:
-    """A weight in panels of 16 output channels, as the linear kernels read it.
+class WeightBuffer:
+    """A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.
 
-    ``format`` is bf16, int8 or int4; ``dense`` [out, in] has the bits of bf16 numbers; ``group`` is the number of inputs that share a
-    scale in int4 (32, 64 or a multiple of 128 up to 1024), 0 for one scale per channel.
-    Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.
+    ``format`` is f32, f16, bf16, fp8, int8, int4, int3 or int2; ``group`` inputs share a scale (32, 64 or a multiple of 128 up to 1024),
+    0 for one per channel or none. Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse.
+    Raises ValueError for what cannot be packed, MemoryError if there is no room.
     """
 
-    def __init__(self, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    def __init__(self, format: str, out: int, in_: int, group: int = 0, zero_points: bool = False, sparse: bool = False) -> None: ...
+    def pack(self, pool: ThreadPool, dense: NDArray[np.uint16] | NDArray[np.float32]) -> None:
+        """Fill it from ``dense`` [out, in_], float32 or the bits of bf16 numbers. Raises ValueError for an array that does not fit."""
+
+    def unpack(self) -> NDArray[np.float32]:
+        """The value of each element as the product sees it: float32 [out, in_]."""
+
     @property
     def format(self) -> str: ...
     @property
@@ -135,25 +141,27 @@ class PackedWeight:
     @property
     def in_(self) -> int: ...
     @property
+    def padded_in(self) -> int: ...
+    @property
     def panels(self) -> int: ...
     @property
-    def bytes(self) -> int: ...
-    def unpack(self) -> NDArray[np.float32]:
-        """The value of each element as the product sees it: [out, in]."""
+    def nbytes(self) -> int: ...
 
 def linear(
     isa: str,
-    weight: PackedWeight,
+    weight: WeightBuffer,
     x: NDArray[np.float32] | NDArray[np.int8],
     bias: NDArray[np.float32] | None,
     first_panel: int,
     last_panel: int,
     out: NDArray[np.float32],
     scales: NDArray[np.float32] | None = None,
+    activations: str | None = None,
 ) -> None:
     """out[:, c] = x · weightᵀ + bias for the channels c of the panels [first_panel, last_panel); other channels stay.
 
-    x [rows, in] is rounded to bf16 or to int8 as the weight's format asks; or it is int8 with ``scales`` [rows].
+    x [rows, in] is rounded to bf16 or to int8 as the weight's format asks (integers take bf16 if ``activations`` says so; f32 and f16
+    take float32); or it is int8 with ``scales`` [rows].
     bias [out], out [rows, out]; all C-contiguous. Runs on this thread without the interpreter lock.
     Raises ValueError for an isa this machine does not run, or an array or panel that does not fit.
     """
@@ -180,15 +188,6 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
 
-class WeightBuffer:
-    """A linear layer's weight, packed from bf16 bits [out, in] for this machine's kernels; ``group`` is k per int4 scale, 0 per channel."""
-
-    def __init__(self, pool: ThreadPool, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def padded_in(self) -> int: ...
-
 class PagePool:
     """Keys and values of a state group, bf16, in pages of ``page`` tokens."""
 
@@ -208,8 +207,10 @@ class Tape:
     def embed(self, table: NDArray[np.uint16], scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
-    def feed(self, logit_rows: bool, x: int, y: int, scales: int, n: int, padded: int, stride: int, to_int8: bool) -> None: ...
-    def linear(self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int, y: int, stride: int, bias: list[float]) -> None: ...
+    def feed(self, logit_rows: bool, x: int, y: int, scales: int, n: int, padded: int, stride: int, feed: str) -> None: ...
+    def linear(
+        self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int | None, y: int, stride: int, bias: list[float]
+    ) -> None: ...
     def rotate(self, x: int, y: int, cos: int, sin: int, heads: int, head_dim: int, start: int, dims: int, interleaved: bool) -> None: ...
     def append_kv(self, group: int, slot: int, k: int, v: int) -> None: ...
     def attend(

@@ -7,6 +7,7 @@ import pytest
 from hasten import _native
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat
+from tests.ops.packing import weight_buffer
 
 ISAS = _native.available_isas()
 NAMES = [
@@ -33,7 +34,7 @@ def weights(name, seed, out, size):
 
 def packed(name, dense):
     form = LinearFormat.parse(name)
-    return _native.PackedWeight(form.number, form.group, dense, form.zero_points, form.sparse)
+    return weight_buffer(form.number, form.group, dense, form.zero_points, form.sparse)
 
 
 def product(isa, weight, x, activations, bias=None, panels=None):
@@ -71,7 +72,7 @@ def test_packing_from_bf16_is_packing_from_float(name):
     dense = weights(name, 2, 35, 500)
     form = LinearFormat.parse(name)
     halves = dense.astype(ml_dtypes.bfloat16).view(np.uint16)
-    other = _native.PackedWeight(form.number, form.group, halves, False, form.sparse)
+    other = weight_buffer(form.number, form.group, halves, False, form.sparse)
     np.testing.assert_array_equal(other.unpack(), packed(name, dense).unpack())
 
 
@@ -123,7 +124,7 @@ def test_a_sparse_weight_is_the_dense_one_in_fewer_bytes(isa, number):
     dense *= np.random.default_rng(11).random(dense.shape) < 0.5
     one, other = packed(number, dense), packed(f"{number}-sparse", dense)
     np.testing.assert_array_equal(one.unpack(), other.unpack())
-    assert other.bytes < 0.8 * one.bytes
+    assert other.nbytes < 0.8 * one.nbytes
     x = rows_of(12, 9, 1024)
     activations = "bf16" if number == "bf16" else "int8"
     dense_y, sparse_y = product(isa, one, x, activations), product(isa, other, x, activations)
@@ -165,7 +166,8 @@ def test_the_smallest_byte_in_groups(isa):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("int5", "accepted are f32"), ("", "accepted are"), ("int4-g48", "no variant 'g48'"), ("f16-g32", "none"), ("int8-zp", "no variant 'zp'"),
+        ("int5", "accepted are f32"), ("", "accepted are"), ("int4-g48", "no variant 'g48'"), ("f16-g32", "none"),
+        ("int8-zp", "no variant 'zp'"),
         ("fp8-sparse", "no variant"), ("int4-zp-sparse", "zero points"), ("int4--", "no variant"),
     ],
 )  # fmt: skip
@@ -182,6 +184,8 @@ def test_names_come_back(name):
 def test_what_cannot_be_packed_is_refused():
     dense = weights("f32", 13, 20, 50)
     halves = dense.astype(ml_dtypes.bfloat16).view(np.uint16)
+    with pytest.raises(ValueError, match="once"):
+        packed("int8-sparse", dense).pack(_native.ThreadPool(1), dense)
     for wrong in [
         ("int8", 0, dense, True, False),
         ("fp8", 0, dense, False, True),
@@ -189,7 +193,7 @@ def test_what_cannot_be_packed_is_refused():
         ("int4", 0, halves, True, False),
     ]:
         with pytest.raises(ValueError):
-            _native.PackedWeight(*wrong)
+            weight_buffer(*wrong)
     weight, y = packed("bf16", dense), np.zeros((2, 20), np.float32)
     for activations in ("int8", "f32", "f8"):
         with pytest.raises(ValueError, match="activations"):

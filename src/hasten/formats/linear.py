@@ -111,7 +111,7 @@ class LinearFormat:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """``q`` float32 [out, in] holds the stored numbers; ``scales`` float32 and ``zeros`` int32 are [out, groups], each for ``group`` inputs."""
+    """``q`` float32 [out, in] are the stored numbers; ``scales`` float32 and ``zeros`` int32 [out, groups] go with ``group`` inputs."""
 
     q: Floats
     scales: Floats | None

@@ -9,13 +9,12 @@ from hasten import _native
 from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
 from hasten.backends.cpu.compile import Compiled, compile_program, unsupported_ops
 from hasten.base import hardware
-from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError
 from hasten.model import Model
-from hasten.program import Batch, LinearFormats, Program, lower, ops
+from hasten.program import Batch, Formats, Program, linear_formats, lower
 
 PAGE = 16  # tokens
 STEP_TOKENS = 512  # most tokens of one native step; longer batches are played in several
-FORMATS = ("bf16", "int8", "int4")
 
 
 class CpuBackend:
@@ -32,15 +31,11 @@ class CpuBackend:
         formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
         return (*unsupported_ops(lower(model.spec)), *formats)
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None) -> "CpuSession":
-        """The model packed for this machine, for sequences of up to ``context`` tokens.
-
-        ``weights`` is how linear layers are stored: bf16 (unless given), or int8 or int4 with activations rounded to int8 per token."""
-        weights = weights or "bf16"
-        if weights not in FORMATS:
-            raise UnsupportedError(f"weights {one_line(weights)} are not supported; accepted are {', '.join(FORMATS)}")
-        formats = choose_formats(lower(model.spec, context=context), weights)
-        program = lower(model.spec, context=context, formats=formats, cache="bfloat16")
+    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "CpuSession":
+        """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise."""
+        formats = formats or Formats()
+        linear = linear_formats(lower(model.spec, context=context), formats)
+        program = lower(model.spec, context=context, formats=linear, cache=formats.cache or "bfloat16")
         pages = _page_counts(program)
         compiled = compile_program(
             program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
@@ -54,16 +49,6 @@ class CpuBackend:
         if len(batch.tokens) > model.spec.context:
             raise ConfigError(f"{len(batch.tokens)} tokens are more than the model's context of {model.spec.context}; shorten the input")
         return self.session(model, len(batch.tokens)).score(batch)
-
-
-def choose_formats(program: Program, weights: str) -> LinearFormats:
-    """Every linear layer in ``weights``, the head in int8 where that is narrower, the embedding as it is."""
-    if weights == "bf16":
-        return LinearFormats()
-    linear = [op for op in program.ops if isinstance(op, ops.Linear)]
-    return LinearFormats(
-        weights={op.weight: "int8" if op.y == "logits" else weights for op in linear}, activations={op.weight: "int8" for op in linear}
-    )
 
 
 def _page_counts(program: Program) -> Mapping[str, int]:

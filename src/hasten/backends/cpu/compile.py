@@ -9,15 +9,17 @@ import numpy as np
 from hasten import _native
 from hasten.backends.cpu.arena import Arena
 from hasten.base.errors import UnsupportedError
+from hasten.formats.linear import LinearFormat
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, Program, ops
 from hasten.spec import Causal, SlidingWindow
 
 LOGITS = -1  # the place that is the caller's array
-GROUP = 128  # k per int4 scale
+TILE = 256  # inputs that a row of activations is padded to: the deepest tile of any weight format
 KERNELS = (
     ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
 )  # fmt: skip
+ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}  # of what a product reads
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
 
@@ -73,11 +75,11 @@ class _Compiler:
         self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
         self.arena = Arena()
         self.places: dict[str, int] = {"logits": LOGITS}
-        self.fed: dict[str, int] = {}  # value → where its bf16 rows lie
+        self.fed: dict[tuple[str, str], int] = {}  # value, what of it a product reads → where those rows lie
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
-        self.done: set[str] = set()  # values whose bf16 rows are on the tape
+        self.done: set[tuple[str, str]] = set()  # rows that are on the tape
         self.weight_bytes = 0
 
     def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
@@ -106,14 +108,16 @@ class _Compiler:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
         self.places.update(made)
-        if isinstance(op, ops.Linear) and op.scale is None and op.x not in self.fed:
-            self.fed[op.x] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), 2) * 2)
+        if isinstance(op, ops.Linear) and op.scale is None and (op.x, feed := self._feed(op)) not in self.fed:
+            element = ELEMENT_BYTES[feed]
+            self.fed[op.x, feed] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), element) * element)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
-                if name in self.fed:
-                    self.arena.give_back(self.fed[name])
+                for feed in ELEMENT_BYTES:
+                    if (name, feed) in self.fed:
+                        self.arena.give_back(self.fed[name, feed])
         return where
 
     def _take(self, name: str) -> int:
@@ -142,7 +146,7 @@ class _Compiler:
                 )
             case ops.QuantizeRows():
                 n = self._width(op.x)
-                tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
+                tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), "int8")
             case ops.Linear():
                 self._emit_linear(tape, op, at)
             case ops.Rotate():
@@ -169,31 +173,46 @@ class _Compiler:
     def _emit_linear(self, tape: _native.Tape, op: ops.Linear, at: dict[str, int]) -> None:
         logit_rows = self.program.values[op.x].rows == "R"
         width = self._width(op.x)
-        rows, scales = (self.fed[op.x], 0) if op.scale is None else (at[op.x], at[op.scale])
-        if op.scale is None and op.x not in self.done:  # products that read one value share its bf16 rows
-            self.done.add(op.x)
-            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), _stride(width, 2), False)
+        feed = self._feed(op)
+        rows, scales = (self.fed[op.x, feed], None) if op.scale is None else (at[op.x], at[op.scale])
+        stride = _stride(width, ELEMENT_BYTES[feed])
+        if op.scale is None and (op.x, feed) not in self.done:  # products that read one value share its rows
+            self.done.add((op.x, feed))
+            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), stride, feed)
         bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
-        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
+        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], stride, bias)
+
+    def _feed(self, op: ops.Linear) -> str:
+        """What the product reads: int8 where the Program says so, else what the weight's format is multiplied with."""
+        accepted = _format(op).activations
+        if op.scale is None:
+            return next(each for each in accepted if each != "int8")
+        if "int8" not in accepted:
+            raise UnsupportedError(
+                f"{op.weight}: weights in {op.weight_format} are not multiplied with int8; accepted are {', '.join(accepted)}"
+            )
+        return "int8"
 
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
         if key not in self.packed:
-            form = "bf16" if op.weight_format == "dense" else op.weight_format
-            if (form == "bf16") != (op.scale is None):
-                raise UnsupportedError(
-                    f"{op.weight}: no kernel has weights in {form} with activations {'as they come' if op.scale is None else 'in int8'}; "
-                    "bf16 takes activations as they come, int8 and int4 take int8"
-                )
-            packed = _native.WeightBuffer(self.pool, form, GROUP if form == "int4" else 0, _bf16(self.weights.array(op.weight)))
+            form, (out, size) = _format(op), self.program.params[op.weight]
+            packed = _native.WeightBuffer(form.number, out, size, form.group, form.zero_points, form.sparse)
+            dense = self.weights.array(op.weight)
+            exact = form.zero_points or form.number in {"f32", "f16"}
+            packed.pack(self.pool, np.ascontiguousarray(dense.astype(np.float32)) if exact else _bf16(dense))
             self.packed[key] = packed
             self.weight_bytes += packed.nbytes
         return self.packed[key]
 
 
+def _format(op: ops.Linear) -> LinearFormat:
+    return LinearFormat.parse("bf16" if op.weight_format == "dense" else op.weight_format)
+
+
 def _padded(width: int) -> int:
     """The row length every packed weight can read: whole tiles of the widest kind."""
-    return -(-width // GROUP) * GROUP
+    return -(-width // TILE) * TILE
 
 
 def _stride(width: int, element: int) -> int:
