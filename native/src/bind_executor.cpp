@@ -11,6 +11,7 @@
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "tape.hpp"
+#include "tape_experts.hpp"
 #include "tape_ops.hpp"
 
 namespace nb = nanobind;
@@ -24,6 +25,7 @@ using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::devi
 using Longs = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using HalvesOfExperts = nb::ndarray<const std::uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = std::vector<float>;
 
@@ -178,6 +180,20 @@ void bind_executor(nb::module_& module) {
         .def_prop_ro("nbytes", &WeightBuffer::bytes)
         .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); });
 
+    nb::class_<ExpertWeights>(module, "ExpertWeights", "The weights of a layer's experts, packed for this machine's kernels.")
+        .def("__init__",
+             [](ExpertWeights* self, ThreadPool& pool, const std::string& format, int group, HalvesOfExperts dense) {
+                 const WeightFormat its = format_named(format);
+                 constexpr std::size_t most = std::numeric_limits<int>::max() / 2;
+                 for (int axis = 0; axis < 3; ++axis)
+                     if (dense.shape(axis) < 1 || dense.shape(axis) > most) refuse("experts' weights must be [experts, out, in], none of them 0");
+                 nb::gil_scoped_release unlocked;
+                 new (self) ExpertWeights(pool, its, static_cast<int>(dense.shape(0)), static_cast<int>(dense.shape(1)),
+                                          static_cast<int>(dense.shape(2)), group, dense.data());
+             },
+             "pool"_a, "format"_a, "group"_a, "dense"_a)
+        .def_prop_ro("nbytes", &ExpertWeights::bytes);
+
     nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages.")
         .def(nb::init<int, int, int, int, int, int>(), "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
         .def_prop_ro("pages", &PagePool::pages)
@@ -244,6 +260,48 @@ void bind_executor(nb::module_& module) {
                  add_op<GateOp>(self, activation_named(activation), place(gate), place(up), place(y), n);
              },
              "activation"_a, "gate"_a, "up"_a, "y"_a, "n"_a)
+        .def("route",
+             [](Player& self, std::int64_t logits, std::int64_t experts, std::int64_t weights, int count, int top_k, bool sigmoid, bool normalize,
+                float scale, int groups, int top_groups, Floats correction) {
+                 const RouteShape shape{count, top_k, sigmoid ? Score::sigmoid : Score::softmax, normalize, scale, groups, top_groups};
+                 if (!can_route(shape)) refuse(std::to_string(top_k) + " experts cannot be chosen of " + std::to_string(count) + " in these groups");
+                 self.tape.need_scratch(route_scratch(shape));
+                 add_op<RouteOp>(self, shape, std::move(correction), place(logits), place(experts), place(weights));
+             },
+             "logits"_a, "experts"_a, "weights"_a, "count"_a, "top_k"_a, "sigmoid"_a, "normalize"_a, "scale"_a, "groups"_a, "top_groups"_a,
+             "correction"_a)
+        .def("group_by_expert",
+             [](Player& self, std::int64_t experts, std::int64_t starts, std::int64_t places, int count, int top_k) {
+                 add_op<GroupByExpertOp>(self, count, top_k, place(experts), place(starts), place(places));
+             },
+             "experts"_a, "starts"_a, "places"_a, "count"_a, "top_k"_a)
+        .def("gather_rows",
+             [](Player& self, std::int64_t x, std::int64_t scales, std::int64_t places, std::int64_t y, std::int64_t y_scales, int top_k,
+                std::size_t row_bytes, bool scaled) {
+                 add_op<GatherRowsOp>(self, top_k, row_bytes, scaled, place(x), place(scales), place(places), place(y), place(y_scales));
+             },
+             "x"_a, "scales"_a, "places"_a, "y"_a, "y_scales"_a, "top_k"_a, "row_bytes"_a, "scaled"_a)
+        .def("feed_chosen",
+             [](Player& self, int top_k, std::int64_t x, std::int64_t y, std::int64_t scales, int n, int padded, int stride, bool to_int8) {
+                 if (padded < n || stride < padded) refuse("rows of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 add_op<FeedChosenOp>(self, top_k, place(x), place(y), place(scales), n, padded, stride, to_int8);
+             },
+             "top_k"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "stride"_a, "to_int8"_a)
+        .def("expert_linear",
+             [](Player& self, std::shared_ptr<ExpertWeights> weights, std::int64_t x, std::int64_t scales, std::int64_t starts, std::int64_t y,
+                int stride, Floats bias) {
+                 const PackedLinear& first = weights->packed().front();
+                 if (stride < first.padded_in()) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
+                 if (!bias.empty() && bias.size() != weights->packed().size() * static_cast<std::size_t>(first.out))
+                     refuse("bias must have a number for each expert's output channels");
+                 add_op<ExpertLinearOp>(self, std::move(weights), place(x), place(scales), place(starts), place(y), stride, std::move(bias));
+             },
+             "weights"_a, "x"_a, "scales"_a, "starts"_a, "y"_a, "stride"_a, "bias"_a)
+        .def("combine",
+             [](Player& self, std::int64_t x, std::int64_t weights, std::int64_t places, std::int64_t y, int top_k, int n) {
+                 add_op<CombineOp>(self, top_k, n, place(x), place(weights), place(places), place(y));
+             },
+             "x"_a, "weights"_a, "places"_a, "y"_a, "top_k"_a, "n"_a)
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
         .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a,

@@ -189,6 +189,13 @@ class WeightBuffer:
     @property
     def padded_in(self) -> int: ...
 
+class ExpertWeights:
+    """The weights of a layer's experts, each packed as in WeightBuffer from bf16 bits [experts, out, in]."""
+
+    def __init__(self, pool: ThreadPool, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class PagePool:
     """Keys and values of a state group, bf16, in pages of ``page`` tokens."""
 
@@ -218,9 +225,44 @@ class Tape:
     ) -> None: ...  # fmt: skip
     def add(self, a: int, b: int, y: int, n: int) -> None: ...
     def gate(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def route(
+        self, logits: int, experts: int, weights: int, count: int, top_k: int, sigmoid: bool, normalize: bool, scale: float, groups: int,
+        top_groups: int, correction: list[float],
+    ) -> None: ...  # fmt: skip
+    def group_by_expert(self, experts: int, starts: int, places: int, count: int, top_k: int) -> None: ...
+    def gather_rows(
+        self, x: int, scales: int, places: int, y: int, y_scales: int, top_k: int, row_bytes: int, scaled: bool
+    ) -> None: ...  # fmt: skip
+    def feed_chosen(self, top_k: int, x: int, y: int, scales: int, n: int, padded: int, stride: int, to_int8: bool) -> None: ...
+    def expert_linear(
+        self, weights: ExpertWeights, x: int, scales: int, starts: int, y: int, stride: int, bias: list[float]
+    ) -> None: ...  # fmt: skip
+    def combine(self, x: int, weights: int, places: int, y: int, top_k: int, n: int) -> None: ...
     def select_rows(self, x: int, y: int, n: int) -> None: ...
     def run(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
         slots: list[NDArray[np.int64]], tables: list[NDArray[np.int32]], logits: NDArray[np.float32],
     ) -> None:  # fmt: skip
         """Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range."""
+
+# Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
+
+def route(
+    logits: NDArray[np.float32], correction: NDArray[np.float32] | None, sigmoid: bool, normalize: bool, scale: float, groups: int,
+    top_groups: int, experts: NDArray[np.int32], weights: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Choose experts [rows, top_k] and their weights from logits [rows, experts], as program.ops.Route has it."""
+
+def group_by_expert(experts: NDArray[np.int32], count: int) -> tuple[list[int], list[int]]:
+    """(starts, places) of choices [tokens, top_k] out of ``count`` experts."""
+
+def expert_linear(
+    isa: str, threads: int, weights: ExpertWeights, x: NDArray[np.float32], experts: NDArray[np.int32], bias: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """y[t · top_k + a] = x · weightᵀ + bias of expert experts[t, a], cut as for ``threads`` threads, on this one.
+
+    x [tokens, in] or [tokens · top_k, in] is rounded as the weights' format asks."""
+
+def combine(x: NDArray[np.float32], weights: NDArray[np.float32], experts: NDArray[np.int32], count: int, y: NDArray[np.float32]) -> None:
+    """y[t] = the sum of weights[t, a] · x[t, a] in the order of choice; rows lie as choices ``experts`` out of ``count`` lay them."""

@@ -57,10 +57,11 @@ class CpuBackend:
 
 
 def choose_formats(program: Program, weights: str) -> LinearFormats:
-    """Every linear layer in ``weights``, the head in int8 where that is narrower, the embedding as it is."""
+    """Every linear layer in ``weights``, experts too; the head in int8 where that is narrower, embedding and routers as they are."""
     if weights == "bf16":
         return LinearFormats()
-    linear = [op for op in program.ops if isinstance(op, ops.Linear)]
+    routers: set[str] = {op.logits for op in program.ops if isinstance(op, ops.Route)}
+    linear = [op for op in program.ops if isinstance(op, ops.Linear | ops.ExpertLinear) and op.y not in routers]
     return LinearFormats(
         weights={op.weight: "int8" if op.y == "logits" else weights for op in linear}, activations={op.weight: "int8" for op in linear}
     )

@@ -1,6 +1,7 @@
 """Compiling: a Program and its weights → a native tape. Kernels resolved, places fixed, weights packed, once."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -8,15 +9,19 @@ import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu.arena import Arena
+from hasten.backends.cpu.experts import ExpertPlaces
+from hasten.backends.cpu.rows import GROUP
+from hasten.backends.cpu.rows import padded_width as _padded
+from hasten.backends.cpu.rows import row_stride as _stride
 from hasten.base.errors import UnsupportedError
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, Program, ops
 from hasten.spec import Causal, SlidingWindow
 
 LOGITS = -1  # the place that is the caller's array
-GROUP = 128  # k per int4 scale
 KERNELS = (
     ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
+    ops.Route, ops.ExpertLinear, ops.Combine,
 )  # fmt: skip
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
@@ -47,7 +52,7 @@ def _refusal(program: Program, op: ops.Op) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step."""
+    """A tape and the page pools it writes to, in the order of the Program's state groups; a one-token step reads ``weight_bytes``."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]
@@ -77,6 +82,7 @@ class _Compiler:
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
+        self.experts = ExpertPlaces(program, self.arena, most_tokens)
         self.done: set[str] = set()  # values whose bf16 rows are on the tape
         self.weight_bytes = 0
 
@@ -106,20 +112,22 @@ class _Compiler:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
         self.places.update(made)
-        if isinstance(op, ops.Linear) and op.scale is None and op.x not in self.fed:
-            self.fed[op.x] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), 2) * 2)
+        if isinstance(op, ops.Linear | ops.ExpertLinear) and op.scale is None and op.x not in self.fed:
+            self.fed[op.x] = self.arena.take(self._tile_rows() * self._choices(op.x) * _stride(self._width(op.x), 2) * 2)
+        self.experts.plan(op)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
                 if name in self.fed:
                     self.arena.give_back(self.fed[name])
+                self.experts.give_back(name)
         return where
 
     def _take(self, name: str) -> int:
         if self.program.values[name].dtype == "int8":
-            return self.arena.take(self._tile_rows() * _stride(self._width(name), 1))
-        return self.arena.take(self._tile_rows() * self._width(name) * 4)
+            return self.arena.take(self._tile_rows() * self._choices(name) * _stride(self._width(name), 1))
+        return self.arena.take(self._tile_rows() * self._choices(name) * self._width(name) * 4)
 
     def _width(self, name: str) -> int:
         return self.program.values[name].features[-1]
@@ -127,6 +135,10 @@ class _Compiler:
     def _tile_rows(self) -> int:
         """A tile reads 16 rows, whatever the batch."""
         return -(-self.most_tokens // 16) * 16
+
+    def _choices(self, name: str) -> int:
+        """Rows of a value for each token: A of [T, A, N]."""
+        return math.prod(self.program.values[name].features[:-1])
 
     # --- then: the ops
 
@@ -141,8 +153,7 @@ class _Compiler:
                     values[op.x].rows == "R", at[op.x], at[op.y], n, op.group, _floats(self.weights.array(op.weight)), op.eps, op.offset
                 )
             case ops.QuantizeRows():
-                n = self._width(op.x)
-                tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
+                self._emit_feed(tape, op.x, at[op.x], at[op.q], at[op.scale])
             case ops.Linear():
                 self._emit_linear(tape, op, at)
             case ops.Rotate():
@@ -160,46 +171,71 @@ class _Compiler:
             case ops.Add():
                 tape.add(at[op.a], at[op.b], at[op.y], values[op.y].features[-1])
             case ops.Gate():
-                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], values[op.y].features[-1])
+                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], math.prod(values[op.y].features))
             case ops.SelectRows():
                 tape.select_rows(at[op.x], at[op.y], values[op.y].features[-1])
+            case ops.Route():
+                correction = [] if op.correction is None else _floats(self.weights.array(op.correction))
+                self.experts.emit_route(tape, op, at, correction)
+            case ops.ExpertLinear():
+                rows, scales = self._fed_rows(tape, op, at)
+                bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
+                self.experts.emit_linear(tape, op, self._expert_weights(op), rows, scales, at[op.y], bias)
+            case ops.Combine():
+                self.experts.emit_combine(tape, op, at)
             case _:
                 raise TypeError(f"{type(op).__name__} for {params} was let through by unsupported_ops")
 
     def _emit_linear(self, tape: _native.Tape, op: ops.Linear, at: dict[str, int]) -> None:
-        logit_rows = self.program.values[op.x].rows == "R"
-        width = self._width(op.x)
-        rows, scales = (self.fed[op.x], 0) if op.scale is None else (at[op.x], at[op.scale])
-        if op.scale is None and op.x not in self.done:  # products that read one value share its bf16 rows
-            self.done.add(op.x)
-            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), _stride(width, 2), False)
+        logit_rows, width = self.program.values[op.x].rows == "R", self._width(op.x)
+        rows, scales = self._fed_rows(tape, op, at)
         bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
         tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
+
+    def _fed_rows(self, tape: _native.Tape, op: ops.Linear | ops.ExpertLinear, at: dict[str, int]) -> tuple[int, int]:
+        """Where the rows that the product reads lie, and their scales; bf16 rows are put on the tape where nothing did so before."""
+        if op.scale is not None:
+            return at[op.x], at[op.scale]
+        if op.x not in self.done:  # products that read one value share its bf16 rows
+            self.done.add(op.x)
+            self._emit_feed(tape, op.x, at[op.x], self.fed[op.x], None)
+        return self.fed[op.x], 0
+
+    def _emit_feed(self, tape: _native.Tape, x: str, at: int, rows: int, scales: int | None) -> None:
+        """float32 rows of ``x`` → bf16 rows, or int8 rows where ``scales`` have a place."""
+        value, width, to_int8 = self.program.values[x], self._width(x), scales is not None
+        stride = _stride(width, 1 if to_int8 else 2)
+        if len(value.features) == 2:
+            tape.feed_chosen(value.features[0], at, rows, scales or 0, width, _padded(width), stride, to_int8)
+        else:
+            tape.feed(value.rows == "R", at, rows, scales or 0, width, _padded(width), stride, to_int8)
 
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
         if key not in self.packed:
-            form = "bf16" if op.weight_format == "dense" else op.weight_format
-            if (form == "bf16") != (op.scale is None):
-                raise UnsupportedError(
-                    f"{op.weight}: no kernel has weights in {form} with activations {'as they come' if op.scale is None else 'in int8'}; "
-                    "bf16 takes activations as they come, int8 and int4 take int8"
-                )
+            form = _native_format(op)
             packed = _native.WeightBuffer(self.pool, form, GROUP if form == "int4" else 0, _bf16(self.weights.array(op.weight)))
             self.packed[key] = packed
             self.weight_bytes += packed.nbytes
         return self.packed[key]
 
+    def _expert_weights(self, op: ops.ExpertLinear) -> _native.ExpertWeights:
+        form = _native_format(op)
+        packed = _native.ExpertWeights(self.pool, form, GROUP if form == "int4" else 0, _bf16(self.weights.array(op.weight)))
+        chosen, experts = self._width(op.experts), self.program.params[op.weight][0]
+        self.weight_bytes += packed.nbytes * chosen // experts
+        return packed
 
-def _padded(width: int) -> int:
-    """The row length every packed weight can read: whole tiles of the widest kind."""
-    return -(-width // GROUP) * GROUP
 
-
-def _stride(width: int, element: int) -> int:
-    """Elements from one row to the next: an odd number of cache lines, so that the 16 rows of a tile do not fall into one cache set."""
-    lines = _padded(width) * element // 64
-    return (lines + 1 - lines % 2) * 64 // element
+def _native_format(op: ops.Linear | ops.ExpertLinear) -> str:
+    """The kernels' name for how the weight is stored. Raises UnsupportedError where no kernel reads it with such activations."""
+    form = "bf16" if op.weight_format == "dense" else op.weight_format
+    if (form == "bf16") != (op.scale is None):
+        raise UnsupportedError(
+            f"{op.weight}: no kernel has weights in {form} with activations {'as they come' if op.scale is None else 'in int8'}; "
+            "bf16 takes activations as they come, int8 and int4 take int8"
+        )
+    return form
 
 
 def _bf16(array: Array) -> Array:
