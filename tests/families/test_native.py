@@ -40,3 +40,8 @@ def test_logits(family, index, tmp_path):
 
 def test_the_readmes_families_run_natively():
     assert {"llama", "mistral", "qwen2", "qwen3", "phi3"} <= {family.name for family, _ in CASES}
+
+
+def test_mixtures_of_experts_run_natively():
+    for name in ("mixtral", "qwen3_moe"):
+        assert sum(family.name == name for family, _ in CASES) == 3
