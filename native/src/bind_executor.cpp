@@ -288,15 +288,15 @@ void bind_executor(nb::module_& module) {
              },
              "top_k"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "stride"_a, "to_int8"_a)
         .def("expert_linear",
-             [](Player& self, std::shared_ptr<ExpertWeights> weights, std::int64_t x, std::int64_t scales, std::int64_t starts, std::int64_t y,
-                int stride, Floats bias) {
+             [](Player& self, std::shared_ptr<ExpertWeights> weights, bool scaled, std::int64_t x, std::int64_t scales, std::int64_t starts,
+                std::int64_t y, int stride, Floats bias) {
                  const PackedLinear& first = weights->packed().front();
                  if (stride < first.padded_in()) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
                  if (!bias.empty() && bias.size() != weights->packed().size() * static_cast<std::size_t>(first.out))
                      refuse("bias must have a number for each expert's output channels");
-                 add_op<ExpertLinearOp>(self, std::move(weights), place(x), place(scales), place(starts), place(y), stride, std::move(bias));
+                 add_op<ExpertLinearOp>(self, std::move(weights), scaled, place(x), place(scales), place(starts), place(y), stride, std::move(bias));
              },
-             "weights"_a, "x"_a, "scales"_a, "starts"_a, "y"_a, "stride"_a, "bias"_a)
+             "weights"_a, "scaled"_a, "x"_a, "scales"_a, "starts"_a, "y"_a, "stride"_a, "bias"_a)
         .def("combine",
              [](Player& self, std::int64_t x, std::int64_t weights, std::int64_t places, std::int64_t y, int top_k, int n) {
                  add_op<CombineOp>(self, top_k, n, place(x), place(weights), place(places), place(y));

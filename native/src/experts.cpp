@@ -93,7 +93,7 @@ void expert_linear(Isa isa, const PackedLinear* weights, int count, const std::i
         const int rows = starts[e + 1] - starts[e];
         if (rows == 0) continue;
         const PackedLinear& weight = weights[e];
-        const std::ptrdiff_t row_bytes = x.stride * (weight.format == WeightFormat::bf16 ? 2 : 1);
+        const std::ptrdiff_t row_bytes = x.stride * static_cast<std::ptrdiff_t>(x.scales ? sizeof(std::int8_t) : sizeof(bf16));
         const Activations its{static_cast<const std::byte*>(x.rows) + begin * row_bytes, x.scales ? x.scales + begin : nullptr, rows, x.stride};
         const Share panels = share(static_cast<std::size_t>(weight.panels()), thread, threads);
         linear(isa, weight, its, static_cast<int>(panels.begin), static_cast<int>(panels.end),

@@ -113,18 +113,19 @@ struct FeedChosenOp final : TapeOp {
 
 struct ExpertLinearOp final : TapeOp {
     std::shared_ptr<ExpertWeights> weights;
+    bool scaled;  // x is int8
     Place x, scales, starts, y;
     int stride;  // elements from one row of x to the next
     std::vector<float> bias;
 
-    ExpertLinearOp(std::shared_ptr<ExpertWeights> weights, Place x, Place scales, Place starts, Place y, int stride, std::vector<float> bias)
-        : weights(std::move(weights)), x(x), scales(scales), starts(starts), y(y), stride(stride), bias(std::move(bias)) {}
+    ExpertLinearOp(std::shared_ptr<ExpertWeights> weights, bool scaled, Place x, Place scales, Place starts, Place y, int stride,
+                   std::vector<float> bias)
+        : weights(std::move(weights)), scaled(scaled), x(x), scales(scales), starts(starts), y(y), stride(stride), bias(std::move(bias)) {}
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const std::vector<PackedLinear>& experts = weights->packed();
         const int count = static_cast<int>(experts.size());
         const std::int32_t* const runs = tape.at<std::int32_t>(starts, step);
-        const bool quantized = experts[0].format != WeightFormat::bf16;
-        const Activations fed{tape.at<std::byte>(x, step), quantized ? tape.at<float>(scales, step) : nullptr, runs[count], stride};
+        const Activations fed{tape.at<std::byte>(x, step), scaled ? tape.at<float>(scales, step) : nullptr, runs[count], stride};
         expert_linear(tape.isa(), experts.data(), count, runs, fed, thread, tape.threads(), bias.empty() ? nullptr : bias.data(),
                       tape.at<float>(y, step));
     }

@@ -64,16 +64,15 @@ class ExpertPlaces:
         self, tape: _native.Tape, op: ops.ExpertLinear, weights: _native.ExpertWeights, rows: int, scales: int, y: int, bias: list[float]
     ) -> None:
         """The product; tokens' rows are gathered first, once for all products that read them."""
-        grouping, key = self._groupings[op.experts], (op.x, op.experts)
+        grouping, key, scaled = self._groupings[op.experts], (op.x, op.experts), op.scale is not None
         if self._is_shared(op):
             from_rows, from_scales = rows, scales
             rows, scales = self._gathered[key]
             if key not in self._done:
                 self._done.add(key)
-                scaled = op.scale is not None
                 tape.gather_rows(from_rows, from_scales, grouping.places, rows, scales, grouping.top_k, self._row_bytes(op), scaled)
-        stride = row_stride(self._program.values[op.x].features[-1], 2 if op.scale is None else 1)
-        tape.expert_linear(weights, rows, scales, grouping.starts, y, stride, bias)
+        stride = row_stride(self._program.values[op.x].features[-1], 1 if scaled else 2)
+        tape.expert_linear(weights, scaled, rows, scales, grouping.starts, y, stride, bias)
 
     def emit_combine(self, tape: _native.Tape, op: ops.Combine, at: dict[str, int]) -> None:
         """The weighted sum, from rows expert by expert back to rows of tokens."""
