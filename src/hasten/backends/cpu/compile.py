@@ -1,6 +1,8 @@
 """Compiling: a Program and its weights → a native tape. Kernels resolved, places fixed, weights packed, once."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -8,15 +10,16 @@ import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu.arena import Arena
-from hasten.base.errors import UnsupportedError
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, Program, ops
-from hasten.spec import Causal, SlidingWindow
+from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
 LOGITS = -1  # the place that is the caller's array
 GROUP = 128  # k per int4 scale
 KERNELS = (
-    ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add,
+    ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast, ops.SelectRows,
 )  # fmt: skip
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
@@ -32,10 +35,10 @@ def _refusal(program: Program, op: ops.Op) -> str:
     if not isinstance(op, KERNELS):
         return name
     match op:
-        case ops.Gate(activation=activation) if not isinstance(activation, str):
-            return f"Gate with {type(activation).__name__}"
-        case ops.Gate() if program.values[op.gate].features != program.values[op.up].features:
-            return "Gate with one number a row"
+        case ops.Gate(activation=ClampedSwiglu()) if program.values[op.gate].features != program.values[op.up].features:
+            return "Gate with ClampedSwiglu of one number a row"
+        case ops.Cast() if program.values[op.x].dtype != op.dtype:
+            return f"Cast from {program.values[op.x].dtype} to {op.dtype}"
         case ops.Attend(visible=visible) if not isinstance(visible, Causal | SlidingWindow):
             return f"Attend under {type(visible).__name__}"
         case ops.Attend() | ops.AppendKv() if not isinstance(program.state(op.state.group), KvGroup):
@@ -72,10 +75,10 @@ class _Compiler:
     def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
         self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
         self.arena = Arena()
-        self.places: dict[str, int] = {"logits": LOGITS}
         self.fed: dict[str, int] = {}  # value → where its bf16 rows lie
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
+        self.places = dict.fromkeys(self._become_logits(), LOGITS)
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
         self.done: set[str] = set()  # values whose bf16 rows are on the tape
         self.weight_bytes = 0
@@ -102,6 +105,14 @@ class _Compiler:
 
     # --- first: where everything lies
 
+    def _become_logits(self) -> list[str]:
+        """The logits, and what they are made from in place: a row of them may be a megabyte."""
+        names = ["logits"]
+        for index, op in reversed([*enumerate(self.program.ops)]):
+            if isinstance(op, ops.Scale | ops.SoftCap) and op.y == names[-1] and self.last_use[op.x] == index:
+                names.append(op.x)
+        return names
+
     def _plan(self, index: int, op: ops.Op) -> dict[str, int]:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
@@ -124,6 +135,9 @@ class _Compiler:
     def _width(self, name: str) -> int:
         return self.program.values[name].features[-1]
 
+    def _numbers(self, name: str) -> int:
+        return math.prod(self.program.values[name].features)
+
     def _tile_rows(self) -> int:
         """A tile reads 16 rows, whatever the batch."""
         return -(-self.most_tokens // 16) * 16
@@ -140,6 +154,11 @@ class _Compiler:
                 tape.rms_norm(
                     values[op.x].rows == "R", at[op.x], at[op.y], n, op.group, _floats(self.weights.array(op.weight)), op.eps, op.offset
                 )
+            case ops.EmbedPositions():
+                tape.embed_positions(self._positions(op), at[op.y])
+            case ops.LayerNorm():
+                weight, bias = _floats(self.weights.array(op.weight)), [] if op.bias is None else _floats(self.weights.array(op.bias))
+                tape.layer_norm(values[op.x].rows == "R", at[op.x], at[op.y], self._width(op.x), op.group, weight, bias, op.eps)
             case ops.QuantizeRows():
                 n = self._width(op.x)
                 tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
@@ -159,8 +178,32 @@ class _Compiler:
                 )  # fmt: skip
             case ops.Add():
                 tape.add(at[op.a], at[op.b], at[op.y], values[op.y].features[-1])
+            case ops.Scale():
+                tape.scale(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.factor)
+            case ops.Clip():
+                tape.clip(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.limit)
+            case ops.SoftCap():
+                tape.soft_cap(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.cap)
+            case ops.Activate():
+                tape.activate(values[op.x].rows == "R", op.activation, at[op.x], at[op.y], self._numbers(op.x))
+            case ops.Gate(activation=ClampedSwiglu() as swiglu):
+                tape.clamped_swiglu(at[op.gate], at[op.up], at[op.y], self._numbers(op.y), swiglu.alpha, swiglu.limit)
+            case ops.Gate() if values[op.gate].features != values[op.up].features:
+                tape.gate_rows(str(op.activation), at[op.gate], at[op.up], at[op.y], self._numbers(op.y))
             case ops.Gate():
-                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], values[op.y].features[-1])
+                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], self._numbers(op.y))
+            case ops.Split() | ops.HeadSplit():
+                starts = itertools.accumulate(op.sizes, initial=0)
+                parts = [(at[op.x], at[y], size, sum(op.sizes), start, size, 0) for y, size, start in zip(op.ys, op.sizes, starts)]
+                tape.copy_features(values[op.x].rows == "R", op.heads if isinstance(op, ops.HeadSplit) else 1, parts)
+            case ops.Concat():
+                sizes = [self._width(x) // op.heads for x in op.xs]
+                starts = itertools.accumulate(sizes, initial=0)
+                parts = [(at[x], at[op.y], size, size, 0, sum(sizes), start) for x, size, start in zip(op.xs, sizes, starts)]
+                tape.copy_features(values[op.y].rows == "R", op.heads, parts)
+            case ops.Cast():  # to the float32 that it is in
+                n = self._numbers(op.x)
+                tape.copy_features(values[op.x].rows == "R", 1, [(at[op.x], at[op.y], n, n, 0, n, 0)])
             case ops.SelectRows():
                 tape.select_rows(at[op.x], at[op.y], values[op.y].features[-1])
             case _:
@@ -175,6 +218,15 @@ class _Compiler:
             tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), _stride(width, 2), False)
         bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
         tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
+
+    def _positions(self, op: ops.EmbedPositions) -> Array:
+        """The rows of positions that can come, float32: exact, and one row a token costs nothing."""
+        rows = self.weights.array(op.weight)[op.offset : op.offset + self.program.context]
+        if len(rows) < self.program.context:
+            raise ConfigError(
+                f"{op.weight} has {len(rows)} positions, fewer than the context of {self.program.context}; choose a shorter one"
+            )
+        return np.ascontiguousarray(rows, np.float32)
 
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
