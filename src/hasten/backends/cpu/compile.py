@@ -130,7 +130,7 @@ class _Compiler:
     def _take(self, name: str) -> int:
         if self.program.values[name].dtype == "int8":
             return self.arena.take(self._tile_rows() * _stride(self._width(name), 1))
-        return self.arena.take(self._tile_rows() * self._width(name) * 4)
+        return self.arena.take(self._tile_rows() * self._numbers(name) * 4)
 
     def _width(self, name: str) -> int:
         return self.program.values[name].features[-1]
