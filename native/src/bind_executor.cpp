@@ -13,6 +13,7 @@
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "tape.hpp"
+#include "tape_heads.hpp"
 #include "tape_ops.hpp"
 #include "tape_rows.hpp"
 
@@ -191,7 +192,7 @@ void bind_executor(nb::module_& module) {
         .def_prop_ro("nbytes", &WeightBuffer::bytes)
         .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); });
 
-    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages.")
+    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages. value_dim 0: latent rows.")
         .def(nb::init<int, int, int, int, int, int>(), "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
         .def_prop_ro("pages", &PagePool::pages)
         .def_prop_ro("page", &PagePool::page);
@@ -295,6 +296,23 @@ void bind_executor(nb::module_& module) {
                  add_op<CopyFeaturesOp>(self, rows_named(logit_rows), heads, std::move(copies));
              },
              "logit_rows"_a, "heads"_a, "parts"_a)
+        .def("feed_heads",
+             [](Player& self, std::int64_t x, std::int64_t y, int heads, int n, int padded, int stride) {
+                 if (heads < 1 || padded < n || stride < padded) refuse("heads of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 add_op<FeedHeadsOp>(self, place(x), place(y), heads, n, padded, stride);
+             },
+             "x"_a, "y"_a, "heads"_a, "n"_a, "padded"_a, "stride"_a)
+        .def("head_linear",
+             [](Player& self, std::vector<std::shared_ptr<WeightBuffer>> weights, std::int64_t x, std::int64_t y, int stride) {
+                 if (weights.empty()) refuse("a weight for each head is needed");
+                 for (const auto& weight : weights) {
+                     const PackedLinear &its = weight->packed(), &first = weights[0]->packed();
+                     if (its.format != WeightFormat::bf16 || its.out != first.out || its.in != first.in) refuse("heads need bf16 weights of one shape");
+                     if (stride < its.padded_in()) refuse("heads of " + std::to_string(stride) + " are shorter than the weight's rows");
+                 }
+                 add_op<HeadLinearOp>(self, std::move(weights), place(x), place(y), stride);
+             },
+             "weights"_a, "x"_a, "y"_a, "stride"_a)
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
         .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a,

@@ -99,6 +99,7 @@ void soft_cap(Isa isa, const float* x, std::size_t count, float cap, float* y); 
 void rotate(Isa isa, const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin, float* y);
 
 // One layer of a paged cache: pages of `page` tokens, each [kv_heads][page][key_dim] bf16 keys, then [kv_heads][page][value_dim] bf16 values.
+// value_dim 0: latent rows, which are keys whose first features are the values.
 struct PagedLayer {
   bf16* base;              // of page 0 of this layer
   std::size_t page_stride; // elements from one page to the next

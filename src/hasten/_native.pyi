@@ -210,7 +210,7 @@ class WeightBuffer:
     def padded_in(self) -> int: ...
 
 class PagePool:
-    """Keys and values of a state group, bf16, in pages of ``page`` tokens."""
+    """Keys and values of a state group, bf16, in pages of ``page`` tokens; with ``value_dim`` 0 keys alone, which begin with the values."""
 
     def __init__(self, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
     @property
@@ -251,6 +251,9 @@ class Tape:
     def clamped_swiglu(self, gate: int, up: int, y: int, n: int, alpha: float, limit: float) -> None: ...
     def copy_features(self, logit_rows: bool, heads: int, parts: list[tuple[int, int, int, int, int, int, int]]) -> None:
         """Each part is (x, y, size, x_head, x_at, y_head, y_at): of every head, ``size`` features from x_at of x to y_at of y."""
+    def feed_heads(self, x: int, y: int, heads: int, n: int, padded: int, stride: int) -> None: ...
+    def head_linear(self, weights: list[WeightBuffer], x: int, y: int, stride: int) -> None:
+        """One bf16 weight a head, of rows as ``feed_heads`` makes them. Raises ValueError for weights of different shapes."""
     def select_rows(self, x: int, y: int, n: int) -> None: ...
     def run(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],

@@ -18,7 +18,7 @@ from tests.ops.test_reference_ops import CASES, Case, data_of, run, spread, tens
 
 ROW_OPS = (
     ops.EmbedPositions, ops.SelectRows, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast, ops.RmsNorm, ops.LayerNorm, ops.Add,
-    ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate,
+    ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.HeadLinear,
 )  # fmt: skip
 BEHIND_LOGIT_ROWS = (ops.LayerNorm, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Split)
 LENGTHS = ((1,), (17,), (1, 16, 4))
@@ -50,6 +50,8 @@ def awkward(n: int) -> list[Case]:
         Case(ops.HeadSplit(x="x", ys=("a", "b"), sizes=(n, 3), heads=3), {"x": (3 * n + 9,)}),
         Case(ops.Concat(xs=("a", "b"), y="y", heads=3), {"a": (3 * n,), "b": (6,)}),
         Case(ops.EmbedPositions(weight="w", y="y", offset=2), weights={"w": (60, n)}),
+        x_to_y(ops.HeadLinear, 3 * n, {"w": (3, 5, n)}, weight="w", heads=3),
+        x_to_y(ops.HeadLinear, 2 * 7, {"w": (2, n, 7)}, weight="w", heads=2),
     ]
     return [
         dataclasses.replace(case, lengths=lengths, starts=tuple(range(len(lengths))), id=f"{index}-{n}-{lengths}")
@@ -64,9 +66,9 @@ AWKWARD = [case for n in WIDTHS for case in awkward(n)]
 
 
 def numbers_of(case: Case) -> dict[str, np.ndarray]:
-    """The case's numbers, as they can lie on a tape: inputs in bf16 (they come out of embedding tables), weights in float32."""
-    arrays = data_of(case)
-    kinds = {name: ml_dtypes.bfloat16 if name.startswith("in:") else np.float32 for name in arrays}
+    """The case's numbers as a tape holds them: inputs (they come out of embedding tables) and factors in bf16, other weights in float32."""
+    arrays, linear = data_of(case), isinstance(case.op, ops.HeadLinear)
+    kinds = {name: ml_dtypes.bfloat16 if name.startswith("in:") or linear else np.float32 for name in arrays}
     return {name: array.astype(kinds[name]).astype(np.float64) for name, array in arrays.items()}
 
 

@@ -12,14 +12,16 @@ from hasten import _native
 from hasten.backends.cpu.arena import Arena
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.weights import Array, Weights
-from hasten.program import KvGroup, Program, ops
+from hasten.program import KvGroup, LatentGroup, Program, ops
 from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
+FED = ".fed"  # beside the values of an op: its own copy of what it reads
 LOGITS = -1  # the place that is the caller's array
 GROUP = 128  # k per int4 scale
 KERNELS = (
-    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add,
-    ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast, ops.SelectRows,
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.HeadLinear, ops.Rotate, ops.AppendKv,
+    ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast,
+    ops.SelectRows,
 )  # fmt: skip
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
@@ -41,8 +43,6 @@ def _refusal(program: Program, op: ops.Op) -> str:
             return f"Cast from {program.values[op.x].dtype} to {op.dtype}"
         case ops.Attend(visible=visible) if not isinstance(visible, Causal | SlidingWindow):
             return f"Attend under {type(visible).__name__}"
-        case ops.Attend() | ops.AppendKv() if not isinstance(program.state(op.state.group), KvGroup):
-            return f"{name} over latent rows"
     if any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
         return f"{name} in {program.values[op.outputs[0]].dtype}"
     return ""
@@ -92,10 +92,8 @@ class _Compiler:
         places = [self._plan(index, op) for index, op in enumerate(program.ops)]
         vocab = program.values["logits"].features[-1]
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
-        groups = [group for group in program.states if isinstance(group, KvGroup)]
-        pools = tuple(
-            _native.PagePool(group.layers, pages[group.name], page, group.kv_heads, group.key_dim, group.value_dim) for group in groups
-        )
+        groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
+        pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
         self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
         for (frequencies, magnitude), (cos, sin) in self.tables.items():
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
@@ -120,6 +118,9 @@ class _Compiler:
         if isinstance(op, ops.Linear) and op.scale is None and op.x not in self.fed:
             self.fed[op.x] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), 2) * 2)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
+        if isinstance(op, ops.HeadLinear):  # its bf16 rows are padded head by head, so nobody else reads them
+            where[FED] = self.arena.take(self._tile_rows() * op.heads * _stride(self._width(op.x) // op.heads, 2) * 2)
+            self.arena.give_back(where[FED])
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
@@ -164,6 +165,10 @@ class _Compiler:
                 tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
             case ops.Linear():
                 self._emit_linear(tape, op, at)
+            case ops.HeadLinear():
+                n = self._width(op.x) // op.heads
+                tape.feed_heads(at[op.x], at[FED], op.heads, n, _padded(n), _stride(n, 2))
+                tape.head_linear(self._head_weights(op), at[FED], at[op.y], _stride(n, 2))
             case ops.Rotate():
                 cos, sin = self.tables[op.frequencies, op.magnitude]
                 head_dim = values[op.x].features[-1] // op.heads
@@ -219,6 +224,13 @@ class _Compiler:
         bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
         tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
 
+    def _head_weights(self, op: ops.HeadLinear) -> list[_native.WeightBuffer]:
+        if op.weight_format != "dense":
+            raise UnsupportedError(f"{op.weight}: products head by head have weights in bf16 only, not {op.weight_format}")
+        packed = [_native.WeightBuffer(self.pool, "bf16", 0, _bf16(head)) for head in self.weights.array(op.weight)]
+        self.weight_bytes += sum(weight.nbytes for weight in packed)
+        return packed
+
     def _positions(self, op: ops.EmbedPositions) -> Array:
         """The rows of positions that can come, float32: exact, and one row a token costs nothing."""
         rows = self.weights.array(op.weight)[op.offset : op.offset + self.program.context]
@@ -241,6 +253,12 @@ class _Compiler:
             self.packed[key] = packed
             self.weight_bytes += packed.nbytes
         return self.packed[key]
+
+
+def _page_pool(group: KvGroup | LatentGroup, pages: int, page: int) -> _native.PagePool:
+    if isinstance(group, LatentGroup):  # one row a token, which begins with the values
+        return _native.PagePool(group.layers, pages, page, 1, group.width, 0)
+    return _native.PagePool(group.layers, pages, page, group.kv_heads, group.key_dim, group.value_dim)
 
 
 def _padded(width: int) -> int:
