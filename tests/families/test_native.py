@@ -8,6 +8,7 @@ from hasten.backends.reference import ReferenceBackend
 from hasten.checkpoint import load
 from hasten.families import all_families
 from hasten.program import Batch, Precision, lower
+from tests.cuts import assert_the_same_bits_however_cut
 from tests.families.oracles import make_checkpoint
 
 LENGTH = 37
@@ -38,10 +39,42 @@ def test_logits(family, index, tmp_path):
     assert np.array_equal(np.concatenate(rows), whole)
 
 
-def test_the_readmes_families_run_natively():
-    assert {"llama", "mistral", "qwen2", "qwen3", "phi3"} <= {family.name for family, _ in CASES}
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize(("name", "index"), [("gpt2", 0), ("gpt_neox", 1), ("bloom", 1), ("mpt", 1), ("gemma2", 0)])
+def test_the_same_bits_however_the_batch_is_cut(name, index, weights, tmp_path):
+    """Learned positions, parallel branches, ALiBi, clips, soft caps and windows, on one thread and two."""
+    (config,) = (family.examples[index] for family in all_families() if family.name == name)
+    make_checkpoint(config, tmp_path)
+    model = load(tmp_path)
+    length = min(100, model.spec.context)
+    assert length > 50
+    ids = np.random.default_rng(index).integers(0, config["vocab_size"], length).tolist()
+    sessions = [CpuBackend(threads=threads).session(model, length, weights) for threads in (1, 2)]
+    assert_the_same_bits_however_cut(sessions, ids)
 
 
-def test_mixtures_of_experts_run_natively():
-    for name in ("mixtral", "qwen3_moe"):
-        assert sum(family.name == name for family, _ in CASES) == 3
+NATIVE = [
+    "bloom",
+    "falcon",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "mpt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_example_runs_natively(name):
+    (family,) = (family for family in all_families() if family.name == name)
+    assert len(family.examples) >= 2
+    for example in family.examples:
+        assert unsupported_ops(lower(family.spec(example))) == ()

@@ -1,6 +1,7 @@
 """Compiling: a Program and its weights → a native tape. Kernels resolved, places fixed, weights packed, once."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -13,15 +14,17 @@ from hasten.backends.cpu.experts import ExpertPlaces
 from hasten.backends.cpu.rows import GROUP
 from hasten.backends.cpu.rows import padded_width as _padded
 from hasten.backends.cpu.rows import row_stride as _stride
-from hasten.base.errors import UnsupportedError
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.weights import Array, Weights
-from hasten.program import KvGroup, Program, ops
-from hasten.spec import Causal, SlidingWindow
+from hasten.program import KvGroup, LatentGroup, Program, ops
+from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
+FED = ".fed"  # beside the values of an op: its own copy of what it reads
 LOGITS = -1  # the place that is the caller's array
 KERNELS = (
-    ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
-    ops.Route, ops.ExpertLinear, ops.Combine,
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.HeadLinear, ops.Rotate, ops.AppendKv,
+    ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast,
+    ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine,
 )  # fmt: skip
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
@@ -37,14 +40,12 @@ def _refusal(program: Program, op: ops.Op) -> str:
     if not isinstance(op, KERNELS):
         return name
     match op:
-        case ops.Gate(activation=activation) if not isinstance(activation, str):
-            return f"Gate with {type(activation).__name__}"
-        case ops.Gate() if program.values[op.gate].features != program.values[op.up].features:
-            return "Gate with one number a row"
+        case ops.Gate(activation=ClampedSwiglu()) if program.values[op.gate].features != program.values[op.up].features:
+            return "Gate with ClampedSwiglu of one number a row"
+        case ops.Cast() if program.values[op.x].dtype != op.dtype:
+            return f"Cast from {program.values[op.x].dtype} to {op.dtype}"
         case ops.Attend(visible=visible) if not isinstance(visible, Causal | SlidingWindow):
             return f"Attend under {type(visible).__name__}"
-        case ops.Attend() | ops.AppendKv() if not isinstance(program.state(op.state.group), KvGroup):
-            return f"{name} over latent rows"
     if any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
         return f"{name} in {program.values[op.outputs[0]].dtype}"
     return ""
@@ -77,10 +78,10 @@ class _Compiler:
     def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
         self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
         self.arena = Arena()
-        self.places: dict[str, int] = {"logits": LOGITS}
         self.fed: dict[str, int] = {}  # value → where its bf16 rows lie
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
+        self.places = dict.fromkeys(self._become_logits(), LOGITS)
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
         self.experts = ExpertPlaces(program, self.arena, most_tokens)
         self.done: set[str] = set()  # values whose bf16 rows are on the tape
@@ -95,10 +96,8 @@ class _Compiler:
         places = [self._plan(index, op) for index, op in enumerate(program.ops)]
         vocab = program.values["logits"].features[-1]
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
-        groups = [group for group in program.states if isinstance(group, KvGroup)]
-        pools = tuple(
-            _native.PagePool(group.layers, pages[group.name], page, group.kv_heads, group.key_dim, group.value_dim) for group in groups
-        )
+        groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
+        pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
         self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
         for (frequencies, magnitude), (cos, sin) in self.tables.items():
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
@@ -108,6 +107,14 @@ class _Compiler:
 
     # --- first: where everything lies
 
+    def _become_logits(self) -> list[str]:
+        """The logits, and what they are made from in place: a row of them may be a megabyte."""
+        names = ["logits"]
+        for index, op in reversed([*enumerate(self.program.ops)]):
+            if isinstance(op, ops.Scale | ops.SoftCap) and op.y == names[-1] and self.last_use[op.x] == index:
+                names.append(op.x)
+        return names
+
     def _plan(self, index: int, op: ops.Op) -> dict[str, int]:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
@@ -116,6 +123,9 @@ class _Compiler:
             self.fed[op.x] = self.arena.take(self._tile_rows() * self._choices(op.x) * _stride(self._width(op.x), 2) * 2)
         self.experts.plan(op)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
+        if isinstance(op, ops.HeadLinear):  # its bf16 rows are padded head by head, so nobody else reads them
+            where[FED] = self.arena.take(self._tile_rows() * op.heads * _stride(self._width(op.x) // op.heads, 2) * 2)
+            self.arena.give_back(where[FED])
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
@@ -127,10 +137,13 @@ class _Compiler:
     def _take(self, name: str) -> int:
         if self.program.values[name].dtype == "int8":
             return self.arena.take(self._tile_rows() * self._choices(name) * _stride(self._width(name), 1))
-        return self.arena.take(self._tile_rows() * self._choices(name) * self._width(name) * 4)
+        return self.arena.take(self._tile_rows() * self._numbers(name) * 4)
 
     def _width(self, name: str) -> int:
         return self.program.values[name].features[-1]
+
+    def _numbers(self, name: str) -> int:
+        return math.prod(self.program.values[name].features)
 
     def _tile_rows(self) -> int:
         """A tile reads 16 rows, whatever the batch."""
@@ -152,10 +165,19 @@ class _Compiler:
                 tape.rms_norm(
                     values[op.x].rows == "R", at[op.x], at[op.y], n, op.group, _floats(self.weights.array(op.weight)), op.eps, op.offset
                 )
+            case ops.EmbedPositions():
+                tape.embed_positions(self._positions(op), at[op.y])
+            case ops.LayerNorm():
+                weight, bias = _floats(self.weights.array(op.weight)), [] if op.bias is None else _floats(self.weights.array(op.bias))
+                tape.layer_norm(values[op.x].rows == "R", at[op.x], at[op.y], self._width(op.x), op.group, weight, bias, op.eps)
             case ops.QuantizeRows():
                 self._emit_feed(tape, op.x, at[op.x], at[op.q], at[op.scale])
             case ops.Linear():
                 self._emit_linear(tape, op, at)
+            case ops.HeadLinear():
+                n = self._width(op.x) // op.heads
+                tape.feed_heads(at[op.x], at[FED], op.heads, n, _padded(n), _stride(n, 2))
+                tape.head_linear(self._head_weights(op), at[FED], at[op.y], _stride(n, 2))
             case ops.Rotate():
                 cos, sin = self.tables[op.frequencies, op.magnitude]
                 head_dim = values[op.x].features[-1] // op.heads
@@ -170,8 +192,32 @@ class _Compiler:
                 )  # fmt: skip
             case ops.Add():
                 tape.add(at[op.a], at[op.b], at[op.y], values[op.y].features[-1])
+            case ops.Scale():
+                tape.scale(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.factor)
+            case ops.Clip():
+                tape.clip(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.limit)
+            case ops.SoftCap():
+                tape.soft_cap(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.cap)
+            case ops.Activate():
+                tape.activate(values[op.x].rows == "R", op.activation, at[op.x], at[op.y], self._numbers(op.x))
+            case ops.Gate(activation=ClampedSwiglu() as swiglu):
+                tape.clamped_swiglu(at[op.gate], at[op.up], at[op.y], self._numbers(op.y), swiglu.alpha, swiglu.limit)
+            case ops.Gate() if values[op.gate].features != values[op.up].features:
+                tape.gate_rows(str(op.activation), at[op.gate], at[op.up], at[op.y], self._numbers(op.y))
             case ops.Gate():
-                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], math.prod(values[op.y].features))
+                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], self._numbers(op.y))
+            case ops.Split() | ops.HeadSplit():
+                starts = itertools.accumulate(op.sizes, initial=0)
+                parts = [(at[op.x], at[y], size, sum(op.sizes), start, size, 0) for y, size, start in zip(op.ys, op.sizes, starts)]
+                tape.copy_features(values[op.x].rows == "R", op.heads if isinstance(op, ops.HeadSplit) else 1, parts)
+            case ops.Concat():
+                sizes = [self._width(x) // op.heads for x in op.xs]
+                starts = itertools.accumulate(sizes, initial=0)
+                parts = [(at[x], at[op.y], size, size, 0, sum(sizes), start) for x, size, start in zip(op.xs, sizes, starts)]
+                tape.copy_features(values[op.y].rows == "R", op.heads, parts)
+            case ops.Cast():  # to the float32 that it is in
+                n = self._numbers(op.x)
+                tape.copy_features(values[op.x].rows == "R", 1, [(at[op.x], at[op.y], n, n, 0, n, 0)])
             case ops.SelectRows():
                 tape.select_rows(at[op.x], at[op.y], values[op.y].features[-1])
             case ops.Route():
@@ -210,6 +256,22 @@ class _Compiler:
         else:
             tape.feed(value.rows == "R", at, rows, scales or 0, width, _padded(width), stride, to_int8)
 
+    def _head_weights(self, op: ops.HeadLinear) -> list[_native.WeightBuffer]:
+        if op.weight_format != "dense":
+            raise UnsupportedError(f"{op.weight}: products head by head have weights in bf16 only, not {op.weight_format}")
+        packed = [_native.WeightBuffer(self.pool, "bf16", 0, _bf16(head)) for head in self.weights.array(op.weight)]
+        self.weight_bytes += sum(weight.nbytes for weight in packed)
+        return packed
+
+    def _positions(self, op: ops.EmbedPositions) -> Array:
+        """The rows of positions that can come, float32: exact, and one row a token costs nothing."""
+        rows = self.weights.array(op.weight)[op.offset : op.offset + self.program.context]
+        if len(rows) < self.program.context:
+            raise ConfigError(
+                f"{op.weight} has {len(rows)} positions, fewer than the context of {self.program.context}; choose a shorter one"
+            )
+        return np.ascontiguousarray(rows, np.float32)
+
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
         if key not in self.packed:
@@ -225,6 +287,12 @@ class _Compiler:
         chosen, experts = self._width(op.experts), self.program.params[op.weight][0]
         self.weight_bytes += packed.nbytes * chosen // experts
         return packed
+
+
+def _page_pool(group: KvGroup | LatentGroup, pages: int, page: int) -> _native.PagePool:
+    if isinstance(group, LatentGroup):  # one row a token, which begins with the values
+        return _native.PagePool(group.layers, pages, page, 1, group.width, 0)
+    return _native.PagePool(group.layers, pages, page, group.kv_heads, group.key_dim, group.value_dim)
 
 
 def _native_format(op: ops.Linear | ops.ExpertLinear) -> str:
