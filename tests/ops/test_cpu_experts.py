@@ -1,7 +1,5 @@
 """Mixtures of experts on the native backend: the reference's numbers, and the same bits however a batch is cut."""
 
-import itertools
-
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -28,6 +26,7 @@ from hasten.spec import (
     Router,
     Spec,
 )
+from tests.cuts import assert_the_same_bits_however_cut
 
 ISAS = _native.available_isas()
 VOCAB, WIDTH, CONTEXT = 97, 72, 256
@@ -109,25 +108,7 @@ def test_the_same_bits_however_the_batch_is_cut(weights):
         assert len({tuple(row) for row in chosen.tolist()}) > 5  # rows differ in what they choose
         assert len(np.unique(chosen)) == chosen.max() + 1 > 5  # and every expert is somebody's
     sessions = [CpuBackend(threads=threads).session(MODEL, CONTEXT, weights) for threads in (1, 2)]
-    whole = sessions[0].score(Batch.of([IDS]))
-    others = [IDS[7:19], IDS[50:51]]
-    for session, seed in itertools.product(sessions, range(3)):
-        cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(IDS)), 5, replace=False).tolist())
-        state, rows = session.start(3), []
-        for begin, end in zip([0, *cuts], [*cuts, len(IDS)]):
-            if begin == 0:  # the first piece beside two other prompts, the rest alone
-                logits, state = session.step(Batch.of([others[0], IDS[:end], others[1]], [0, 0, 0]), state)
-                rows.append(logits[12 : 12 + end])
-                state = state.select([1])
-            else:
-                logits, state = session.step(Batch.of([IDS[begin:end]], [begin]), state)
-                rows.append(logits)
-        assert np.array_equal(np.concatenate(rows), whole)
-        state, rows = session.start(1), []
-        for position in range(20):
-            logits, state = session.step(Batch.of([[IDS[position]]], [position]), state)
-            rows.append(logits)
-        assert np.array_equal(np.concatenate(rows), whole[:20])
+    assert_the_same_bits_however_cut(sessions, IDS, seeds=3)
 
 
 def test_more_tokens_than_a_step_takes():
