@@ -4,15 +4,20 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "tape.hpp"
+#include "tape_experts.hpp"
+#include "tape_heads.hpp"
 #include "tape_ops.hpp"
+#include "tape_rows.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -25,7 +30,9 @@ using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::devi
 using Longs = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using HalvesOfExperts = nb::ndarray<const std::uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = std::vector<float>;
 
 [[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
@@ -148,6 +155,15 @@ void add_op(Player& player, Args&&... args) {
     player.tape.add(std::make_unique<Op>(std::forward<Args>(args)...));
 }
 
+// What tape_rows.hpp's NumberOp does with `kernel`.
+template <NumberOp::Kernel kernel>
+void number_op(Player& player, bool logit_rows, std::int64_t x, std::int64_t y, int n, float number) {
+    add_op<NumberOp>(player, rows_named(logit_rows), kernel, place(x), place(y), n, number);
+}
+
+// x, y, size, x_head, x_at, y_head, y_at of CopyFeaturesOp::Part.
+using CopiedPart = std::tuple<std::int64_t, std::int64_t, int, int, int, int, int>;
+
 }  // namespace
 
 void bind_executor(nb::module_& module) {
@@ -164,7 +180,22 @@ void bind_executor(nb::module_& module) {
              "threads"_a)
         .def_prop_ro("threads", &ThreadPool::size);
 
-    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages.")
+    nb::class_<ExpertWeights>(module, "ExpertWeights", "The weights of a layer's experts, packed alike.")
+        .def("__init__",
+             [](ExpertWeights* self, std::vector<std::shared_ptr<WeightBuffer>> experts) {
+                 if (experts.empty()) refuse("at least one expert is needed");
+                 const PackedLinear& first = experts.front()->packed();
+                 for (const auto& each : experts) {
+                     const PackedLinear& its = each->packed();
+                     if (its.format != first.format || its.out != first.out || its.in != first.in || its.group != first.group)
+                         refuse("experts of one layer are packed alike");
+                 }
+                 new (self) ExpertWeights(std::move(experts));
+             },
+             "experts"_a)
+        .def_prop_ro("nbytes", &ExpertWeights::bytes);
+
+    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages. value_dim 0: latent rows.")
         .def(nb::init<int, int, int, int, int, int>(), "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
         .def_prop_ro("pages", &PagePool::pages)
         .def_prop_ro("page", &PagePool::page);
@@ -232,6 +263,105 @@ void bind_executor(nb::module_& module) {
                  add_op<GateOp>(self, activation_named(activation), place(gate), place(up), place(y), n);
              },
              "activation"_a, "gate"_a, "up"_a, "y"_a, "n"_a)
+        .def("route",
+             [](Player& self, std::int64_t logits, std::int64_t experts, std::int64_t weights, int count, int top_k, bool sigmoid, bool normalize,
+                float scale, int groups, int top_groups, Floats correction) {
+                 const RouteShape shape{count, top_k, sigmoid ? Score::sigmoid : Score::softmax, normalize, scale, groups, top_groups};
+                 if (!can_route(shape)) refuse(std::to_string(top_k) + " experts cannot be chosen of " + std::to_string(count) + " in these groups");
+                 self.tape.need_scratch(route_scratch(shape));
+                 add_op<RouteOp>(self, shape, std::move(correction), place(logits), place(experts), place(weights));
+             },
+             "logits"_a, "experts"_a, "weights"_a, "count"_a, "top_k"_a, "sigmoid"_a, "normalize"_a, "scale"_a, "groups"_a, "top_groups"_a,
+             "correction"_a)
+        .def("group_by_expert",
+             [](Player& self, std::int64_t experts, std::int64_t starts, std::int64_t places, int count, int top_k) {
+                 add_op<GroupByExpertOp>(self, count, top_k, place(experts), place(starts), place(places));
+             },
+             "experts"_a, "starts"_a, "places"_a, "count"_a, "top_k"_a)
+        .def("gather_rows",
+             [](Player& self, std::int64_t x, std::int64_t scales, std::int64_t places, std::int64_t y, std::int64_t y_scales, int top_k,
+                std::size_t row_bytes, bool scaled) {
+                 add_op<GatherRowsOp>(self, top_k, row_bytes, scaled, place(x), place(scales), place(places), place(y), place(y_scales));
+             },
+             "x"_a, "scales"_a, "places"_a, "y"_a, "y_scales"_a, "top_k"_a, "row_bytes"_a, "scaled"_a)
+        .def("feed_chosen",
+             [](Player& self, int top_k, std::int64_t x, std::int64_t y, std::int64_t scales, int n, int padded, int stride,
+                const std::string& feed) {
+                 if (padded < n || stride < padded) refuse("rows of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 add_op<FeedChosenOp>(self, top_k, FeedOp(Rows::tokens, place(x), place(y), place(scales), n, padded, stride, feed_named(feed)));
+             },
+             "top_k"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "stride"_a, "feed"_a)
+        .def("expert_linear",
+             [](Player& self, std::shared_ptr<ExpertWeights> weights, bool scaled, std::int64_t x, std::int64_t scales, std::int64_t starts,
+                std::int64_t y, int stride, Floats bias) {
+                 const PackedLinear& first = weights->packed().front();
+                 if (scaled && !is_integer(first.format)) refuse("only weights of integers take int8 rows");
+                 if (stride < first.padded_in()) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
+                 if (!bias.empty() && bias.size() != weights->packed().size() * static_cast<std::size_t>(first.out))
+                     refuse("bias must have a number for each expert's output channels");
+                 add_op<ExpertLinearOp>(self, std::move(weights), scaled, place(x), place(scales), place(starts), place(y), stride, std::move(bias));
+             },
+             "weights"_a, "scaled"_a, "x"_a, "scales"_a, "starts"_a, "y"_a, "stride"_a, "bias"_a)
+        .def("combine",
+             [](Player& self, std::int64_t x, std::int64_t weights, std::int64_t places, std::int64_t y, int top_k, int n) {
+                 add_op<CombineOp>(self, top_k, n, place(x), place(weights), place(places), place(y));
+             },
+             "x"_a, "weights"_a, "places"_a, "y"_a, "top_k"_a, "n"_a)
+        .def("embed_positions",
+             [](Player& self, FloatTable table, std::int64_t y) {
+                 if (table.shape(0) < static_cast<std::size_t>(self.context)) refuse("the table has fewer positions than the context");
+                 self.kept.append(table.cast());
+                 add_op<EmbedPositionsOp>(self, table.data(), static_cast<int>(table.shape(1)), place(y));
+             },
+             "table"_a, "y"_a)
+        .def("layer_norm",
+             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, int n, int group, Floats weight, Floats bias, float eps) {
+                 if (!bias.empty() && bias.size() != weight.size()) refuse("a bias must be as long as its weight");
+                 add_op<LayerNormOp>(self, rows_named(logit_rows), place(x), place(y), n, group, std::move(weight), std::move(bias), eps);
+             },
+             "logit_rows"_a, "x"_a, "y"_a, "n"_a, "group"_a, "weight"_a, "bias"_a, "eps"_a)
+        .def("activate",
+             [](Player& self, bool logit_rows, const std::string& activation, std::int64_t x, std::int64_t y, int n) {
+                 add_op<ActivateOp>(self, rows_named(logit_rows), activation_named(activation), place(x), place(y), n);
+             },
+             "logit_rows"_a, "activation"_a, "x"_a, "y"_a, "n"_a)
+        .def("scale", number_op<scale>, "logit_rows"_a, "x"_a, "y"_a, "n"_a, "factor"_a)
+        .def("clip", number_op<clip>, "logit_rows"_a, "x"_a, "y"_a, "n"_a, "limit"_a)
+        .def("soft_cap", number_op<soft_cap>, "logit_rows"_a, "x"_a, "y"_a, "n"_a, "cap"_a)
+        .def("gate_rows",
+             [](Player& self, const std::string& activation, std::int64_t gate, std::int64_t up, std::int64_t y, int n) {
+                 add_op<GateRowsOp>(self, activation_named(activation), place(gate), place(up), place(y), n);
+             },
+             "activation"_a, "gate"_a, "up"_a, "y"_a, "n"_a)
+        .def("clamped_swiglu",
+             [](Player& self, std::int64_t gate, std::int64_t up, std::int64_t y, int n, float alpha, float limit) {
+                 add_op<ClampedSwigluOp>(self, place(gate), place(up), place(y), n, alpha, limit);
+             },
+             "gate"_a, "up"_a, "y"_a, "n"_a, "alpha"_a, "limit"_a)
+        .def("copy_features",
+             [](Player& self, bool logit_rows, int heads, const std::vector<CopiedPart>& parts) {
+                 std::vector<CopyFeaturesOp::Part> copies;
+                 for (const auto& [x, y, size, x_head, x_at, y_head, y_at] : parts) copies.push_back({place(x), place(y), size, x_head, x_at, y_head, y_at});
+                 add_op<CopyFeaturesOp>(self, rows_named(logit_rows), heads, std::move(copies));
+             },
+             "logit_rows"_a, "heads"_a, "parts"_a)
+        .def("feed_heads",
+             [](Player& self, std::int64_t x, std::int64_t y, int heads, int n, int padded, int stride) {
+                 if (heads < 1 || padded < n || stride < padded) refuse("heads of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 add_op<FeedHeadsOp>(self, place(x), place(y), heads, n, padded, stride);
+             },
+             "x"_a, "y"_a, "heads"_a, "n"_a, "padded"_a, "stride"_a)
+        .def("head_linear",
+             [](Player& self, std::vector<std::shared_ptr<WeightBuffer>> weights, std::int64_t x, std::int64_t y, int stride) {
+                 if (weights.empty()) refuse("a weight for each head is needed");
+                 for (const auto& weight : weights) {
+                     const PackedLinear &its = weight->packed(), &first = weights[0]->packed();
+                     if (its.format != WeightFormat::bf16 || its.out != first.out || its.in != first.in) refuse("heads need bf16 weights of one shape");
+                     if (stride < its.padded_in()) refuse("heads of " + std::to_string(stride) + " are shorter than the weight's rows");
+                 }
+                 add_op<HeadLinearOp>(self, std::move(weights), place(x), place(y), stride);
+             },
+             "weights"_a, "x"_a, "y"_a, "stride"_a)
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
         .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a,

@@ -106,12 +106,22 @@ void layer_norm(Isa isa, const float* x, int rows, int n, int group, const float
 void add(Isa isa, const float* a, const float* b, std::size_t count, float* y);
 
 enum class Activation { relu, relu_squared, gelu, gelu_tanh, silu, sigmoid, tanh };
+void activate(Isa isa, Activation activation, const float* x, std::size_t count, float* y);
 void gate(Isa isa, Activation activation, const float* gate, const float* up, std::size_t count, float* y);  // activation(gate) · up
+// y[r, c] = activation(gate[r]) · up[r, c] of up [rows, n].
+void gate_rows(Isa isa, Activation activation, const float* gate, const float* up, int rows, int n, float* y);
+// g · sigmoid(alpha·g) · (u + 1) with g = min(gate, limit) and u = up clipped to ±limit.
+void clamped_swiglu(Isa isa, const float* gate, const float* up, std::size_t count, float alpha, float limit, float* y);
+
+void scale(Isa isa, const float* x, std::size_t count, float factor, float* y);   // x · factor
+void clip(Isa isa, const float* x, std::size_t count, float limit, float* y);     // min(max(x, −limit), limit)
+void soft_cap(Isa isa, const float* x, std::size_t count, float cap, float* y);   // cap · tanh(x / cap)
 
 // Rotary embedding: cos, sin [rows, dims / 2] of each row; `dims` features of every head from `start` are rotated, the others copied.
 void rotate(Isa isa, const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin, float* y);
 
 // One layer of a paged cache: pages of `page` tokens, each [kv_heads][page][key_dim] bf16 keys, then [kv_heads][page][value_dim] bf16 values.
+// value_dim 0: latent rows, which are keys whose first features are the values.
 struct PagedLayer {
   bf16* base;              // of page 0 of this layer
   std::size_t page_stride; // elements from one page to the next

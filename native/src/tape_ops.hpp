@@ -77,7 +77,9 @@ struct FeedOp final : TapeOp {
     FeedOp(Rows rows, Place x, Place y, Place scales, int n, int padded, int stride, Feed feed)
         : rows(rows), x(x), y(y), scales(scales), n(n), padded(padded), stride(stride), feed(feed) {}
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        const Share part = share(row_count(rows, step), thread, tape.threads());
+        feed_rows(tape, step, share(row_count(rows, step), thread, tape.threads()));
+    }
+    void feed_rows(const Tape& tape, const StepInput& step, Share part) const {
         const int count = static_cast<int>(part.end - part.begin);
         const float* const from = tape.at<float>(x, step) + part.begin * n;
         if (feed == Feed::int8)

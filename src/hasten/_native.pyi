@@ -76,6 +76,26 @@ def add(isa: str, a: NDArray[np.float32], b: NDArray[np.float32], y: NDArray[np.
 def gate(isa: str, activation: str, gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32]) -> None:
     """y = activation(gate) · up, of vectors."""
 
+def activate(isa: str, activation: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    """y = activation(x), of vectors."""
+
+def gate_rows(isa: str, activation: str, gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    """y[r] = activation(gate[r]) · up[r]. gate [R], up [R, N]."""
+
+def clamped_swiglu(
+    isa: str, gate: NDArray[np.float32], up: NDArray[np.float32], alpha: float, limit: float, y: NDArray[np.float32]
+) -> None:
+    """y = g · sigmoid(alpha·g) · (u + 1), g = min(gate, limit), u = clip(up, ±limit), of vectors."""
+
+def scale(isa: str, x: NDArray[np.float32], factor: float, y: NDArray[np.float32]) -> None:
+    """y = x · factor, of vectors."""
+
+def clip(isa: str, x: NDArray[np.float32], limit: float, y: NDArray[np.float32]) -> None:
+    """y = min(max(x, −limit), limit), of vectors."""
+
+def soft_cap(isa: str, x: NDArray[np.float32], cap: float, y: NDArray[np.float32]) -> None:
+    """y = cap · tanh(x / cap), of vectors."""
+
 def rotate(
     isa: str,
     x: NDArray[np.float32],
@@ -188,8 +208,15 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
 
+class ExpertWeights:
+    """The weights of a layer's experts, packed alike."""
+
+    def __init__(self, experts: list[WeightBuffer]) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class PagePool:
-    """Keys and values of a state group, bf16, in pages of ``page`` tokens."""
+    """Keys and values of a state group, bf16, in pages of ``page`` tokens; with ``value_dim`` 0 keys alone, which begin with the values."""
 
     def __init__(self, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
     @property
@@ -219,9 +246,60 @@ class Tape:
     ) -> None: ...  # fmt: skip
     def add(self, a: int, b: int, y: int, n: int) -> None: ...
     def gate(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def route(
+        self, logits: int, experts: int, weights: int, count: int, top_k: int, sigmoid: bool, normalize: bool, scale: float, groups: int,
+        top_groups: int, correction: list[float],
+    ) -> None: ...  # fmt: skip
+    def group_by_expert(self, experts: int, starts: int, places: int, count: int, top_k: int) -> None: ...
+    def gather_rows(
+        self, x: int, scales: int, places: int, y: int, y_scales: int, top_k: int, row_bytes: int, scaled: bool
+    ) -> None: ...  # fmt: skip
+    def feed_chosen(self, top_k: int, x: int, y: int, scales: int, n: int, padded: int, stride: int, feed: str) -> None: ...
+    def expert_linear(
+        self, weights: ExpertWeights, scaled: bool, x: int, scales: int, starts: int, y: int, stride: int, bias: list[float]
+    ) -> None: ...  # fmt: skip
+    def combine(self, x: int, weights: int, places: int, y: int, top_k: int, n: int) -> None: ...
+    def embed_positions(self, table: NDArray[np.float32], y: int) -> None:
+        """Row ``position`` of ``table``. Raises ValueError for a table of fewer rows than the context."""
+    def layer_norm(
+        self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], bias: list[float], eps: float
+    ) -> None: ...  # fmt: skip
+    def activate(self, logit_rows: bool, activation: str, x: int, y: int, n: int) -> None: ...
+    def scale(self, logit_rows: bool, x: int, y: int, n: int, factor: float) -> None: ...
+    def clip(self, logit_rows: bool, x: int, y: int, n: int, limit: float) -> None: ...
+    def soft_cap(self, logit_rows: bool, x: int, y: int, n: int, cap: float) -> None: ...
+    def gate_rows(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def clamped_swiglu(self, gate: int, up: int, y: int, n: int, alpha: float, limit: float) -> None: ...
+    def copy_features(self, logit_rows: bool, heads: int, parts: list[tuple[int, int, int, int, int, int, int]]) -> None:
+        """Each part is (x, y, size, x_head, x_at, y_head, y_at): of every head, ``size`` features from x_at of x to y_at of y."""
+    def feed_heads(self, x: int, y: int, heads: int, n: int, padded: int, stride: int) -> None: ...
+    def head_linear(self, weights: list[WeightBuffer], x: int, y: int, stride: int) -> None:
+        """One bf16 weight a head, of rows as ``feed_heads`` makes them. Raises ValueError for weights of different shapes."""
     def select_rows(self, x: int, y: int, n: int) -> None: ...
     def run(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
         slots: list[NDArray[np.int64]], tables: list[NDArray[np.int32]], logits: NDArray[np.float32],
     ) -> None:  # fmt: skip
         """Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range."""
+
+# Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
+
+def route(
+    logits: NDArray[np.float32], correction: NDArray[np.float32] | None, sigmoid: bool, normalize: bool, scale: float, groups: int,
+    top_groups: int, experts: NDArray[np.int32], weights: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Choose experts [rows, top_k] and their weights from logits [rows, experts], as program.ops.Route has it."""
+
+def group_by_expert(experts: NDArray[np.int32], count: int) -> tuple[list[int], list[int]]:
+    """(starts, places) of choices [tokens, top_k] out of ``count`` experts."""
+
+def expert_linear(
+    isa: str, threads: int, weights: ExpertWeights, x: NDArray[np.float32], experts: NDArray[np.int32], bias: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """y[t · top_k + a] = x · weightᵀ + bias of expert experts[t, a], cut as for ``threads`` threads, on this one.
+
+    x [tokens, in] or [tokens · top_k, in] is rounded as the weights' format asks."""
+
+def combine(x: NDArray[np.float32], weights: NDArray[np.float32], experts: NDArray[np.int32], count: int, y: NDArray[np.float32]) -> None:
+    """y[t] = the sum of weights[t, a] · x[t, a] in the order of choice; rows lie as choices ``experts`` out of ``count`` lay them."""

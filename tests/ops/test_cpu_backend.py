@@ -1,7 +1,6 @@
 """The native backend against the reference: same Programs, same numbers, and the same bits however a batch is cut."""
 
 import functools
-import itertools
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
 from hasten.program import Batch, Formats, lower
+from tests.cuts import assert_the_same_bits_however_cut
 
 MODEL = load("code-8m")
 IDS = np.random.default_rng(0).integers(0, MODEL.spec.vocab, 150).tolist()
@@ -59,25 +59,7 @@ def test_formats_cost_what_they_should(weights):
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_the_same_bits_however_the_batch_is_cut(weights):
     sessions = [CpuBackend(threads=threads).session(MODEL, 256, Formats(weights)) for threads in (1, 2)]
-    whole = sessions[0].score(Batch.of([IDS]))
-    for session, seed in itertools.product(sessions, range(2)):
-        cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(IDS)), 5, replace=False).tolist())
-        state, rows = session.start(3), []
-        others = [IDS[7:19], IDS[50:51]]
-        for begin, end in zip([0, *cuts], [*cuts, len(IDS)]):
-            if begin == 0:  # the first piece beside two other prompts, the rest alone
-                logits, state = session.step(Batch.of([others[0], IDS[:end], others[1]], [0, 0, 0]), state)
-                rows.append(logits[12 : 12 + end])
-                state = state.select([1])
-            else:
-                logits, state = session.step(Batch.of([IDS[begin:end]], [begin]), state)
-                rows.append(logits)
-        assert np.array_equal(np.concatenate(rows), whole)
-        state, rows = session.start(1), []
-        for position in range(20):
-            logits, state = session.step(Batch.of([[IDS[position]]], [position]), state)
-            rows.append(logits)
-        assert np.array_equal(np.concatenate(rows), whole[:20])
+    assert_the_same_bits_however_cut(sessions, IDS)
 
 
 def test_pages_come_back():
@@ -119,7 +101,7 @@ def _at(session, length):
 
 def test_what_the_backend_refuses():
     with pytest.raises(UnsupportedError, match="int5"):
-        CpuBackend().session(MODEL, 64, "int5")
+        CpuBackend().session(MODEL, 64, Formats("int5"))
     with pytest.raises(ValueError, match="threads"):
         CpuBackend(threads=10_000).session(MODEL, 64)
     with pytest.raises(ValueError, match="isa"):
