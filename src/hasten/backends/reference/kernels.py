@@ -10,7 +10,7 @@ from torch import Tensor
 from hasten.backends.reference import attention, scans
 from hasten.backends.reference.step import Step
 from hasten.base.errors import UnsupportedError
-from hasten.program import ops
+from hasten.program import Fused, ops
 from hasten.program.ops import Op
 from hasten.spec import Activation, ClampedSwiglu
 
@@ -23,6 +23,14 @@ Outputs = tuple[Tensor, ...]
 def compute(op: Op, step: Step, *inputs: Tensor) -> Outputs:
     """The outputs of ``op``, in the order its class declares them."""
     raise TypeError(f"reference has no kernel for {type(op).__name__}")
+
+
+@compute.register
+def _(op: Fused, step: Step, *inputs: Tensor) -> Outputs:
+    values = dict(zip(op.inputs, inputs, strict=True))
+    for part in op.parts:
+        values.update(zip(part.outputs, compute(part, step, *(values[name] for name in part.inputs)), strict=True))
+    return tuple(values[name] for name in op.outputs)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
