@@ -1,29 +1,38 @@
 """Compiling: a Program and its weights → a native tape. Kernels resolved, places fixed, weights packed, once."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 
 from hasten import _native
-from hasten.backends.cpu.arena import Arena
+from hasten.backends.cpu.arena import ALIGNMENT, Arena
 from hasten.base.errors import UnsupportedError
 from hasten.formats.weights import Array, Weights
-from hasten.program import KvGroup, Program, ops
+from hasten.program import KvGroup, Products, Program, RowChain, Value, ops, unfuse
 from hasten.spec import Causal, SlidingWindow
 
 LOGITS = -1  # the place that is the caller's array
+BLOCK = -2  # and down: places in a thread's own block, inside a chain
 GROUP = 128  # k per int4 scale
 KERNELS = (
-    ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
+    ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Cast, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
 )  # fmt: skip
+IN_CHAINS = (
+    ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Cast, ops.Rotate, ops.AppendKv, ops.Add, ops.Gate, ops.SelectRows,
+)  # fmt: skip
+"""Ops that the tape can play on a block of rows (RowOp in native/src/tape_rows.hpp)."""
+CHAIN_BYTES = 64 << 10  # of a block's inner values: they and the rows around them stay in a core's second-level cache
+CHAIN_ROWS = 16  # most rows of a block
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
 
 def unsupported_ops(program: Program) -> tuple[str, ...]:
     """What ``program`` needs and no native kernel does, each once, with the reason; empty where it can be compiled."""
-    reasons = dict.fromkeys(reason for op in program.ops if (reason := _refusal(program, op)))
+    plain = unfuse(program)
+    reasons = dict.fromkeys(reason for op in plain.ops if (reason := _refusal(plain, op)))
     return tuple(reasons)
 
 
@@ -40,6 +49,8 @@ def _refusal(program: Program, op: ops.Op) -> str:
             return f"Attend under {type(visible).__name__}"
         case ops.Attend() | ops.AppendKv() if not isinstance(program.state(op.state.group), KvGroup):
             return f"{name} over latent rows"
+    if isinstance(op, ops.Cast) and (program.values[op.x].dtype, op.dtype) == ("float32", "bfloat16"):
+        return ""
     if any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
         return f"{name} in {program.values[op.outputs[0]].dtype}"
     return ""
@@ -71,18 +82,17 @@ class _Compiler:
 
     def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
         self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
+        self.values = unfuse(program).values  # those inside chains too
         self.arena = Arena()
         self.places: dict[str, int] = {"logits": LOGITS}
-        self.fed: dict[str, int] = {}  # value → where its bf16 rows lie
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
-        self.done: set[str] = set()  # values whose bf16 rows are on the tape
         self.weight_bytes = 0
 
     def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
         program = self.program
-        for op in program.ops:  # tables are written before the first op, so nothing may have lain where they lie
+        for op in unfuse(program).ops:  # tables are written before the first op, so nothing may have lain where they lie
             if isinstance(op, ops.Rotate) and (key := (op.frequencies, op.magnitude)) not in self.tables:
                 size = self.most_tokens * (op.dims // 2) * 4
                 self.tables[key] = self.arena.take(size), self.arena.take(size)
@@ -106,23 +116,19 @@ class _Compiler:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
         self.places.update(made)
-        if isinstance(op, ops.Linear) and op.scale is None and op.x not in self.fed:
-            self.fed[op.x] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), 2) * 2)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
+        if isinstance(op, RowChain):
+            where |= _block(op).places
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
-                if name in self.fed:
-                    self.arena.give_back(self.fed[name])
         return where
 
     def _take(self, name: str) -> int:
-        if self.program.values[name].dtype == "int8":
-            return self.arena.take(self._tile_rows() * _stride(self._width(name), 1))
-        return self.arena.take(self._tile_rows() * self._width(name) * 4)
+        return self.arena.take(self._tile_rows() * _row_bytes(self.values[name]))
 
     def _width(self, name: str) -> int:
-        return self.program.values[name].features[-1]
+        return self.values[name].features[-1]
 
     def _tile_rows(self) -> int:
         """A tile reads 16 rows, whatever the batch."""
@@ -131,8 +137,18 @@ class _Compiler:
     # --- then: the ops
 
     def _emit(self, tape: _native.Tape, op: ops.Op, at: dict[str, int]) -> None:
-        values, params = self.program.values, self.program.params
+        values, params = self.values, self.program.params
         match op:
+            case RowChain():
+                tape.open_chain(_block(op).rows, _block(op).size)
+                for part in op.parts:
+                    self._emit(tape, part, at)
+                tape.close()
+            case Products():
+                tape.open_products()
+                for part in op.parts:
+                    self._emit(tape, part, at)
+                tape.close()
             case ops.Embed():
                 tape.embed(_bf16(self.weights.array(op.weight)), op.scale, at[op.y])
             case ops.RmsNorm():
@@ -143,6 +159,9 @@ class _Compiler:
             case ops.QuantizeRows():
                 n = self._width(op.x)
                 tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
+            case ops.Cast():
+                n = self._width(op.x)
+                tape.feed(values[op.x].rows == "R", at[op.x], at[op.y], 0, n, _padded(n), _stride(n, 2), False)
             case ops.Linear():
                 self._emit_linear(tape, op, at)
             case ops.Rotate():
@@ -167,28 +186,49 @@ class _Compiler:
                 raise TypeError(f"{type(op).__name__} for {params} was let through by unsupported_ops")
 
     def _emit_linear(self, tape: _native.Tape, op: ops.Linear, at: dict[str, int]) -> None:
-        logit_rows = self.program.values[op.x].rows == "R"
-        width = self._width(op.x)
-        rows, scales = (self.fed[op.x], 0) if op.scale is None else (at[op.x], at[op.scale])
-        if op.scale is None and op.x not in self.done:  # products that read one value share its bf16 rows
-            self.done.add(op.x)
-            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), _stride(width, 2), False)
+        logit_rows = self.values[op.x].rows == "R"
+        stride = _stride(self._width(op.x), 2 if op.scale is None else 1)
         bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
-        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
+        tape.linear(logit_rows, self._weight(op), at[op.x], 0 if op.scale is None else at[op.scale], at[op.y], stride, bias)
 
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
         if key not in self.packed:
             form = "bf16" if op.weight_format == "dense" else op.weight_format
-            if (form == "bf16") != (op.scale is None):
+            if (form == "bf16") != (op.scale is None) or (op.scale is None and self.values[op.x].dtype != "bfloat16"):
                 raise UnsupportedError(
-                    f"{op.weight}: no kernel has weights in {form} with activations {'as they come' if op.scale is None else 'in int8'}; "
-                    "bf16 takes activations as they come, int8 and int4 take int8"
+                    f"{op.weight}: no kernel has weights in {form} with activations in {self.values[op.x].dtype}; "
+                    "bf16 takes activations in bfloat16, int8 and int4 take int8"
                 )
             packed = _native.WeightBuffer(self.pool, form, GROUP if form == "int4" else 0, _bf16(self.weights.array(op.weight)))
             self.packed[key] = packed
             self.weight_bytes += packed.nbytes
         return self.packed[key]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Block:
+    """``rows`` that a thread takes through a chain at a time, and where the inner values of so many lie in its ``size`` bytes."""
+
+    rows: int
+    places: dict[str, int]
+    size: int
+
+
+def _block(chain: RowChain) -> _Block:
+    rows = max(1, min(CHAIN_ROWS, CHAIN_BYTES // max(1, sum(_row_bytes(value) for _, value in chain.inner))))
+    places, size = {}, 0
+    for name, value in chain.inner:
+        places[name] = BLOCK - size
+        size += -(-rows * _row_bytes(value) // ALIGNMENT) * ALIGNMENT
+    return _Block(rows, places, size)
+
+
+def _row_bytes(value: Value) -> int:
+    """Bytes from one row of a value to the next: what products read is padded."""
+    runs, width = math.prod(value.features[:-1]), value.features[-1]
+    element = {"int8": 1, "bfloat16": 2}.get(value.dtype)
+    return runs * (width * 4 if element is None else _stride(width, element) * element)
 
 
 def _padded(width: int) -> int:
