@@ -32,17 +32,16 @@ def join_products(program: Program) -> Program:
         for op in program.ops[layer.start : layer.stop]:
             if isinstance(op, ops.Linear):
                 groups.setdefault((number, op.x, op.scale), []).append(op)
-    joined: dict[str, tuple[Op, ...]] = {}  # output of a Linear → what takes its place
-    for same in groups.values():
-        if len(same) > 1:
-            joined |= {op.y: () for op in same} | {same[0].y: (Products(parts=tuple(same)),)}
-    return _with_layers(
-        program,
-        [
-            (layer.label, [new for op in program.ops[layer.start : layer.stop] for new in joined.get((*op.outputs, "")[0], (op,))])
-            for layer in program.layers
-        ],
-    )
+    joined = {same[0]: Products(parts=tuple(same)) for same in groups.values() if len(same) > 1}
+    gone = {op for same in groups.values() for op in same[1:]}
+    layers = [
+        (
+            layer.label,
+            [joined.get(op, op) if isinstance(op, ops.Linear) else op for op in program.ops[layer.start : layer.stop] if op not in gone],
+        )
+        for layer in program.layers
+    ]
+    return _with_layers(program, layers)
 
 
 def join_row_chains(program: Program, row_wise: Sequence[type[Op]] = ROW_WISE) -> Program:
