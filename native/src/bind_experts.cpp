@@ -11,6 +11,7 @@
 
 #include "bindings.hpp"
 #include "experts.hpp"
+#include "linear.hpp"
 #include "tape_experts.hpp"
 
 namespace nb = nanobind;

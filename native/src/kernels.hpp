@@ -72,7 +72,7 @@ void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, cons
 void unpack_linear(const PackedLinear& weight, float* dense);
 
 // Activations as a product reads them. bf16 rows, or int8 rows with one scale each. Rows are `stride` elements apart; the first
-// padded_in() elements of each are readable, zeros beyond `in`; rows beyond `count` are not touched. Fastest where rows begin at cache
+// padded_in() elements of each (of float32 rows `in`) are readable, zeros beyond `in`; rows beyond `count` are not touched. Fastest where rows begin at cache
 // lines, an odd number of lines apart: a stride that is a multiple of 4 KiB puts a tile's rows in one set of the cache.
 struct Activations {
   const void* rows;      // bf16 or int8; float32 for weights in f32 and f16

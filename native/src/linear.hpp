@@ -56,6 +56,11 @@ inline Feed feed_of(const PackedLinear& weight, const Activations& x) {
     return x.scales ? Feed::int8 : Feed::bf16;
 }
 
+// Elements of a row of activations that a product reads: padding too, but of float32.
+inline int row_elements(const PackedLinear& weight) {
+    return weight.format == WeightFormat::f32 || weight.format == WeightFormat::f16 ? weight.in : weight.padded_in();
+}
+
 constexpr int element_bytes(Feed feed) { return feed == Feed::f32 ? 4 : feed == Feed::bf16 ? 2 : 1; }
 
 // Nibbles without zero points are decoded to 16 · q, which costs one instruction less.

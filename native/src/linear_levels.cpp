@@ -270,7 +270,8 @@ HASTEN_INLINE void linear_body(Isa isa, const PackedLinear& weight, const Activa
                         });
                     else
                         by_rows<Level>(rows, [&]<int count>(int r) __attribute__((always_inline)) {
-                            Level::template add_f32<count>(tiles, k, reinterpret_cast<const float*>(from) + r * x.stride, x.stride, sums + r);
+                            Level::template add_f32<count>(tiles, std::min(k, weight.in - at * unit), reinterpret_cast<const float*>(from) + r * x.stride, x.stride,
+                                                           sums + r);
                         });
                     tiles += static_cast<std::ptrdiff_t>(k) * kChannels * element;
                     at = end;

@@ -83,13 +83,23 @@ void Tape::need_scratch(std::size_t floats) {
     scratch_ = Buffer(scratch_floats_ * sizeof(float) * threads());
 }
 
-void Tape::run(const StepInput& step) const {
+std::size_t Tape::run(const StepInput& step) const {
+    std::size_t barriers = 0;
     pool_->run([&](unsigned thread) {
-        for (const auto& op : ops_) {
-            op->play(*this, step, thread);
-            pool_->barrier().wait();
+        std::size_t met = 0;
+        bool together = false;  // did every thread play since the last barrier, so that whoever comes next must wait?
+        for (std::size_t i = 0; i < ops_.size(); ++i) {
+            const bool alone = ops_[i]->alone(step);
+            if (i && (together || !alone)) {
+                pool_->barrier().wait();
+                ++met;
+            }
+            if (!alone || thread == 0) ops_[i]->play(*this, step, thread);
+            together = !alone;
         }
+        if (thread == 0) barriers = met;
     });
+    return barriers;
 }
 
 }  // namespace hasten

@@ -7,7 +7,6 @@
 
 #include "experts.hpp"
 #include "tape.hpp"
-#include "tape_ops.hpp"
 
 namespace hasten {
 
@@ -57,6 +56,7 @@ struct GroupByExpertOp final : TapeOp {
 
     GroupByExpertOp(int count, int top_k, Place experts, Place starts, Place places)
         : count(count), top_k(top_k), experts(experts), starts(starts), places(places) {}
+    bool alone(const StepInput&) const override { return true; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         if (thread == 0)
             group_by_expert(tape.at<std::int32_t>(experts, step), step.tokens * top_k, count, tape.at<std::int32_t>(starts, step),
@@ -78,17 +78,6 @@ struct GatherRowsOp final : TapeOp {
         gather_rows(tape.at<std::byte>(x, step), scaled ? tape.at<float>(scales, step) : nullptr, row_bytes,
                     tape.at<std::int32_t>(places, step), static_cast<int>(part.begin), static_cast<int>(part.end), top_k,
                     tape.at<std::byte>(y, step), scaled ? tape.at<float>(y_scales, step) : nullptr);
-    }
-};
-
-// FeedOp for rows of assignments.
-struct FeedChosenOp final : TapeOp {
-    int top_k;
-    FeedOp each;
-
-    FeedChosenOp(int top_k, FeedOp each) : top_k(top_k), each(std::move(each)) {}
-    void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        each.feed_rows(tape, step, share(static_cast<std::size_t>(step.tokens) * static_cast<std::size_t>(top_k), thread, tape.threads()));
     }
 };
 

@@ -224,8 +224,16 @@ class PagePool:
     @property
     def page(self) -> int: ...
 
+class PageTable:
+    """The pages that hold one sequence, per state group in the order of its positions."""
+
+    def __init__(self, groups: int) -> None: ...
+    def append(self, group: int, page: int) -> None: ...
+    def pages(self, group: int) -> list[int]: ...
+
 class Tape:
-    """A compiled Program. Places are byte offsets into its arena; -1 is the caller's logits. Ops play in the order they were added."""
+    """A compiled Program. Places are byte offsets into its arena, -1 is the caller's logits, and -2 - n is byte n of a thread's own
+    block, inside a chain. Ops play in the order they were added; those between an open and ``close`` are played as one."""
 
     def __init__(self, pool: ThreadPool, isa: str, arena_bytes: int, most_tokens: int, vocab: int, context: int) -> None: ...
     @property
@@ -234,7 +242,9 @@ class Tape:
     def embed(self, table: NDArray[np.uint16], scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
-    def feed(self, logit_rows: bool, x: int, y: int, scales: int, n: int, padded: int, stride: int, feed: str) -> None: ...
+    def feed(
+        self, logit_rows: bool, x: int, y: int, scales: int | None, runs: int, n: int, padded: int, stride: int
+    ) -> None: ...  # fmt: skip
     def linear(
         self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int | None, y: int, stride: int, bias: list[float]
     ) -> None: ...
@@ -254,7 +264,6 @@ class Tape:
     def gather_rows(
         self, x: int, scales: int, places: int, y: int, y_scales: int, top_k: int, row_bytes: int, scaled: bool
     ) -> None: ...  # fmt: skip
-    def feed_chosen(self, top_k: int, x: int, y: int, scales: int, n: int, padded: int, stride: int, feed: str) -> None: ...
     def expert_linear(
         self, weights: ExpertWeights, scaled: bool, x: int, scales: int, starts: int, y: int, stride: int, bias: list[float]
     ) -> None: ...  # fmt: skip
@@ -276,11 +285,15 @@ class Tape:
     def head_linear(self, weights: list[WeightBuffer], x: int, y: int, stride: int) -> None:
         """One bf16 weight a head, of rows as ``feed_heads`` makes them. Raises ValueError for weights of different shapes."""
     def select_rows(self, x: int, y: int, n: int) -> None: ...
+    def open_chain(self, most_rows: int, block_bytes: int) -> None: ...
+    def open_products(self) -> None: ...
+    def close(self) -> None: ...
     def run(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
-        slots: list[NDArray[np.int64]], tables: list[NDArray[np.int32]], logits: NDArray[np.float32],
-    ) -> None:  # fmt: skip
-        """Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range."""
+        tables: list[PageTable], logits: NDArray[np.float32],
+    ) -> int:  # fmt: skip
+        """Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. ``rows`` must rise. Raises ValueError for ids,
+        positions, rows or pages out of range, and plays nothing then."""
 
 # Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
 

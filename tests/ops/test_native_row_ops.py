@@ -136,7 +136,7 @@ def play_taped(case, arrays, features, isa, rows, first=False):
     for pool in POOLS:
         tape = compile_program(program, weights, pool, isa=isa, most_tokens=len(tokens), page=16, pages={}).tape
         logits = np.full((len(rows), program.values["logits"].features[0]), np.nan, np.float32)
-        tape.run(tokens, case.batch.positions, case.batch.offsets, rows, [], [], logits)
+        tape.run(tokens, case.batch.positions, case.batch.offsets, rows, [_native.PageTable(0) for _ in case.lengths], logits)
         results.append(logits)
     assert np.array_equal(*results, equal_nan=True)
     assert not results[0][:, -FILLER:].any()
@@ -209,11 +209,12 @@ def head(scale: float, cap: float) -> tuple[Program, Weights, np.ndarray]:
     width = 128
     table = np.random.default_rng(0).standard_normal((width, width)).astype(ml_dtypes.bfloat16)
     weights = {"table": table, "eye": np.eye(width, dtype=np.float32)}
-    values = {"x": Value("T", (width,), "float32")} | {
+    values = {"x": Value("T", (width,), "float32"), "fed": Value("R", (width,), "bfloat16")} | {
         name: Value("R", (width,), "float32") for name in ("rows", "head", "scaled", "logits")
     }
     listed = (
-        ops.Embed(weight="table", y="x"), ops.SelectRows(x="x", y="rows"), ops.Linear(x="rows", weight="eye", y="head"),
+        ops.Embed(weight="table", y="x"), ops.SelectRows(x="x", y="rows"),
+        ops.Cast(x="rows", y="fed", dtype="bfloat16"), ops.Linear(x="fed", weight="eye", y="head"),
         ops.Scale(x="head", y="scaled", factor=scale), ops.SoftCap(x="scaled", y="logits", cap=cap),
     )  # fmt: skip
     program = Program(
@@ -232,9 +233,9 @@ def test_a_head_is_scaled_and_capped_in_the_callers_array(isa, monkeypatch):
     program, weights, expected = head(0.5, 3.0)
     tape = compile_program(program, weights, POOLS[1], isa=isa, most_tokens=32, page=16, pages={}).tape
     assert sizes == [32 * (128 * 4 + 2 * row_stride(128, 2))], "rows, and their bf16 copy where x was; nothing for what becomes the logits"
-    tokens, rows = np.arange(20, dtype=np.int32), np.array([19, 3, 3], np.int32)
+    tokens, rows = np.arange(20, dtype=np.int32), np.array([3, 4, 19], np.int32)
     logits = np.full((3, 128), np.nan, np.float32)
-    tape.run(tokens, tokens, np.array([0, 20], np.int32), rows, [], [], logits)
+    tape.run(tokens, tokens, np.array([0, 20], np.int32), rows, [_native.PageTable(0)], logits)
     np.testing.assert_allclose(logits, expected[rows], rtol=0, atol=6e-6)
 
 

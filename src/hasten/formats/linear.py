@@ -69,6 +69,11 @@ class LinearFormat:
         return self.number + group + "-zp" * self.zero_points + "-sparse" * self.sparse
 
     @property
+    def bits(self) -> int:
+        """Of a stored number, its share of scales not counted."""
+        return NUMBERS[self.number][0]
+
+    @property
     def is_integer(self) -> bool:
         """Whether products with int8 activations are exact sums of integers."""
         return self.number.startswith("int")

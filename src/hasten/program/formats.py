@@ -3,12 +3,12 @@
 import dataclasses
 
 from hasten.base.errors import UnsupportedError, one_line
-from hasten.formats.linear import NUMBERS, LinearFormat
+from hasten.formats.linear import LinearFormat
 from hasten.program import ops
 from hasten.program.lower import LinearFormats
 from hasten.program.program import Program
 
-HEAD = LinearFormat("int8")
+HEAD, BF16 = LinearFormat("int8"), LinearFormat("bf16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,21 +22,25 @@ class Formats:
 
 
 def linear_formats(program: Program, formats: Formats) -> LinearFormats:
-    """Every linear layer as ``formats`` asks, experts too; the head in int8 where that is narrower, embedding and routers as they are.
+    """Every linear layer as ``formats`` asks, experts too; the head in int8 where that is narrower, routers in no less than bf16, the
+    embedding as it is. Nothing asked for leaves all as they come.
 
     Raises UnsupportedError for weights nobody has, or activations they are not multiplied with."""
+    if formats.weights is None and formats.activations is None:
+        return LinearFormats()
     form = LinearFormat.parse(formats.weights or "bf16")
     activations = formats.activations or form.activations[0]
     if activations not in form.activations:
         raise UnsupportedError(
             f"activations {one_line(activations)} do not go with weights in {form}; accepted are {', '.join(form.activations)}"
         )
-    if str(form) == "bf16":
-        return LinearFormats()
     routers: set[str] = {op.logits for op in program.ops if isinstance(op, ops.Route)}
-    linear = [op for op in program.ops if isinstance(op, ops.Linear | ops.ExpertLinear) and op.y not in routers]
-    head = HEAD if NUMBERS[form.number][0] < NUMBERS[HEAD.number][0] else form
+    stored, fed = {}, {}
+    for op in program.ops:
+        if isinstance(op, ops.Linear | ops.ExpertLinear):
+            its = HEAD if op.y == "logits" and form.bits < HEAD.bits else BF16 if op.y in routers and form.bits < BF16.bits else form
+            stored[op.weight] = "dense" if its == BF16 else str(its)
+            fed[op.weight] = activations if activations in its.activations else its.activations[0]
     return LinearFormats(
-        weights={op.weight: str(head if op.y == "logits" else form) for op in linear},
-        activations={op.weight: "int8" for op in linear if activations == "int8"},
+        {name: its for name, its in stored.items() if its != "dense"}, {name: each for name, each in fed.items() if each != "f32"}
     )

@@ -9,27 +9,36 @@ import ml_dtypes
 import numpy as np
 
 from hasten import _native
-from hasten.backends.cpu.arena import Arena
+from hasten.backends.cpu.arena import ALIGNMENT, Arena
 from hasten.backends.cpu.experts import ExpertPlaces
-from hasten.backends.cpu.rows import ELEMENT_BYTES, feed_of, format_of, padded_width, row_stride
+from hasten.backends.cpu.rows import ELEMENT_BYTES, FEEDS, format_of, padded_width, row_stride
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.weights import Array, Weights
-from hasten.program import KvGroup, LatentGroup, Program, ops
+from hasten.program import KvGroup, LatentGroup, Products, Program, RowChain, Value, ops, unfuse
 from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
 FED = ".fed"  # beside the values of an op: its own copy of what it reads
 LOGITS = -1  # the place that is the caller's array
+BLOCK = -2  # and down: places in a thread's own block, inside a chain
 KERNELS = (
     ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.HeadLinear, ops.Rotate, ops.AppendKv,
     ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast,
     ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine,
 )  # fmt: skip
+IN_CHAINS = (
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Cast, ops.Rotate, ops.AppendKv, ops.Add, ops.Scale,
+    ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.SelectRows,
+)  # fmt: skip
+"""Ops that the tape can play on a block of rows (RowOp in native/src/row_op.hpp)."""
+CHAIN_BYTES = 64 << 10  # of a block's inner values: they and the rows around them stay in a core's second-level cache
+CHAIN_ROWS = 16  # most rows of a block
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
 
 def unsupported_ops(program: Program) -> tuple[str, ...]:
     """What ``program`` needs and no native kernel does, each once, with the reason; empty where it can be compiled."""
-    reasons = dict.fromkeys(reason for op in program.ops if (reason := _refusal(program, op)))
+    plain = unfuse(program)
+    reasons = dict.fromkeys(reason for op in plain.ops if (reason := _refusal(plain, op)))
     return tuple(reasons)
 
 
@@ -40,11 +49,11 @@ def _refusal(program: Program, op: ops.Op) -> str:
     match op:
         case ops.Gate(activation=ClampedSwiglu()) if program.values[op.gate].features != program.values[op.up].features:
             return "Gate with ClampedSwiglu of one number a row"
-        case ops.Cast() if program.values[op.x].dtype != op.dtype:
+        case ops.Cast() if program.values[op.x].dtype != "float32" or op.dtype not in {"float32", "bfloat16"}:
             return f"Cast from {program.values[op.x].dtype} to {op.dtype}"
         case ops.Attend(visible=visible) if not isinstance(visible, Causal | SlidingWindow):
             return f"Attend under {type(visible).__name__}"
-    if any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
+    if not isinstance(op, ops.Cast) and any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
         return f"{name} in {program.values[op.outputs[0]].dtype}"
     return ""
 
@@ -75,19 +84,19 @@ class _Compiler:
 
     def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
         self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
+        self.plain = unfuse(program)
+        self.values = self.plain.values  # those inside chains too
         self.arena = Arena()
-        self.fed: dict[tuple[str, str], int] = {}  # value, what of it a product reads → where those rows lie
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
         self.places = dict.fromkeys(self._become_logits(), LOGITS)
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
         self.experts = ExpertPlaces(program, self.arena, most_tokens)
-        self.done: set[tuple[str, str]] = set()  # rows that are on the tape
         self.weight_bytes = 0
 
     def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
         program = self.program
-        for op in program.ops:  # tables are written before the first op, so nothing may have lain where they lie
+        for op in self.plain.ops:  # tables are written before the first op, so nothing may have lain where they lie
             if isinstance(op, ops.Rotate) and (key := (op.frequencies, op.magnitude)) not in self.tables:
                 size = self.most_tokens * (op.dims // 2) * 4
                 self.tables[key] = self.arena.take(size), self.arena.take(size)
@@ -107,9 +116,9 @@ class _Compiler:
 
     def _become_logits(self) -> list[str]:
         """The logits, and what they are made from in place: a row of them may be a megabyte."""
-        names = ["logits"]
-        for index, op in reversed([*enumerate(self.program.ops)]):
-            if isinstance(op, ops.Scale | ops.SoftCap) and op.y == names[-1] and self.last_use[op.x] == index:
+        names, last_use = ["logits"], {name: index for index, op in enumerate(self.plain.ops) for name in op.inputs}
+        for index, op in reversed([*enumerate(self.plain.ops)]):
+            if isinstance(op, ops.Scale | ops.SoftCap) and op.y == names[-1] and last_use[op.x] == index:
                 names.append(op.x)
         return names
 
@@ -117,47 +126,47 @@ class _Compiler:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
         self.places.update(made)
-        if isinstance(op, ops.Linear | ops.ExpertLinear) and op.scale is None and (op.x, feed := feed_of(op)) not in self.fed:
-            row = row_stride(self._width(op.x), ELEMENT_BYTES[feed]) * ELEMENT_BYTES[feed]
-            self.fed[op.x, feed] = self.arena.take(self._tile_rows() * self._choices(op.x) * row)
         self.experts.plan(op)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
+        if isinstance(op, RowChain):
+            where |= _block(op).places
         if isinstance(op, ops.HeadLinear):  # its bf16 rows are padded head by head, so nobody else reads them
             where[FED] = self.arena.take(self._tile_rows() * op.heads * row_stride(self._width(op.x) // op.heads, 2) * 2)
             self.arena.give_back(where[FED])
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
-                for feed in ELEMENT_BYTES:
-                    if (name, feed) in self.fed:
-                        self.arena.give_back(self.fed[name, feed])
                 self.experts.give_back(name)
         return where
 
     def _take(self, name: str) -> int:
-        if self.program.values[name].dtype == "int8":
-            return self.arena.take(self._tile_rows() * self._choices(name) * row_stride(self._width(name), 1))
-        return self.arena.take(self._tile_rows() * self._numbers(name) * 4)
+        return self.arena.take(self._tile_rows() * _row_bytes(self.values[name]))
 
     def _width(self, name: str) -> int:
-        return self.program.values[name].features[-1]
+        return self.values[name].features[-1]
 
     def _numbers(self, name: str) -> int:
-        return math.prod(self.program.values[name].features)
+        return math.prod(self.values[name].features)
 
     def _tile_rows(self) -> int:
         """A tile reads 16 rows, whatever the batch."""
         return -(-self.most_tokens // 16) * 16
 
-    def _choices(self, name: str) -> int:
-        """Rows of a value for each token: A of [T, A, N]."""
-        return math.prod(self.program.values[name].features[:-1])
-
     # --- then: the ops
 
     def _emit(self, tape: _native.Tape, op: ops.Op, at: dict[str, int]) -> None:
-        values, params = self.program.values, self.program.params
+        values, params = self.values, self.program.params
         match op:
+            case RowChain():
+                tape.open_chain(_block(op).rows, _block(op).size)
+                for part in op.parts:
+                    self._emit(tape, part, at)
+                tape.close()
+            case Products():
+                tape.open_products()
+                for part in op.parts:
+                    self._emit(tape, part, at)
+                tape.close()
             case ops.Embed():
                 tape.embed(_bf16(self.weights.array(op.weight)), op.scale, at[op.y])
             case ops.RmsNorm():
@@ -171,7 +180,9 @@ class _Compiler:
                 weight, bias = _floats(self.weights.array(op.weight)), [] if op.bias is None else _floats(self.weights.array(op.bias))
                 tape.layer_norm(values[op.x].rows == "R", at[op.x], at[op.y], self._width(op.x), op.group, weight, bias, op.eps)
             case ops.QuantizeRows():
-                self._emit_feed(tape, op.x, at[op.x], at[op.q], at[op.scale], "int8")
+                self._emit_feed(tape, op.x, at[op.x], at[op.q], at[op.scale])
+            case ops.Cast(dtype="bfloat16"):
+                self._emit_feed(tape, op.x, at[op.x], at[op.y], None)
             case ops.Linear():
                 self._emit_linear(tape, op, at)
             case ops.HeadLinear():
@@ -224,38 +235,33 @@ class _Compiler:
                 correction = [] if op.correction is None else _floats(self.weights.array(op.correction))
                 self.experts.emit_route(tape, op, at, correction)
             case ops.ExpertLinear():
-                rows, scales = self._fed_rows(tape, op, at)
-                bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
-                self.experts.emit_linear(tape, op, self._expert_weights(op), rows, scales, at[op.y], bias)
+                self._check_feed(op)
+                bias, scales = [] if op.bias is None else _floats(self.weights.array(op.bias)), None if op.scale is None else at[op.scale]
+                self.experts.emit_linear(tape, op, self._expert_weights(op), at[op.x], scales, at[op.y], bias)
             case ops.Combine():
                 self.experts.emit_combine(tape, op, at)
             case _:
                 raise TypeError(f"{type(op).__name__} for {params} was let through by unsupported_ops")
 
     def _emit_linear(self, tape: _native.Tape, op: ops.Linear, at: dict[str, int]) -> None:
-        logit_rows, stride = self.program.values[op.x].rows == "R", row_stride(self._width(op.x), ELEMENT_BYTES[feed_of(op)])
-        rows, scales = self._fed_rows(tape, op, at)
-        bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
-        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], stride, bias)
+        self._check_feed(op)
+        bias, scales = [] if op.bias is None else _floats(self.weights.array(op.bias)), None if op.scale is None else at[op.scale]
+        stride = _stride(self.values[op.x])
+        tape.linear(self.values[op.x].rows == "R", self._weight(op), at[op.x], scales, at[op.y], stride, bias)
 
-    def _fed_rows(self, tape: _native.Tape, op: ops.Linear | ops.ExpertLinear, at: dict[str, int]) -> tuple[int, int | None]:
-        """Where the rows that the product reads lie, and int8 rows' scales; others are put on the tape where nothing did so before."""
-        if op.scale is not None:
-            return at[op.x], at[op.scale]
-        key = op.x, feed_of(op)
-        if key not in self.done:  # products that read one value share its rows
-            self.done.add(key)
-            self._emit_feed(tape, op.x, at[op.x], self.fed[key], None, key[1])
-        return self.fed[key], None
+    def _check_feed(self, op: ops.Linear | ops.ExpertLinear) -> None:
+        """Raises UnsupportedError where the Program feeds a product what its weight's format is not multiplied with."""
+        fed, accepted = FEEDS[self.values[op.x].dtype], format_of(op).activations
+        if fed not in accepted:
+            raise UnsupportedError(
+                f"{op.weight}: weights in {format_of(op)} are not multiplied with activations in {fed}; accepted are {', '.join(accepted)}"
+            )
 
-    def _emit_feed(self, tape: _native.Tape, x: str, at: int, rows: int, scales: int | None, feed: str) -> None:
-        """float32 rows of ``x`` → rows as products read them; int8 rows have ``scales``."""
-        value, width = self.program.values[x], self._width(x)
-        padded, stride = padded_width(width), row_stride(width, ELEMENT_BYTES[feed])
-        if len(value.features) == 2:
-            tape.feed_chosen(value.features[0], at, rows, scales or 0, width, padded, stride, feed)
-        else:
-            tape.feed(value.rows == "R", at, rows, scales or 0, width, padded, stride, feed)
+    def _emit_feed(self, tape: _native.Tape, x: str, at: int, rows: int, scales: int | None) -> None:
+        """float32 rows of ``x`` → rows as products read them: int8 where there are ``scales``, else bf16."""
+        value, width = self.values[x], self._width(x)
+        stride = row_stride(width, 2 if scales is None else 1)
+        tape.feed(value.rows == "R", at, rows, scales, math.prod(value.features[:-1]), width, padded_width(width), stride)
 
     def _head_weights(self, op: ops.HeadLinear) -> list[_native.WeightBuffer]:
         if op.weight_format != "dense":
@@ -292,6 +298,34 @@ class _Compiler:
         exact = form.zero_points or form.number in {"f32", "f16"}
         packed.pack(self.pool, np.ascontiguousarray(dense, np.float32) if exact else _bf16(dense))
         return packed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Block:
+    """``rows`` that a thread takes through a chain at a time, and where the inner values of so many lie in its ``size`` bytes."""
+
+    rows: int
+    places: dict[str, int]
+    size: int
+
+
+def _block(chain: RowChain) -> _Block:
+    rows = max(1, min(CHAIN_ROWS, CHAIN_BYTES // max(1, sum(_row_bytes(value) for _, value in chain.inner))))
+    places, size = {}, 0
+    for name, value in chain.inner:
+        places[name] = BLOCK - size
+        size += -(-rows * _row_bytes(value) // ALIGNMENT) * ALIGNMENT
+    return _Block(rows, places, size)
+
+
+def _stride(value: Value) -> int:
+    """Elements from one run of a value's last features to the next: what products read narrower than float32 is padded."""
+    return row_stride(value.features[-1], ELEMENT_BYTES[value.dtype]) if value.dtype in {"int8", "bfloat16"} else value.features[-1]
+
+
+def _row_bytes(value: Value) -> int:
+    """Bytes from one row of a value to the next."""
+    return math.prod(value.features[:-1]) * _stride(value) * ELEMENT_BYTES.get(value.dtype, 4)
 
 
 def _page_pool(group: KvGroup | LatentGroup, pages: int, page: int) -> _native.PagePool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from hasten import _native
 from hasten.backends.cpu.arena import Arena
-from hasten.backends.cpu.rows import ELEMENT_BYTES, feed_of, row_stride
+from hasten.backends.cpu.rows import ELEMENT_BYTES, row_stride
 from hasten.program import Program, ops
 
 
@@ -78,7 +78,7 @@ class ExpertPlaces:
             if key not in self._done:
                 self._done.add(key)
                 tape.gather_rows(from_rows, from_scales, grouping.places, rows, scales, grouping.top_k, self._row_bytes(op), scaled)
-        stride = row_stride(self._program.values[op.x].features[-1], ELEMENT_BYTES[feed_of(op)])
+        stride = self._row_bytes(op) // ELEMENT_BYTES[self._program.values[op.x].dtype]
         tape.expert_linear(weights, scaled, rows, scales or 0, grouping.starts, y, stride, bias)
 
     def emit_combine(self, tape: _native.Tape, op: ops.Combine, at: dict[str, int]) -> None:
@@ -91,5 +91,7 @@ class ExpertPlaces:
         return len(self._program.values[op.x].features) == 1
 
     def _row_bytes(self, op: ops.ExpertLinear) -> int:
-        element = ELEMENT_BYTES[feed_of(op)]
-        return row_stride(self._program.values[op.x].features[-1], element) * element
+        """From one row that the product reads to the next."""
+        value = self._program.values[op.x]
+        element = ELEMENT_BYTES[value.dtype]
+        return (value.features[-1] if value.dtype == "float32" else row_stride(value.features[-1], element)) * element

@@ -11,7 +11,7 @@ from hasten.backends.reference.step import Adapter, Step
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.formats.linear import LinearFormat
 from hasten.formats.weights import Array, Weights
-from hasten.program import Batch, Program, ops
+from hasten.program import Batch, Program, ops, parts_of
 
 
 def play(
@@ -77,13 +77,13 @@ def as_tensor(array: Array) -> Tensor:
 def _check_names(program: Program, given: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
     if set(given) != set(program.inputs):
         raise ConfigError(f"the program's inputs are {list(program.inputs)}, given are {sorted(given)}; give exactly those")
-    slots = {op.adapter for op in program.ops if isinstance(op, ops.Linear)}
+    slots = {part.adapter for op in program.ops for part in parts_of(op) if isinstance(part, ops.Linear)}
     if unknown := adapters.keys() - slots:
         raise ConfigError(f"no linear layer has the adapter slot {sorted(unknown)[0]!r}; see the program's text for slots")
 
 
 def _check_ids(program: Program, batch: Batch) -> None:
-    for op in program.ops:
+    for op in (part for whole in program.ops for part in parts_of(whole)):
         if isinstance(op, ops.Embed):
             vocab = program.params[op.weight][0]
             if batch.tokens.size and int(batch.tokens.max()) >= vocab:
