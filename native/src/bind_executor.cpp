@@ -164,17 +164,31 @@ void bind_executor(nb::module_& module) {
              "threads"_a)
         .def_prop_ro("threads", &ThreadPool::size);
 
-    nb::class_<WeightBuffer>(module, "WeightBuffer", "A linear layer's weight, packed for this machine's kernels.")
+    nb::class_<WeightBuffer>(module, "WeightBuffer", "A linear layer's weight in the form this machine's kernels read; empty until filled.")
         .def("__init__",
-             [](WeightBuffer* self, ThreadPool& pool, const std::string& format, int group, Halves dense) {
+             [](WeightBuffer* self, const std::string& format, int group, std::int64_t out, std::int64_t in) {
                  const WeightFormat its = format_named(format);
-                 const std::size_t out = dense.shape(0), in = dense.shape(1);
                  if (out < 1 || in < 1 || out > std::numeric_limits<int>::max() / 2 || in > std::numeric_limits<int>::max() / 2)
                      refuse("a weight must have at least one row and one column");
-                 nb::gil_scoped_release unlocked;
-                 new (self) WeightBuffer(pool, its, static_cast<int>(out), static_cast<int>(in), group, dense.data());
+                 new (self) WeightBuffer(its, static_cast<int>(out), static_cast<int>(in), group);
              },
-             "pool"_a, "format"_a, "group"_a, "dense"_a)
+             "format"_a, "group"_a, "out"_a, "in_"_a)
+        .def("pack",
+             [](WeightBuffer& self, ThreadPool& pool, Halves dense) {
+                 const PackedLinear& packed = self.packed();
+                 if (dense.shape(0) != static_cast<std::size_t>(packed.out) || dense.shape(1) != static_cast<std::size_t>(packed.in))
+                     refuse("dense must be [" + std::to_string(packed.out) + ", " + std::to_string(packed.in) + "]");
+                 nb::gil_scoped_release unlocked;
+                 self.pack(pool, dense.data());
+             },
+             "pool"_a, "dense"_a)
+        .def("parts",
+             [](nb::handle self) {
+                 nb::list found;
+                 for (std::span<std::byte> part : nb::cast<WeightBuffer&>(self).parts())
+                     found.append(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(part.data(), {part.size()}, self));
+                 return found;
+             })
         .def_prop_ro("nbytes", &WeightBuffer::bytes)
         .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); });
 

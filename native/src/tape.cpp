@@ -2,15 +2,25 @@
 
 namespace hasten {
 
-WeightBuffer::WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense)
+WeightBuffer::WeightBuffer(WeightFormat format, int out, int in, int group)
     : tiles_(packed_tile_bytes(format, out, in)),
       scales_(packed_scale_count(format, out, in, group) * sizeof(float)),
-      packed_{format, out, in, group, tiles_.data(), reinterpret_cast<const float*>(scales_.data())} {
+      packed_{format, out, in, group, tiles_.data(), reinterpret_cast<const float*>(scales_.data())} {}
+
+void WeightBuffer::pack(ThreadPool& pool, const bf16* dense) {
     const auto scales = reinterpret_cast<float*>(scales_.data());
     pool.run([&](unsigned thread) {
         const Share panels = share(packed_.panels(), thread, pool.size());
-        pack_linear(format, out, in, group, dense, static_cast<int>(panels.begin), static_cast<int>(panels.end), tiles_.data(), scales);
+        pack_linear(packed_.format, packed_.out, packed_.in, packed_.group, dense, static_cast<int>(panels.begin),
+                    static_cast<int>(panels.end), tiles_.data(), scales);
     });
+}
+
+std::vector<std::span<std::byte>> WeightBuffer::parts() const {
+    std::vector<std::span<std::byte>> filled;
+    for (const Buffer* buffer : {&tiles_, &scales_})
+        if (buffer->size()) filled.emplace_back(buffer->data(), buffer->size());
+    return filled;
 }
 
 PagePool::PagePool(int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)

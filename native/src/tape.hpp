@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "kernels.hpp"
@@ -12,14 +13,19 @@
 
 namespace hasten {
 
-// A packed weight and its scales in memory of their own.
+// A packed weight and its scales in memory of their own: reserved when made, filled before the first step.
 class WeightBuffer {
    public:
+    WeightBuffer(WeightFormat format, int out, int in, int group);
+
     // Packs rows of bf16 [out, in], every thread the panels it will read.
-    WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense);
+    void pack(ThreadPool& pool, const bf16* dense);
 
     const PackedLinear& packed() const { return packed_; }
     std::size_t bytes() const { return tiles_.size() + scales_.size(); }
+
+    // All the memory that packing fills, in an order that stays: what a cache writes, and fills again.
+    std::vector<std::span<std::byte>> parts() const;
 
    private:
     Buffer tiles_, scales_;

@@ -181,13 +181,24 @@ class ThreadPool:
     def threads(self) -> int: ...
 
 class WeightBuffer:
-    """A linear layer's weight, packed from bf16 bits [out, in] for this machine's kernels; ``group`` is k per int4 scale, 0 per channel."""
+    """A linear layer's weight [out, in] in the form this machine's kernels read; ``group`` is k per int4 scale, 0 per channel.
 
-    def __init__(self, pool: ThreadPool, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    Empty until it is packed from the bits of bf16 numbers, or all its parts are filled with what packing once made."""
+
+    def __init__(self, format: str, group: int, out: int, in_: int) -> None: ...
+    def pack(self, pool: ThreadPool, dense: NDArray[np.uint16]) -> None: ...
+    def parts(self) -> list[NDArray[np.uint8]]:
+        """All the memory that packing fills, as views, in an order that stays."""
     @property
     def nbytes(self) -> int: ...
     @property
     def padded_in(self) -> int: ...
+
+def digest(data: NDArray[np.uint8]) -> int:
+    """The sum, modulo 2**64, of the XXH64 of every 256 KiB of ``data``, each seeded with its number."""
+
+def read_stored(pool: ThreadPool, file: int, offset: int, data: NDArray[np.uint8]) -> int:
+    """Fill ``data`` from a file descriptor, every thread a run of its own, and return its digest. Raises OSError."""
 
 class PagePool:
     """Keys and values of a state group, bf16, in pages of ``page`` tokens."""

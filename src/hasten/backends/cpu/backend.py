@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hasten import _native
 from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
 from hasten.backends.cpu.compile import Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.model import Model
@@ -42,8 +43,10 @@ class CpuBackend:
         formats = choose_formats(lower(model.spec, context=context), weights)
         program = lower(model.spec, context=context, formats=formats, cache="bfloat16")
         pages = _page_counts(program)
+        pool = _native.ThreadPool(self.threads)
+        packed = PackedWeights(pool, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
         compiled = compile_program(
-            program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
+            program, model.weights, packed, pool, isa=self.isa,
             most_tokens=min(STEP_TOKENS, program.context), page=PAGE, pages=pages,
         )  # fmt: skip
         return CpuSession(program, compiled)

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu.arena import Arena
+from hasten.backends.cpu.packed import PackedWeights
 from hasten.base.errors import UnsupportedError
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, Program, ops
@@ -47,15 +47,19 @@ def _refusal(program: Program, op: ops.Op) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step."""
+    """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step.
+
+    ``packed`` weights were packed anew, the others came from the cache."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]
     weight_bytes: int
+    packed: int
 
 
 def compile_program(
-    program: Program, weights: Weights, pool: _native.ThreadPool, *, isa: str, most_tokens: int, page: int, pages: Mapping[str, int]
+    program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, *, isa: str, most_tokens: int, page: int,
+    pages: Mapping[str, int],
 ) -> Compiled:  # fmt: skip
     """The tape of ``program`` for steps of up to ``most_tokens`` tokens. ``pages`` gives each state group's number of pages.
 
@@ -63,14 +67,14 @@ def compile_program(
     refused = unsupported_ops(program)
     if refused:
         raise UnsupportedError(f"the cpu backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-    return _Compiler(program, weights, pool, most_tokens).compile(isa, page, pages)
+    return _Compiler(program, weights, packed, pool, most_tokens).compile(isa, page, pages)
 
 
 class _Compiler:
     """One pass over the ops: places are taken when a value is made and given back after its last use."""
 
-    def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
-        self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
+    def __init__(self, program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, most_tokens: int) -> None:
+        self.program, self.weights, self.store, self.pool, self.most_tokens = program, weights, packed, pool, most_tokens
         self.arena = Arena()
         self.places: dict[str, int] = {"logits": LOGITS}
         self.fed: dict[str, int] = {}  # value → where its bf16 rows lie
@@ -98,7 +102,7 @@ class _Compiler:
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
         for op, where in zip(program.ops, places, strict=True):
             self._emit(tape, op, where)
-        return Compiled(tape, pools, self.weight_bytes)
+        return Compiled(tape, pools, self.weight_bytes, self.store.fill())
 
     # --- first: where everything lies
 
@@ -134,7 +138,7 @@ class _Compiler:
         values, params = self.program.values, self.program.params
         match op:
             case ops.Embed():
-                tape.embed(_bf16(self.weights.array(op.weight)), op.scale, at[op.y])
+                tape.embed(self.store.table(op.weight, self.weights[op.weight]), op.scale, at[op.y])
             case ops.RmsNorm():
                 n = values[op.x].features[-1]
                 tape.rms_norm(
@@ -185,7 +189,8 @@ class _Compiler:
                     f"{op.weight}: no kernel has weights in {form} with activations {'as they come' if op.scale is None else 'in int8'}; "
                     "bf16 takes activations as they come, int8 and int4 take int8"
                 )
-            packed = _native.WeightBuffer(self.pool, form, GROUP if form == "int4" else 0, _bf16(self.weights.array(op.weight)))
+            out, width = self.weights[op.weight].shape
+            packed = self.store.linear(op.weight, form, GROUP if form == "int4" else 0, out, width, self.weights[op.weight].load)
             self.packed[key] = packed
             self.weight_bytes += packed.nbytes
         return self.packed[key]
@@ -200,13 +205,6 @@ def _stride(width: int, element: int) -> int:
     """Elements from one row to the next: an odd number of cache lines, so that the 16 rows of a tile do not fall into one cache set."""
     lines = _padded(width) * element // 64
     return (lines + 1 - lines % 2) * 64 // element
-
-
-def _bf16(array: Array) -> Array:
-    """The bits of an array rounded to bfloat16, row-major."""
-    if array.dtype != ml_dtypes.bfloat16:
-        array = array.astype(ml_dtypes.bfloat16)
-    return np.ascontiguousarray(array).view(np.uint16)
 
 
 def _floats(array: Array) -> list[float]:
