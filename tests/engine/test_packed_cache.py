@@ -134,6 +134,15 @@ def test_each_choice_has_its_file(model, place):
     assert start(random.random_model("small", seed=1))[1] == PACKED
 
 
+def test_the_name_it_is_called_by_does_not_count(tmp_path, place, monkeypatch):
+    save(tiny(), tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert start(load("model"))[1] > 0
+    assert [start(load(name))[1] for name in (str(tmp_path / "model"), "./model", "link")] == [0, 0, 0]
+    only(place)
+
+
 def test_another_build_packs_anew(model, monkeypatch):
     start(model)
     monkeypatch.setattr(packed, "__version__", "0.0.0")
@@ -339,8 +348,8 @@ def test_a_full_disk(when, model, place, caplog, monkeypatch):
     else:
         write = packed._write_file
 
-        def full(file, key, parts):
-            write(file, key, parts)
+        def full(*arguments):
+            write(*arguments)
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(packed, "_write_file", full)
@@ -370,9 +379,9 @@ def test_weights_larger_than_the_bound_are_not_kept(model, place, monkeypatch, c
 
 
 def keep(cache, name, size=100_000):
-    key = Key(name, Origin(name), (Wanted("w", "int8", 0, 1, size),), "generic", ("0", 0, 0))
+    key = Key(Origin(name), (Wanted("w", "int8", 0, 1, size),), "generic", ("0", 0, 0))
     data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
-    cache.keep(key, [[data]]).join()
+    cache.keep(name, key, [[data]]).join()
     return key, data
 
 
@@ -382,7 +391,7 @@ def age(cache, key, seconds):
 
 
 def names(cache):
-    return [one.key.model for one in cache.kept()]
+    return [one.header.model for one in cache.kept()]
 
 
 def test_the_least_recently_used_goes_first(tmp_path):

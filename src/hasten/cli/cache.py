@@ -49,9 +49,9 @@ def describe(found: "PackedCache") -> dict[str, Any]:
         "files": [
             {
                 "file": one.path.name,
-                "model": None if one.key is None else one.key.model,
-                "weights": [] if one.key is None else sorted({wanted.format for wanted in one.key.weights} - {TABLE}),
-                "isa": None if one.key is None else one.key.isa,
+                "model": None if one.header is None else one.header.model,
+                "weights": [] if one.header is None else sorted({wanted.format for wanted in one.header.key.weights} - {TABLE}),
+                "isa": None if one.header is None else one.header.key.isa,
                 "bytes": one.size,
                 "used": datetime.datetime.fromtimestamp(one.used, datetime.UTC).isoformat(timespec="seconds"),
             }

@@ -61,7 +61,6 @@ class Wanted(msgspec.Struct, frozen=True):
 class Key(msgspec.Struct, frozen=True):
     """All that decides the bytes of a file."""
 
-    model: str
     origin: Origin
     weights: tuple[Wanted, ...]
     isa: str
@@ -83,16 +82,17 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a file holds: the parts of each of the key's weights, in the key's order."""
+    """What a file holds: the parts of each of the key's weights, in the key's order. ``model`` is what its first user called it."""
 
+    model: str
     key: Key
     parts: tuple[tuple[Part, ...], ...]
 
 
-def key_of(model: str, origin: Origin, wanted: Sequence[Wanted], isa: str) -> Key:
+def key_of(origin: Origin, wanted: Sequence[Wanted], isa: str) -> Key:
     """The key of these weights as this build packs them."""
     status = os.stat(str(_native.__file__))
-    return Key(model, origin, tuple(wanted), isa, (__version__, status.st_size, status.st_mtime_ns))
+    return Key(origin, tuple(wanted), isa, (__version__, status.st_size, status.st_mtime_ns))
 
 
 # --- the weights of one session
@@ -143,12 +143,12 @@ class PackedWeights:
         requests = self._requests
         if self._cache is None or self._origin is None:
             return _pack(requests)
-        key = key_of(self._model, self._origin, [request.wanted for request in requests], self._isa)
+        key = key_of(self._origin, [request.wanted for request in requests], self._isa)
         parts = [request.parts for request in requests]
         whole = self._cache.read(key, parts, self._pool)
         packed = _pack([request for request, found in zip(requests, whole, strict=True) if not found])
         if packed:
-            self._cache.keep(key, parts)
+            self._cache.keep(self._model, key, parts)
         return packed
 
 
@@ -182,12 +182,12 @@ def _bf16(array: Array) -> Bits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kept:
-    """A file of the cache. ``key`` is None where its header cannot be read."""
+    """A file of the cache. ``header`` is None where it cannot be read."""
 
     path: Path
     size: int
     used: float  # seconds since 1970
-    key: Key | None
+    header: Header | None
 
 
 class PackedCache:
@@ -233,9 +233,9 @@ class PackedCache:
             return [False] * len(parts)
         return whole
 
-    def keep(self, key: Key, parts: Sequence[Sequence[Room]]) -> threading.Thread:
+    def keep(self, model: str, key: Key, parts: Sequence[Sequence[Room]]) -> threading.Thread:
         """Write them, in a thread of its own that takes no core from others; the interpreter waits for it at its end."""
-        thread = threading.Thread(target=self._write, args=(key, parts), name="hasten-packed-cache")
+        thread = threading.Thread(target=self._write, args=(model, key, parts), name="hasten-packed-cache")
         thread.start()
         return thread
 
@@ -245,7 +245,7 @@ class PackedCache:
         for path in self._files(SUFFIX):
             with contextlib.suppress(OSError), open(path, "rb") as file:
                 status, header = os.fstat(file.fileno()), _read_header(file)
-                found.append(Kept(path, status.st_size, status.st_mtime, None if header is None else header.key))
+                found.append(Kept(path, status.st_size, status.st_mtime, header))
         return sorted(found, key=lambda kept: kept.used, reverse=True)
 
     def clear(self) -> tuple[int, int]:
@@ -258,16 +258,16 @@ class PackedCache:
                 files, size = files + 1, size + there
         return files, size
 
-    def _write(self, key: Key, parts: Sequence[Sequence[Room]]) -> None:
+    def _write(self, model: str, key: Key, parts: Sequence[Sequence[Room]]) -> None:
         _give_way()
         size = _PREAMBLE.size + sum(part + _ALIGNMENT for each in _sizes(parts) for part in each)
         partial = None
         try:
-            if not self._make_room(size, key):
+            if not self._make_room(size, model, key.file_name):
                 return
             descriptor, partial = tempfile.mkstemp(PARTIAL, ".", self.directory)
             with open(descriptor, "wb") as file:
-                _write_file(file, key, parts)
+                _write_file(file, model, key, parts)
             if all(stamp.holds for stamp in key.origin.files):  # else what was packed may be neither the old file nor the new one
                 os.replace(partial, self.directory / key.file_name)
         except OSError as error:
@@ -279,12 +279,12 @@ class PackedCache:
                 with contextlib.suppress(OSError):
                     os.unlink(partial)
 
-    def _make_room(self, size: int, key: Key) -> bool:
-        """Remove what was used least recently until ``size`` more bytes are within the bounds; False where they never will be."""
+    def _make_room(self, size: int, model: str, name: str) -> bool:
+        """Remove what was used least recently until file ``name`` of ``size`` bytes is within the bounds; False where it never will be."""
         if size > self.limit:
             _LOG.warning(
                 "hasten: packed weights of %s are %s bytes, more than HASTEN_CACHE_SIZE (%s) lets be kept; every start packs anew",
-                key.model, f"{size:,}", f"{self.limit:,}",
+                model, f"{size:,}", f"{self.limit:,}",
             )  # fmt: skip
             return False
         self.directory.mkdir(0o700, parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ class PackedCache:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < time.time() - ABANDONED:
                     path.unlink()
-        kept = [one for one in self.kept() if one.path.name != key.file_name]
+        kept = [one for one in self.kept() if one.path.name != name]
         while kept and sum(one.size for one in kept) + size > self.limit:
             with contextlib.suppress(OSError):
                 kept.pop().path.unlink()
@@ -319,7 +319,7 @@ def _sizes(parts: Sequence[Sequence[Room]]) -> list[list[int]]:
     return [[part.nbytes for part in each] for each in parts]
 
 
-def _write_file(file: BinaryIO, key: Key, parts: Sequence[Sequence[Room]]) -> None:
+def _write_file(file: BinaryIO, model: str, key: Key, parts: Sequence[Sequence[Room]]) -> None:
     file.write(bytes(_PREAMBLE.size))
     stored = []
     for each in parts:
@@ -329,7 +329,7 @@ def _write_file(file: BinaryIO, key: Key, parts: Sequence[Sequence[Room]]) -> No
             places.append(Part(file.tell(), part.nbytes, _native.digest(part)))
             file.write(part.data)
         stored.append(tuple(places))
-    header, place = msgspec.msgpack.encode(Header(key, tuple(stored))), file.tell()
+    header, place = msgspec.msgpack.encode(Header(model, key, tuple(stored))), file.tell()
     file.write(header)
     file.seek(0)
     file.write(_PREAMBLE.pack(_MAGIC, place, len(header), hashlib.blake2b(header, digest_size=32).digest()))
