@@ -29,6 +29,13 @@ void bind_stored(nb::module_& module) {
         },
         "data"_a, "The sum, modulo 2**64, of the XXH64 of every 256 KiB of ``data``, each seeded with its number.");
     module.def(
+        "will_need",
+        [](Bytes data) {
+            nb::gil_scoped_release unlocked;
+            will_need(reinterpret_cast<const std::byte*>(data.data()), data.size());
+        },
+        "data"_a, "Let the system fetch a mapped array from disk ahead of who reads it.");
+    module.def(
         "read_stored",
         [](ThreadPool& pool, int file, std::uint64_t offset, Room data) {
             try {

@@ -1,5 +1,6 @@
 #include "stored.hpp"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -91,6 +92,13 @@ std::uint64_t read_stored(ThreadPool& pool, int file, std::uint64_t offset, std:
     });
     if (const int error = failed) throw std::system_error(error, std::generic_category());
     return sum;
+}
+
+void will_need(const std::byte* data, std::size_t count) {
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = reinterpret_cast<std::uintptr_t>(data) / page * page;
+    const auto end = reinterpret_cast<std::uintptr_t>(data) + count;
+    if (count) posix_madvise(reinterpret_cast<void*>(begin), end - begin, POSIX_MADV_WILLNEED);  // advice: a refusal changes nothing
 }
 
 }  // namespace hasten

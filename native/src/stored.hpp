@@ -19,4 +19,7 @@ std::uint64_t digest(const std::byte* data, std::size_t count);
 // Throws std::system_error where the file cannot be read or ends before.
 std::uint64_t read_stored(ThreadPool& pool, int file, std::uint64_t offset, std::byte* data, std::size_t count);
 
+// Lets the system fetch mapped bytes from disk ahead of who reads them; nothing where they are in memory.
+void will_need(const std::byte* data, std::size_t count);
+
 }  // namespace hasten

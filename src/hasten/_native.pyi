@@ -197,6 +197,9 @@ class WeightBuffer:
 def digest(data: NDArray[np.uint8]) -> int:
     """The sum, modulo 2**64, of the XXH64 of every 256 KiB of ``data``, each seeded with its number."""
 
+def will_need(data: NDArray[np.uint8]) -> None:
+    """Let the system fetch a mapped array from disk ahead of who reads it."""
+
 def read_stored(pool: ThreadPool, file: int, offset: int, data: NDArray[np.uint8]) -> int:
     """Fill ``data`` from a file descriptor, every thread a run of its own, and return its digest. Raises OSError."""
 

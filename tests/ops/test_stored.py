@@ -1,5 +1,11 @@
 """Digests and reads of stored bytes, against the published hash written out once more in Python."""
 
+import ctypes
+import mmap
+import os
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -88,6 +94,33 @@ def test_what_cannot_be_read(tmp_path):
             _native.read_stored(pool, file.fileno(), 1 << 40, room)
     with pytest.raises(OSError):
         _native.read_stored(pool, -1, 0, room)
+
+
+def resident(mapped):
+    """Whether each page of a mapping is in memory."""
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found) == 0
+    return np.frombuffer(found, np.uint8) & 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+def test_what_will_be_needed_is_fetched(tmp_path):
+    with open(tmp_path / "file", "wb+") as file:
+        file.write(np.random.default_rng(0).bytes(8 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if resident(mapped).any():
+        pytest.skip("this file system keeps its files in memory")
+    _native.will_need(np.frombuffer(mapped, np.uint8)[100 : (4 << 20) - 100])
+    half = len(resident(mapped)) // 2
+    deadline = time.monotonic() + 20
+    while not resident(mapped)[:half].all():
+        assert time.monotonic() < deadline, resident(mapped)[:half].mean()
+        time.sleep(0.01)
+    _native.will_need(np.empty(0, np.uint8))
 
 
 def test_a_weight_is_the_same_from_its_parts():

@@ -159,15 +159,22 @@ def _pack(requests: Sequence[_Request]) -> int:
 
 
 def _ahead(loads: Sequence[Callable[[], Array]], threads: int = 2) -> Iterator[Array]:
-    """What each returns, in order; the next ones are under way meanwhile."""
+    """What each returns, in order; the next ones are made, or on their way from disk, meanwhile."""
     waiting: deque[Future[Array]] = deque()
     with ThreadPoolExecutor(threads) as executor:
         for load in loads:
-            waiting.append(executor.submit(load))
+            waiting.append(executor.submit(_fetched, load))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def _fetched(load: Callable[[], Array]) -> Array:
+    array = load()
+    if array.flags.c_contiguous:  # a transposed one is copied whole later
+        _native.will_need(array.reshape(-1).view(np.uint8))
+    return array
 
 
 def _bf16(array: Array) -> Bits:
