@@ -246,6 +246,15 @@ void bind_linear(nb::module_& m) {
         .def("pack", pack, "pool"_a, "dense"_a,
              "Fill it from `dense` [out, in_], float32 or the bits of bf16 numbers as uint16, on the pool's threads.\n\n"
              "Raises ValueError for an array that does not fit.")
+        .def("parts",
+             [](nb::handle self) {
+                 nb::list found;
+                 for (std::span<std::byte> part : nb::cast<WeightBuffer&>(self).parts())
+                     found.append(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(part.data(), {part.size()}, self));
+                 return found;
+             },
+             nb::sig("def parts(self) -> list[object]"),
+             "All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed.")
         .def("unpack", unpack, "The value of each element as the product sees it: float32 [out, in_].")
         .def_prop_ro("format", [](const WeightBuffer& self) { return name(self.packed().format); }, nb::sig("def format(self) -> str"))
         .def_prop_ro("group", [](const WeightBuffer& self) { return self.packed().group; })

@@ -28,7 +28,7 @@ using Exacts = std::int32_t (*)[kChannels];
 
 // Each level adds to the sums of `rows` rows what a run of k contributes. Tiles are as PanelReader gives them.
 struct Generic {
-    static constexpr int kRows = 2;  // at a time
+    static constexpr int kRows = 1;  // at a time; with more, gcc 12 reads rows beyond the last where it vectorizes over them
 
     template <int rows>
     static void add_f32(const std::byte* tiles, int k, const float* x, std::ptrdiff_t stride, Floats sums) {

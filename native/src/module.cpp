@@ -120,4 +120,5 @@ NB_MODULE(_native, m) {
     bind_decoder(m);
     bind_executor(m);
     bind_experts(m);
+    bind_stored(m);
 }

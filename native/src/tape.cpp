@@ -54,6 +54,13 @@ void WeightBuffer::sparsify(ThreadPool& pool) {
     packed_.starts = starts;
 }
 
+std::vector<std::span<std::byte>> WeightBuffer::parts() const {
+    std::vector<std::span<std::byte>> filled;
+    for (const Buffer* buffer : {&tiles_, &scales_, &zeros_})
+        if (buffer->size()) filled.emplace_back(buffer->data(), buffer->size());
+    return filled;
+}
+
 PagePool::PagePool(int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)
     : layers_(layers),
       pages_(pages),

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "kernels.hpp"
@@ -30,6 +31,9 @@ class WeightBuffer {
 
     const PackedLinear& packed() const { return packed_; }
     std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + starts_.size(); }
+
+    // All the memory that packing fills, in an order that stays: what a cache writes, and fills again. Not of a sparse weight.
+    std::vector<std::span<std::byte>> parts() const;
 
    private:
     void sparsify(ThreadPool& pool);

@@ -149,6 +149,9 @@ class WeightBuffer:
     def pack(self, pool: ThreadPool, dense: NDArray[np.uint16] | NDArray[np.float32]) -> None:
         """Fill it from ``dense`` [out, in_], float32 or the bits of bf16 numbers. Raises ValueError for an array that does not fit."""
 
+    def parts(self) -> list[NDArray[np.uint8]]:
+        """All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed."""
+
     def unpack(self) -> NDArray[np.float32]:
         """The value of each element as the product sees it: float32 [out, in_]."""
 
@@ -214,6 +217,15 @@ class ExpertWeights:
     def __init__(self, experts: list[WeightBuffer]) -> None: ...
     @property
     def nbytes(self) -> int: ...
+
+def digest(data: NDArray[np.uint8]) -> int:
+    """The sum, modulo 2**64, of the XXH64 of every 256 KiB of ``data``, each seeded with its number."""
+
+def will_need(data: NDArray[np.uint8]) -> None:
+    """Let the system fetch a mapped array from disk ahead of who reads it."""
+
+def read_stored(pool: ThreadPool, file: int, offset: int, data: NDArray[np.uint8]) -> int:
+    """Fill ``data`` from a file descriptor, every thread a run of its own, and return its digest. Raises OSError."""
 
 class PagePool:
     """Keys and values of a state group, bf16, in pages of ``page`` tokens; with ``value_dim`` 0 keys alone, which begin with the values."""

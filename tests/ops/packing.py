@@ -1,8 +1,9 @@
-"""A packed weight for tests of the linear kernels."""
+"""Packed weights for tests of the kernels."""
 
 import numpy as np
 
 from hasten import _native
+from hasten.backends.cpu.packed import PackedWeights
 
 POOL = _native.ThreadPool(1)
 
@@ -12,3 +13,8 @@ def weight_buffer(form, group, dense, zero_points=False, sparse=False):
     weight = _native.WeightBuffer(form, *np.shape(dense), group, zero_points, sparse)
     weight.pack(POOL, dense)
     return weight
+
+
+def all_packed(pool):
+    """Every weight packed anew, whatever a cache may hold."""
+    return PackedWeights(pool, "best", "a test", None, None)

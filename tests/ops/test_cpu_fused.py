@@ -18,6 +18,7 @@ from hasten.formats.weights import Weight, Weights
 from hasten.model import Model
 from hasten.program import Batch, Formats, Products, RowChain, lower, unfuse
 from hasten.spec import Attention, Block, Embedding, GatedMLP, Head, PreNorm, RMSNorm, Rotary, Sandwich, SlidingWindow, Spec
+from tests.ops.packing import POOL, all_packed
 
 LEVELS = _native.available_isas()
 FORMATS = pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
@@ -68,7 +69,17 @@ def session(name, weights, *, fused, threads=2, isa="best", most_tokens=64, page
     pool = _native.ThreadPool(threads)
     counts = {group.name: pages for group in program.states}
     made = CpuSession(
-        program, compile_program(program, model(name).weights, pool, isa=isa, most_tokens=most_tokens, page=PAGE, pages=counts)
+        program,
+        compile_program(
+            program,
+            model(name).weights,
+            all_packed(pool),
+            pool,
+            isa=isa,
+            most_tokens=most_tokens,
+            page=PAGE,
+            pages=counts,
+        ),
     )
     if name == "awkward":
         assert np.isnan(made.score(Batch.of([[NAN] * 64]))).all()
@@ -212,8 +223,8 @@ def test_products_of_rows_that_nobody_rounded_are_refused():
     program = lower(model("code-8m").spec, context=64, cache="bfloat16")
     counts = {group.name: 4 for group in program.states}
     with pytest.raises(UnsupportedError, match="accepted are bf16"):
-        compile_program(program, model("code-8m").weights, _native.ThreadPool(1), isa="best", most_tokens=16, page=PAGE, pages=counts)
+        compile_program(program, model("code-8m").weights, all_packed(POOL), POOL, isa="best", most_tokens=16, page=PAGE, pages=counts)
 
 
 def test_a_backends_session_plays_the_fused_program():
-    assert CpuBackend().session(load("code-8m"), 64, "int8").program == native_program(load("code-8m").spec, 64, "int8")
+    assert CpuBackend().session(load("code-8m"), 64, Formats("int8")).program == native_program(load("code-8m").spec, 64, Formats("int8"))

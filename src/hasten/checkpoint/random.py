@@ -10,12 +10,15 @@ import numpy as np
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.families import find_family
-from hasten.formats.weights import Array, Weight, Weights
+from hasten.formats.weights import Array, Origin, Weight, Weights
 from hasten.model import Model, Provenance, Source
 from hasten.program import lower
 from hasten.spec import RMSNorm
 
 PREFIX = "random:"
+
+GENERATOR = 1
+"""Counts up whenever `_make` comes to other numbers: packed weights are kept under it."""
 
 _BLOCK = 1 << 19  # elements made at a time, so that only the last pass goes to memory
 
@@ -92,7 +95,7 @@ def random_model(shape: str, seed: int = 0) -> Model:
     return Model(
         name=PREFIX + shape,
         spec=spec,
-        weights=Weights(weights),
+        weights=Weights(weights, Origin(f"{PREFIX}{shape} seed {seed} generator {GENERATOR}")),
         tokenizer_error=f"{PREFIX}{shape} has random weights and no tokenizer; give token ids instead of text",
         provenance=(Provenance("random", {"shape": shape, "seed": seed}),),
         source=Source(family.name, config),

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hasten import _native
 from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
 from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.model import Model
@@ -37,8 +38,10 @@ class CpuBackend:
         """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise."""
         program = native_program(model.spec, context, formats)
         pages = _page_counts(program)
+        pool = _native.ThreadPool(self.threads)
+        packed = PackedWeights(pool, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
         compiled = compile_program(
-            program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
+            program, model.weights, packed, pool, isa=self.isa,
             most_tokens=min(STEP_TOKENS, program.context), page=PAGE, pages=pages,
         )  # fmt: skip
         return CpuSession(program, compiled)

@@ -1,16 +1,17 @@
 """Compiling: a Program and its weights → a native tape. Kernels resolved, places fixed, weights packed, once."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu.arena import ALIGNMENT, Arena
 from hasten.backends.cpu.experts import ExpertPlaces
+from hasten.backends.cpu.packed import PackedWeights, Stack
 from hasten.backends.cpu.rows import ELEMENT_BYTES, FEEDS, format_of, padded_width, row_stride
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.weights import Array, Weights
@@ -60,15 +61,19 @@ def _refusal(program: Program, op: ops.Op) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A tape and the page pools it writes to, in the order of the Program's state groups; a one-token step reads ``weight_bytes``."""
+    """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step.
+
+    ``packed`` weights were packed anew, the others came from the cache."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]
     weight_bytes: int
+    packed: int
 
 
 def compile_program(
-    program: Program, weights: Weights, pool: _native.ThreadPool, *, isa: str, most_tokens: int, page: int, pages: Mapping[str, int]
+    program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, *, isa: str, most_tokens: int, page: int,
+    pages: Mapping[str, int],
 ) -> Compiled:  # fmt: skip
     """The tape of ``program`` for steps of up to ``most_tokens`` tokens. ``pages`` gives each state group's number of pages.
 
@@ -76,14 +81,14 @@ def compile_program(
     refused = unsupported_ops(program)
     if refused:
         raise UnsupportedError(f"the cpu backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-    return _Compiler(program, weights, pool, most_tokens).compile(isa, page, pages)
+    return _Compiler(program, weights, packed, pool, most_tokens).compile(isa, page, pages)
 
 
 class _Compiler:
     """One pass over the ops: places are taken when a value is made and given back after its last use."""
 
-    def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
-        self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
+    def __init__(self, program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, most_tokens: int) -> None:
+        self.program, self.weights, self.store, self.pool, self.most_tokens = program, weights, packed, pool, most_tokens
         self.plain = unfuse(program)
         self.values = self.plain.values  # those inside chains too
         self.arena = Arena()
@@ -110,7 +115,7 @@ class _Compiler:
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
         for op, where in zip(program.ops, places, strict=True):
             self._emit(tape, op, where)
-        return Compiled(tape, pools, self.weight_bytes)
+        return Compiled(tape, pools, self.weight_bytes, self.store.fill())
 
     # --- first: where everything lies
 
@@ -168,7 +173,7 @@ class _Compiler:
                     self._emit(tape, part, at)
                 tape.close()
             case ops.Embed():
-                tape.embed(_bf16(self.weights.array(op.weight)), op.scale, at[op.y])
+                tape.embed(self.store.table(op.weight, self.weights[op.weight]), op.scale, at[op.y])
             case ops.RmsNorm():
                 n = values[op.x].features[-1]
                 tape.rms_norm(
@@ -266,7 +271,7 @@ class _Compiler:
     def _head_weights(self, op: ops.HeadLinear) -> list[_native.WeightBuffer]:
         if op.weight_format != "dense":
             raise UnsupportedError(f"{op.weight}: products head by head have weights in bf16 only, not {op.weight_format}")
-        packed = [self._pack(op, head.shape, head) for head in self.weights.array(op.weight)]
+        packed = self._slices(op)
         self.weight_bytes += sum(weight.nbytes for weight in packed)
         return packed
 
@@ -282,22 +287,21 @@ class _Compiler:
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
         if key not in self.packed:
-            self.packed[key] = self._pack(op, self.program.params[op.weight], self.weights.array(op.weight))
+            out, width = self.program.params[op.weight]
+            self.packed[key] = self.store.linear(op.weight, format_of(op), out, width, self.weights[op.weight].load)
             self.weight_bytes += self.packed[key].nbytes
         return self.packed[key]
 
     def _expert_weights(self, op: ops.ExpertLinear) -> _native.ExpertWeights:
-        experts, *shape = self.program.params[op.weight]
-        packed = _native.ExpertWeights([self._pack(op, shape, dense) for dense in self.weights.array(op.weight)])
-        self.weight_bytes += packed.nbytes * self._width(op.experts) // experts
+        packed = _native.ExpertWeights(self._slices(op))
+        self.weight_bytes += packed.nbytes * self._width(op.experts) // self.program.params[op.weight][0]
         return packed
 
-    def _pack(self, op: ops.Linear | ops.HeadLinear | ops.ExpertLinear, shape: Sequence[int], dense: Array) -> _native.WeightBuffer:
-        form = format_of(op)
-        packed = _native.WeightBuffer(form.number, shape[0], shape[1], form.group, form.zero_points, form.sparse)
-        exact = form.zero_points or form.number in {"f32", "f16"}
-        packed.pack(self.pool, np.ascontiguousarray(dense, np.float32) if exact else _bf16(dense))
-        return packed
+    def _slices(self, op: ops.HeadLinear | ops.ExpertLinear) -> list[_native.WeightBuffer]:
+        """The weights of all heads or experts, which lie stacked in one."""
+        count, out, width = self.program.params[op.weight]
+        stack = Stack(self.weights[op.weight].load, count)
+        return [self.store.linear(f"{op.weight}[{i}]", format_of(op), out, width, functools.partial(stack.take, i)) for i in range(count)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -332,13 +336,6 @@ def _page_pool(group: KvGroup | LatentGroup, pages: int, page: int) -> _native.P
     if isinstance(group, LatentGroup):  # one row a token, which begins with the values
         return _native.PagePool(group.layers, pages, page, 1, group.width, 0)
     return _native.PagePool(group.layers, pages, page, group.kv_heads, group.key_dim, group.value_dim)
-
-
-def _bf16(array: Array) -> Array:
-    """The bits of an array rounded to bfloat16, row-major."""
-    if array.dtype != ml_dtypes.bfloat16:
-        array = array.astype(ml_dtypes.bfloat16)
-    return np.ascontiguousarray(array).view(np.uint16)
 
 
 def _floats(array: Array) -> list[float]:
