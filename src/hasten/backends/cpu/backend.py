@@ -42,11 +42,12 @@ class CpuBackend:
         formats = choose_formats(lower(model.spec, context=context), weights)
         program = lower(model.spec, context=context, formats=formats, cache="bfloat16")
         pages = _page_counts(program)
+        threads = _native.ThreadPool(self.threads)
         compiled = compile_program(
-            program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
+            program, model.weights, threads, isa=self.isa,
             most_tokens=min(STEP_TOKENS, program.context), page=PAGE, pages=pages,
         )  # fmt: skip
-        return CpuSession(program, compiled)
+        return CpuSession(program, compiled, threads)
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
@@ -75,10 +76,10 @@ def _page_counts(program: Program) -> Mapping[str, int]:
 
 
 class CpuSession:
-    """One compiled Program and its cache."""
+    """One compiled Program and its cache. ``threads`` play its steps, and are free between them."""
 
-    def __init__(self, program: Program, compiled: Compiled) -> None:
-        self.program, self.compiled = program, compiled
+    def __init__(self, program: Program, compiled: Compiled, threads: _native.ThreadPool) -> None:
+        self.program, self.compiled, self.threads = program, compiled, threads
         self.allocators = [PageAllocator(pool.pages) for pool in compiled.pools]
         self.vocab = program.values["logits"].features[-1]
         self.most_tokens = min(STEP_TOKENS, program.context)
