@@ -42,7 +42,8 @@ Isa isa_of(const std::string& name) {
 }
 
 std::uint32_t word_of(std::int64_t value, const char* name) {
-    require(value >= 0 && value <= std::numeric_limits<std::uint32_t>::max(), std::string(name) + " is " + std::to_string(value) + "; accepted: 0 to 4294967295");
+    require(value >= 0 && value <= std::numeric_limits<std::uint32_t>::max(),
+            std::string(name) + " is " + std::to_string(value) + "; accepted: 0 to 4294967295");
     return static_cast<std::uint32_t>(value);
 }
 
@@ -55,8 +56,8 @@ std::uint64_t seed_of(std::int64_t seed) {
 std::int32_t id_of(std::int64_t token) { return token < 0 || token >= kMostVocab ? -1 : static_cast<std::int32_t>(token); }
 
 SamplingRow row_of(double temperature, std::int64_t top_k, double top_p, double min_p, double repetition_penalty, double presence_penalty,
-                   double frequency_penalty, std::int64_t seed, std::int64_t choice, std::int64_t logprobs, const std::optional<Longs>& prompt,
-                   const std::vector<std::pair<std::int64_t, double>>& bias) {
+                   double frequency_penalty, std::int64_t seed, std::int64_t choice, std::int64_t logprobs,
+                   const std::optional<Longs>& prompt, const std::vector<std::pair<std::int64_t, double>>& bias) {
     require(temperature >= 0 && std::isfinite(temperature), "temperature must be finite, 0 or more");
     require(top_k >= 0, "top_k must be 0 or more");
     require(top_p >= 0 && top_p <= 1 && min_p >= 0 && min_p <= 1, "top_p and min_p must be from 0 to 1");
@@ -77,7 +78,8 @@ SamplingRow row_of(double temperature, std::int64_t top_k, double top_p, double 
 }
 
 void check_vocab(std::size_t vocab) {
-    require(vocab >= 1 && vocab <= kMostVocab, "rows of " + std::to_string(vocab) + " logits; accepted: 1 to " + std::to_string(kMostVocab));
+    require(vocab >= 1 && vocab <= kMostVocab,
+            "rows of " + std::to_string(vocab) + " logits; accepted: 1 to " + std::to_string(kMostVocab));
 }
 
 void check_masks(const std::optional<Masks>& masks, std::size_t rows, std::size_t vocab) {
@@ -96,7 +98,8 @@ void sample(Sampler& self, Logits logits, const nb::list& rows, Longs positions,
     require(count <= static_cast<std::size_t>(std::numeric_limits<int>::max()), "too many rows");
     check_masks(masks, count, vocab);
     require(!logprobs || logprobs->size() == count, "as many logprobs as rows are needed");
-    require(top_ids.has_value() == top_logprobs.has_value() && (!top_ids || logprobs), "top_ids and top_logprobs go together, and with logprobs");
+    require(top_ids.has_value() == top_logprobs.has_value() && (!top_ids || logprobs),
+            "top_ids and top_logprobs go together, and with logprobs");
     require(!top_ids || (top_ids->shape(0) == count && top_logprobs->shape(0) == count && top_ids->shape(1) == top_logprobs->shape(1)),
             "top_ids and top_logprobs must be [rows, top]");
     for (std::size_t i = 0; i < count; ++i) word_of(positions(i), "position");
@@ -130,8 +133,8 @@ void bind_sampling(nb::module_& module) {
              [](SamplingRow* self, double temperature, std::int64_t top_k, double top_p, double min_p, double repetition_penalty,
                 double presence_penalty, double frequency_penalty, std::int64_t seed, std::int64_t choice, std::int64_t logprobs,
                 std::optional<Longs> prompt, const std::vector<std::pair<std::int64_t, double>>& logit_bias) {
-                 new (self) SamplingRow(row_of(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
-                                               choice, logprobs, prompt, logit_bias));
+                 new (self) SamplingRow(row_of(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+                                               seed, choice, logprobs, prompt, logit_bias));
              },
              nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "min_p"_a = 0.0, "repetition_penalty"_a = 1.0,
              "presence_penalty"_a = 0.0, "frequency_penalty"_a = 0.0, "seed"_a = 0, "choice"_a = 0, "logprobs"_a = -1,
@@ -141,7 +144,9 @@ void bind_sampling(nb::module_& module) {
 
     nb::class_<Sampler>(module, "Sampler", "Draws for many rows at once, which share the threads of a pool.")
         .def("__init__",
-             [](Sampler* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) { new (self) Sampler(std::move(pool), isa_of(isa)); },
+             [](Sampler* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) {
+                 new (self) Sampler(std::move(pool), isa_of(isa));
+             },
              "pool"_a.none(), "isa"_a = "best")
         .def("sample", sample, "logits"_a, "rows"_a, "positions"_a, "tokens"_a, nb::kw_only(), "masks"_a = nb::none(),
              "logprobs"_a = nb::none(), "top_ids"_a = nb::none(), "top_logprobs"_a = nb::none(), "purpose"_a = 0,
@@ -153,7 +158,8 @@ void bind_sampling(nb::module_& module) {
                  check_masks(mask, 1, logits.shape(1));
                  std::vector<std::int32_t> ids;
                  std::vector<double> weights;
-                 for (const auto& [id, weight] : self.candidates(logits.data(), static_cast<int>(logits.shape(1)), row, mask ? mask->data() : nullptr)) {
+                 const int vocab = static_cast<int>(logits.shape(1));
+                 for (const auto& [id, weight] : self.candidates(logits.data(), vocab, row, mask ? mask->data() : nullptr)) {
                      ids.push_back(id);
                      weights.push_back(weight);
                  }
@@ -164,7 +170,8 @@ void bind_sampling(nb::module_& module) {
     module.def("noise",
                [](std::int64_t seed, std::int64_t choice, std::int64_t position, std::int64_t purpose, std::int64_t n) {
                    require(n >= 0 && n <= kMostVocab, "n is " + std::to_string(n) + "; accepted: 0 to " + std::to_string(kMostVocab));
-                   const NoiseKey key{seed_of(seed), word_of(position, "position"), word_of(choice, "choice"), word_of(purpose, "purpose")};
+                   const NoiseKey key{seed_of(seed), word_of(position, "position"), word_of(choice, "choice"),
+                                      word_of(purpose, "purpose")};
                    std::vector<double> values;
                    for (std::uint32_t id = 0; id < n; ++id) values.push_back(uniform(noise_half(key, id, 0), noise_half(key, id, kLowHalf)));
                    return owned(std::move(values));

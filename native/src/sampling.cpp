@@ -284,7 +284,8 @@ std::int32_t Sampler::Work::draw(const SamplingPasses& passes, const NoiseKey& k
     }
     constexpr int kChunk = 512;  // after which the best so far is better known
     for (std::int32_t begin = 0; begin < vocab; begin += kChunk) {
-        const int count = passes.contenders(x + begin, std::min(kChunk, vocab - begin), scale, best, key, static_cast<std::uint32_t>(begin), ids.data());
+        const int count = passes.contenders(x + begin, std::min(kChunk, vocab - begin), scale, best, key, static_cast<std::uint32_t>(begin),
+                                            ids.data());
         for (int i = 0; i < count; ++i) consider(begin + ids[i]);
     }
     return winner;
@@ -337,7 +338,8 @@ void Sampler::sample(const SamplingStep& step) {
         const SamplingRow& its = *step.settings[row];
         const std::size_t place = static_cast<std::size_t>(row);
         step.tokens[row] = -1;
-        errors[place] = work.start(passes_, step.logits + place * step.vocab, its, step.masks == nullptr ? nullptr : step.masks + place * words);
+        const std::uint32_t* mask = step.masks == nullptr ? nullptr : step.masks + place * words;
+        errors[place] = work.start(passes_, step.logits + place * step.vocab, its, mask);
         if (!errors[place].empty()) return;
         const SamplingSettings& settings = its.settings();
         step.tokens[row] = work.likeliest;
@@ -360,7 +362,8 @@ void Sampler::sample(const SamplingStep& step) {
         if (!errors[row].empty()) throw std::invalid_argument("row " + std::to_string(row) + ": " + errors[row]);
 }
 
-std::vector<std::pair<std::int32_t, double>> Sampler::candidates(const float* logits, int vocab, const SamplingRow& row, const std::uint32_t* mask) {
+std::vector<std::pair<std::int32_t, double>> Sampler::candidates(const float* logits, int vocab, const SamplingRow& row,
+                                                                 const std::uint32_t* mask) {
     const std::lock_guard alone(one_at_a_time_);
     prepare(vocab);
     Work& work = *work_[0];

@@ -95,7 +95,8 @@ class Sampler {
     void sample(const SamplingStep& step);
 
     // The ids that a draw from this row may give, ascending, and their log-weights (step 4; 0 at temperature 0).
-    std::vector<std::pair<std::int32_t, double>> candidates(const float* logits, int vocab, const SamplingRow& row, const std::uint32_t* mask);
+    std::vector<std::pair<std::int32_t, double>> candidates(const float* logits, int vocab, const SamplingRow& row,
+                                                            const std::uint32_t* mask);
 
    private:
     struct Work;
