@@ -121,4 +121,5 @@ NB_MODULE(_native, m) {
     bind_executor(m);
     bind_experts(m);
     bind_stored(m);
+    bind_sampling(m);
 }

@@ -328,3 +328,71 @@ def expert_linear(
 
 def combine(x: NDArray[np.float32], weights: NDArray[np.float32], experts: NDArray[np.int32], count: int, y: NDArray[np.float32]) -> None:
     """y[t] = the sum of weights[t, a] · x[t, a] in the order of choice; rows lie as choices ``experts`` out of ``count`` lay them."""
+
+class SamplingRow:
+    """How one request's tokens are drawn, and which ids it has seen how often. Settings are those of `hasten.SamplingParams`.
+
+    ``seed`` and ``choice`` key the noise; ``logprobs`` is how many of the likeliest ids to report, -1 for none and not the drawn one's
+    either; ``logit_bias`` is finite numbers to add to ids' logits. Raises ValueError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
+        choice: int = 0,
+        logprobs: int = -1,
+        prompt: NDArray[np.int64] | None = None,
+        logit_bias: list[tuple[int, float]] = ...,
+    ) -> None: ...
+    def append(self, token: int) -> None:
+        """Note a token of the output. Not while a step that draws for this row is running."""
+
+class Sampler:
+    """Draws for many rows at once, which share the threads of ``pool`` (None: the caller's alone). The same draws at every ``isa``."""
+
+    def __init__(self, pool: ThreadPool | None, isa: str = "best") -> None: ...
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        rows: list[SamplingRow],
+        positions: NDArray[np.int64],
+        tokens: NDArray[np.int32],
+        *,
+        masks: NDArray[np.uint32] | None = None,
+        logprobs: NDArray[np.float32] | None = None,
+        top_ids: NDArray[np.int32] | None = None,
+        top_logprobs: NDArray[np.float32] | None = None,
+        purpose: int = 0,
+    ) -> None:
+        """Draw a token for every row of logits [R, vocab], without the interpreter lock; sampling.hpp says what a draw means.
+
+        positions [R] are the drawn tokens' places in their sequences; bit i % 32 of word i / 32 of masks [R, ⌈vocab / 32⌉] allows id i.
+        Fills tokens [R]; logprobs [R] of the drawn tokens, of the logits as they came, NaN for rows that ask for none; and top_ids,
+        top_logprobs [R, N] with the likeliest ids, -1 and -inf beyond what a row asks for.
+        Raises ValueError for shapes that do not fit, and, naming the first such row, where logits hold NaN or +inf or leave no id: its
+        token is -1, and the other rows are drawn.
+        """
+
+    def candidates(
+        self, logits: NDArray[np.float32], row: SamplingRow, mask: NDArray[np.uint32] | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """The ids that a draw from logits [1, vocab] may give, ascending, and their log-weights relative to the likeliest. mask [1, …].
+
+        A softmax of the log-weights is the distribution drawn from. Raises as `sample` does.
+        """
+
+def noise(seed: int, choice: int, position: int, purpose: int, n: int) -> NDArray[np.float64]:
+    """Uniform noise of ids 0 … n − 1, between 0 and 1 but neither: (⌊word / 2¹²⌋ + ½) · 2⁻⁵² of a word of 64 bits.
+
+    Its upper half is word id % 4 of Philox4x32-10 (Salmon et al., SC 2011) with key (seed mod 2³², seed / 2³²) and counter (id / 4,
+    position, choice, purpose), its lower half the same of (id / 4 + 2³¹, …).
+    Raises ValueError for a number out of range, or an n above 2²¹.
+    """

@@ -68,19 +68,10 @@ def session(name, weights, *, fused, threads=2, isa="best", most_tokens=64, page
         program = unfuse(program)
     pool = _native.ThreadPool(threads)
     counts = {group.name: pages for group in program.states}
-    made = CpuSession(
-        program,
-        compile_program(
-            program,
-            model(name).weights,
-            all_packed(pool),
-            pool,
-            isa=isa,
-            most_tokens=most_tokens,
-            page=PAGE,
-            pages=counts,
-        ),
-    )
+    compiled = compile_program(
+        program, model(name).weights, all_packed(pool), pool, isa=isa, most_tokens=most_tokens, page=PAGE, pages=counts
+    )  # fmt: skip
+    made = CpuSession(program, compiled, pool)
     if name == "awkward":
         assert np.isnan(made.score(Batch.of([[NAN] * 64]))).all()
     return made

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from hasten.engine.sampling import SamplingParams
 from hasten.model import Model, find_backend, load_backend
 from hasten.program import Batch, Formats, lowering_contexts, token_array
 
+if TYPE_CHECKING:
+    from hasten import _native
+
 Prompt = str | Sequence[int]
 
 AUTO = "auto"
@@ -26,6 +29,11 @@ class Session(Protocol):
     """What the engine needs of a backend: a state for new sequences, and a step that takes and returns one.
 
     The state is the backend's own; it can ``select`` sequences and be ``joined`` with another."""
+
+    @property
+    def threads(self) -> "_native.ThreadPool | None":
+        """Threads that sampling may share between steps; None where there are none of its own."""
+        ...
 
     def start(self, sequences: int) -> Any:
         """The state of sequences that have seen nothing."""
@@ -148,7 +156,10 @@ class LLM:
 
     def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
         """Every running request catches its computed tokens up to its known ones, one step after another."""
+        from hasten.engine.sampler import Sampler  # late: it needs the native code, which importing the engine does not
+
         waiting, running = list(requests), list[Request]()
+        sampler = Sampler(session.threads)
         state = session.start(0)
         while waiting or running:
             joining = waiting[: self.max_sequences - len(running)]
@@ -158,9 +169,9 @@ class LLM:
             batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
             logits, state = session.step(batch, state)
             chunks = []
-            for request, row in zip(running, logits, strict=True):
+            for request, token in zip(running, sampler.draw(logits, running), strict=True):
                 request.computed += len(request.pending)
-                chunks.append(request.take(row))
+                chunks.append(request.take(token))
             staying = [index for index, request in enumerate(running) if request.finish_reason is None]
             if len(staying) < len(running):
                 running, state = [running[index] for index in staying], state.select(staying)

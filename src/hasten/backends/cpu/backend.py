@@ -38,13 +38,13 @@ class CpuBackend:
         """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise."""
         program = native_program(model.spec, context, formats)
         pages = _page_counts(program)
-        pool = _native.ThreadPool(self.threads)
-        packed = PackedWeights(pool, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
+        threads = _native.ThreadPool(self.threads)
+        packed = PackedWeights(threads, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
         compiled = compile_program(
-            program, model.weights, packed, pool, isa=self.isa,
+            program, model.weights, packed, threads, isa=self.isa,
             most_tokens=min(STEP_TOKENS, program.context), page=PAGE, pages=pages,
         )  # fmt: skip
-        return CpuSession(program, compiled)
+        return CpuSession(program, compiled, threads)
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
@@ -70,10 +70,10 @@ def _page_counts(program: Program) -> Mapping[str, int]:
 
 
 class CpuSession:
-    """One compiled Program and its cache."""
+    """One compiled Program and its cache. ``threads`` play its steps, and are free between them."""
 
-    def __init__(self, program: Program, compiled: Compiled) -> None:
-        self.program, self.compiled = program, compiled
+    def __init__(self, program: Program, compiled: Compiled, threads: _native.ThreadPool) -> None:
+        self.program, self.compiled, self.threads = program, compiled, threads
         self.allocators = [PageAllocator(pool.pages) for pool in compiled.pools]
         self.vocab = program.values["logits"].features[-1]
 

@@ -41,6 +41,9 @@ class ReferenceBackend:
 class ReferenceSession:
     """One program with its weights. Stateless scoring, or steps that carry a State from the caller and back."""
 
+    threads = None
+    """Torch has its own."""
+
     def __init__(self, program: Program, weights: dict[str, Tensor]) -> None:
         self.program, self.weights = program, weights
 
