@@ -78,6 +78,29 @@ struct Player {
         : tape(std::move(pool), isa_named(isa), arena, most_tokens), vocab(vocab), context(context) {}
 
     void run(Ints tokens, Ints positions, Ints offsets, Ints rows, std::vector<Longs> slots, std::vector<Table> tables, Logits logits) {
+        const StepInput step = checked(tokens, positions, offsets, rows, slots, tables, logits);
+        nb::gil_scoped_release unlocked;
+        tape.run(step);
+    }
+
+    // Plays a step as run does. Returns (nanoseconds [ops, threads], nanoseconds of the whole).
+    nb::tuple profile(Ints tokens, Ints positions, Ints offsets, Ints rows, std::vector<Longs> slots, std::vector<Table> tables,
+                      Logits logits) {
+        const StepInput step = checked(tokens, positions, offsets, rows, slots, tables, logits);
+        auto made = std::make_unique<StepProfile>();
+        {
+            nb::gil_scoped_release unlocked;
+            *made = tape.profile(step);
+        }
+        StepProfile* const profile = made.release();
+        const nb::capsule owner(profile, [](void* p) noexcept { delete static_cast<StepProfile*>(p); });
+        const nb::ndarray<nb::numpy, std::int64_t> op_ns(profile->op_ns.data(), {tape.ops(), tape.threads()}, owner);
+        return nb::make_tuple(op_ns, profile->wall_ns);
+    }
+
+   private:
+    StepInput checked(const Ints& tokens, const Ints& positions, const Ints& offsets, const Ints& rows, const std::vector<Longs>& slots,
+                      const std::vector<Table>& tables, const Logits& logits) const {
         StepInput step;
         step.tokens = static_cast<int>(tokens.size());
         step.sequences = static_cast<int>(offsets.size()) - 1;
@@ -94,11 +117,9 @@ struct Player {
         step.rows = rows.data();
         step.logits = logits.data();
         for (std::size_t group = 0; group < groups.size(); ++group) check_pages(step, *groups[group], slots[group], tables[group]);
-        nb::gil_scoped_release unlocked;
-        tape.run(step);
+        return step;
     }
 
-   private:
     void check(const StepInput& step, const Ints& tokens, const Ints& positions, const Ints& offsets, const Ints& rows) const {
         if (step.tokens < 1 || step.tokens > tape.most_tokens())
             refuse(std::to_string(step.tokens) + " tokens in a step; accepted: 1 to " + std::to_string(tape.most_tokens()));
@@ -187,6 +208,7 @@ void bind_executor(nb::module_& module) {
         .def(nb::init<std::shared_ptr<ThreadPool>, const std::string&, std::size_t, int, int, int>(), "pool"_a, "isa"_a, "arena_bytes"_a,
              "most_tokens"_a, "vocab"_a, "context"_a)
         .def_prop_ro("ops", [](const Player& self) { return self.tape.ops(); })
+        .def_prop_ro("op_names", [](const Player& self) { return self.tape.op_names(); })
         .def("group", [](Player& self, std::shared_ptr<PagePool> pages) { return self.tape.add_group(std::move(pages)); }, "pages"_a)
         .def("embed",
              [](Player& self, Halves table, float scale, std::int64_t y) {
@@ -247,7 +269,9 @@ void bind_executor(nb::module_& module) {
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
         .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a,
-             "Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range.");
+             "Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range.")
+        .def("profile", &Player::profile, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a,
+             "The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole step).");
 }
 
 }  // namespace hasten

@@ -1,5 +1,7 @@
 #include "tape.hpp"
 
+#include <chrono>
+
 namespace hasten {
 
 WeightBuffer::WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense)
@@ -43,12 +45,27 @@ void Tape::need_scratch(std::size_t floats) {
 }
 
 void Tape::run(const StepInput& step) const {
-    pool_->run([&](unsigned thread) {
-        for (const auto& op : ops_) {
-            op->play(*this, step, thread);
-            pool_->barrier().wait();
-        }
+    each_op([&](std::size_t index, unsigned thread) { ops_[index]->play(*this, step, thread); });
+}
+
+StepProfile Tape::profile(const StepInput& step) const {
+    using Clock = std::chrono::steady_clock;
+    const auto nanoseconds = [](Clock::duration time) { return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count(); };
+    StepProfile profile{std::vector<std::int64_t>(ops_.size() * threads()), 0};
+    const auto begin = Clock::now();
+    each_op([&](std::size_t index, unsigned thread) {
+        const auto start = Clock::now();
+        ops_[index]->play(*this, step, thread);
+        profile.op_ns[index * threads() + thread] = nanoseconds(Clock::now() - start);
     });
+    profile.wall_ns = nanoseconds(Clock::now() - begin);
+    return profile;
+}
+
+std::vector<std::string> Tape::op_names() const {
+    std::vector<std::string> names;
+    for (const auto& op : ops_) names.push_back(op->name());
+    return names;
 }
 
 }  // namespace hasten

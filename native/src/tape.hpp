@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "kernels.hpp"
@@ -68,7 +69,14 @@ class Tape;
 class TapeOp {
    public:
     virtual ~TapeOp() = default;
+    virtual std::string name() const = 0;  // for people who read a profile
     virtual void play(const Tape& tape, const StepInput& step, unsigned thread) const = 0;
+};
+
+// Where the time of one step went. The clock is read around each op, so the barrier that follows it is not in its time.
+struct StepProfile {
+    std::vector<std::int64_t> op_ns;  // [ops, threads]
+    std::int64_t wall_ns;             // from the call to the return, barriers and waking the threads included
 };
 
 class Tape {
@@ -80,6 +88,9 @@ class Tape {
 
     // Plays every op on every thread, with a barrier after each.
     void run(const StepInput& step) const;
+
+    // The same step with a clock read before and after each op.
+    StepProfile profile(const StepInput& step) const;
 
     template <class T>
     T* at(Place place, const StepInput& step) const {
@@ -93,9 +104,21 @@ class Tape {
     unsigned threads() const { return pool_->size(); }
     int most_tokens() const { return most_tokens_; }
     std::size_t ops() const { return ops_.size(); }
+    std::vector<std::string> op_names() const;
     const std::vector<std::shared_ptr<PagePool>>& groups() const { return groups_; }
 
    private:
+    // Calls play_op(index of an op, thread) for every op on every thread, with a barrier after each.
+    template <class PlayOp>
+    void each_op(const PlayOp& play_op) const {
+        pool_->run([&](unsigned thread) {
+            for (std::size_t index = 0; index < ops_.size(); ++index) {
+                play_op(index, thread);
+                pool_->barrier().wait();
+            }
+        });
+    }
+
     std::shared_ptr<ThreadPool> pool_;
     Isa isa_;
     int most_tokens_;

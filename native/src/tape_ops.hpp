@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "tape.hpp"
@@ -20,6 +21,7 @@ struct EmbedOp final : TapeOp {
     Place y;
 
     EmbedOp(const bf16* table, int width, float scale, Place y) : table(table), width(width), scale(scale), y(y) {}
+    std::string name() const override { return "embed"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(step.tokens, thread, tape.threads());
         embed(table, width, step.token_ids + part.begin, static_cast<int>(part.end - part.begin), scale,
@@ -35,6 +37,7 @@ struct RotaryTableOp final : TapeOp {
 
     RotaryTableOp(std::vector<float> frequencies, float magnitude, Place cos, Place sin)
         : frequencies(std::move(frequencies)), magnitude(magnitude), cos(cos), sin(sin) {}
+    std::string name() const override { return "rotary_table"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(step.tokens, thread, tape.threads());
         const std::size_t half = frequencies.size();
@@ -58,6 +61,7 @@ struct RmsNormOp final : TapeOp {
 
     RmsNormOp(Rows rows, Place x, Place y, int n, int group, std::vector<float> weight, float eps, float offset)
         : rows(rows), x(x), y(y), n(n), group(group), weight(std::move(weight)), eps(eps), offset(offset) {}
+    std::string name() const override { return "rms_norm"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(row_count(rows, step), thread, tape.threads());
         rms_norm(tape.isa(), tape.at<float>(x, step) + part.begin * n, static_cast<int>(part.end - part.begin), n, group, weight.data(),
@@ -74,6 +78,7 @@ struct FeedOp final : TapeOp {
 
     FeedOp(Rows rows, Place x, Place y, Place scales, int n, int padded, int stride, bool to_int8)
         : rows(rows), x(x), y(y), scales(scales), n(n), padded(padded), stride(stride), to_int8(to_int8) {}
+    std::string name() const override { return to_int8 ? "quantize_rows" : "to_bf16"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(row_count(rows, step), thread, tape.threads());
         const int count = static_cast<int>(part.end - part.begin);
@@ -95,6 +100,7 @@ struct LinearOp final : TapeOp {
 
     LinearOp(Rows rows, std::shared_ptr<WeightBuffer> weight, Place x, Place scales, Place y, int stride, std::vector<float> bias)
         : rows(rows), weight(std::move(weight)), x(x), scales(scales), y(y), stride(stride), bias(std::move(bias)) {}
+    std::string name() const override { return "linear " + std::to_string(weight->packed().out) + "x" + std::to_string(weight->packed().in); }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const PackedLinear& w = weight->packed();
         const Share panels = share(w.panels(), thread, tape.threads());
@@ -113,6 +119,7 @@ struct RotateOp final : TapeOp {
 
     RotateOp(Place x, Place y, Place cos, Place sin, int heads, int head_dim, int start, int dims, bool interleaved)
         : x(x), y(y), cos(cos), sin(sin), heads(heads), head_dim(head_dim), start(start), dims(dims), interleaved(interleaved) {}
+    std::string name() const override { return "rotate"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(step.tokens, thread, tape.threads());
         const std::size_t width = static_cast<std::size_t>(heads) * head_dim, half = dims / 2;
@@ -127,6 +134,7 @@ struct AppendOp final : TapeOp {
     Place k, v;
 
     AppendOp(int group, int slot, Place k, Place v) : group(group), slot(slot), k(k), v(v) {}
+    std::string name() const override { return "append_kv"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(step.tokens, thread, tape.threads());
         append_kv(tape.groups()[group]->layer(slot), tape.at<float>(k, step), tape.at<float>(v, step), step.slots[group],
@@ -148,6 +156,7 @@ struct AttendOp final : TapeOp {
         this->shape.sinks = this->sinks.empty() ? nullptr : this->sinks.data();
     }
     // Tasks (sequence, block of queries, key/value head) go round the threads, the longest contexts of a sequence last.
+    std::string name() const override { return "attend"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const PagedLayer layer = tape.groups()[group]->layer(slot);
         std::size_t task = 0;
@@ -170,6 +179,7 @@ struct AddOp final : TapeOp {
     int n;
 
     AddOp(Place a, Place b, Place y, int n) : a(a), b(b), y(y), n(n) {}
+    std::string name() const override { return "add"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(static_cast<std::size_t>(step.tokens) * n, thread, tape.threads());
         add(tape.isa(), tape.at<float>(a, step) + part.begin, tape.at<float>(b, step) + part.begin, part.end - part.begin,
@@ -183,6 +193,7 @@ struct GateOp final : TapeOp {
     int n;
 
     GateOp(Activation activation, Place g, Place up, Place y, int n) : activation(activation), g(g), up(up), y(y), n(n) {}
+    std::string name() const override { return "gate"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(static_cast<std::size_t>(step.tokens) * n, thread, tape.threads());
         gate(tape.isa(), activation, tape.at<float>(g, step) + part.begin, tape.at<float>(up, step) + part.begin, part.end - part.begin,
@@ -195,6 +206,7 @@ struct SelectRowsOp final : TapeOp {
     int n;
 
     SelectRowsOp(Place x, Place y, int n) : x(x), y(y), n(n) {}
+    std::string name() const override { return "select_rows"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(step.logit_rows, thread, tape.threads());
         for (std::size_t row = part.begin; row < part.end; ++row)

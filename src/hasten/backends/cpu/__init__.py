@@ -2,5 +2,6 @@
 
 from hasten.backends.cpu.backend import CpuBackend, CpuSession
 from hasten.backends.cpu.compile import unsupported_ops
+from hasten.backends.cpu.profile import StepProfile
 
-__all__ = ["CpuBackend", "CpuSession", "unsupported_ops"]
+__all__ = ["CpuBackend", "CpuSession", "StepProfile", "unsupported_ops"]

@@ -1,6 +1,7 @@
 """The native backend as an engine sees it."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from hasten import _native
 from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
 from hasten.backends.cpu.compile import Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.profile import StepProfile
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.model import Model
@@ -93,6 +95,19 @@ class CpuSession:
 
     def step(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState]:
         """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer)."""
+        return self._step(batch, state, self.compiled.tape.run), state
+
+    def profile(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState, StepProfile]:
+        """A step as ``step`` takes it, and where its time went."""
+        tape, played = self.compiled.tape, list[tuple[NDArray[np.int64], int]]()
+        began = time.perf_counter_ns()
+        logits = self._step(batch, state, lambda *arguments: played.append(tape.profile(*arguments)))
+        step_ns = time.perf_counter_ns() - began
+        op_ns = np.sum([each for each, _ in played], axis=0)
+        return logits, state, StepProfile(tuple(tape.op_names), op_ns, sum(whole for _, whole in played), step_ns)
+
+    def _step(self, batch: Batch, state: CpuState, play: Callable[..., None]) -> NDArray[np.float32]:
+        """Play the batch in pieces that a native step takes, each by ``play``."""
         self._check(batch)
         offsets = batch.offsets
         starts = batch.positions[offsets[:-1]] if len(batch.tokens) else batch.positions[:0]
@@ -101,8 +116,8 @@ class CpuSession:
                 raise ConfigError(f"sequence {index} goes on at position {start}, but {sequence.length} of its tokens are cached")
         logits = np.empty((len(batch.rows), self.vocab), np.float32)
         for begin in range(0, len(batch.tokens), self.most_tokens):
-            self._play(batch, state, begin, min(begin + self.most_tokens, len(batch.tokens)), logits)
-        return logits, state
+            self._play(batch, state, begin, min(begin + self.most_tokens, len(batch.tokens)), logits, play)
+        return logits
 
     def _check(self, batch: Batch) -> None:
         """The native step refuses these too, but not in words for a user."""
@@ -112,7 +127,9 @@ class CpuSession:
             longest = self.program.context
             raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {longest} tokens; shorten the input")
 
-    def _play(self, batch: Batch, state: CpuState, begin: int, end: int, logits: NDArray[np.float32]) -> None:
+    def _play(
+        self, batch: Batch, state: CpuState, begin: int, end: int, logits: NDArray[np.float32], play: Callable[..., None]
+    ) -> None:  # fmt: skip
         """One native step over rows [begin, end) of the batch."""
         first = int(np.searchsorted(batch.offsets, begin, side="right")) - 1
         last = int(np.searchsorted(batch.offsets, end, side="left"))
@@ -133,7 +150,7 @@ class CpuSession:
         wanted = np.flatnonzero((batch.rows >= begin) & (batch.rows < end))
         made = np.empty((len(wanted), self.vocab), np.float32)
         rows = (batch.rows[wanted] - begin).astype(np.int32)
-        self.compiled.tape.run(
+        play(
             np.ascontiguousarray(batch.tokens[begin:end]),
             np.ascontiguousarray(positions),
             offsets.astype(np.int32),
