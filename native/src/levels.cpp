@@ -22,14 +22,12 @@ std::vector<bool Features::*> needed(Isa isa) {
     return {};
 }
 
+// Of what `isa` itself needs.
 std::string missing(Isa isa) {
     std::string names;
-    for (const Level& level : kLevels)
-        if (level.isa <= isa)
-            for (const auto flag : needed(level.isa))
-                if (!(cpu().features.*flag))
-                    for (const NamedFeature& feature : named_features())
-                        if (feature.flag == flag) names += (names.empty() ? "" : ", ") + std::string(feature.name);
+    for (const auto flag : needed(isa))
+        for (const NamedFeature& feature : named_features())
+            if (feature.flag == flag && !(cpu().features.*flag)) names += (names.empty() ? "" : ", ") + std::string(feature.name);
     return names;
 }
 
@@ -42,6 +40,8 @@ std::string refusal(Isa isa) {
     if (isa != Isa::generic) return "the processor is no x86-64";
 #endif
     if (const std::string lacks = missing(isa); !lacks.empty()) return "this machine lacks " + lacks;
+    for (const Level& level : kLevels)
+        if (level.isa < isa && !missing(level.isa).empty()) return std::string("needs ") + level.name + " too";
     if (isa == Isa::amx && !amx_granted()) return "the kernel does not let this process use tiles";
     return "";
 }

@@ -53,7 +53,7 @@ def test_the_console_script_is_the_same_program():
     assert done.stdout == f"hasten {hasten.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "generate", "chat", "eval"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "generate", "chat", "eval", "bench"])
 def test_help_names_every_command(command, hasten_main):
     assert command in hasten_main("--help").out
     assert "Usage" in hasten_main(command, "--help").out
