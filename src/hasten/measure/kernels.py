@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten import _native
-from hasten.backends.cpu import compile as compiling
+from hasten.backends.cpu.backend import PAGE
+from hasten.backends.cpu.compile import GROUP
 from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import random_model
@@ -19,7 +20,6 @@ from hasten.spec import SlidingWindow
 
 WEIGHTS = (("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"))
 """Weights and activations that linear layers are measured in."""
-PAGE = 16
 
 _COPIES = 16  # of an op that reads no weights: its values are as warm as in a step
 _VOCAB = 64
@@ -132,7 +132,7 @@ def time_kernel(case: KernelCase, pool: _native.ThreadPool, isa: str) -> KernelT
 def _cases(
     program: Program, op: ops.Op, footprint: int, rows: tuple[int, ...], contexts: tuple[int, ...], dots: Arithmetic
 ) -> Iterator[KernelCase]:  # fmt: skip
-    """The cases of one op, those of other ops of its size among them."""
+    """The cases of one op; ops of one size give the same ones."""
     match op:
         case ops.Embed():
             yield from (_embed(program.values[op.y].features[-1], count) for count in rows)
@@ -189,7 +189,7 @@ def _tile_rows(rows: int) -> int:
 def _linear_cases(weights: str, activations: str, out: int, width: int, rows: tuple[int, ...], footprint: int) -> Iterator[KernelCase]:
     """All numbers of rows share the copies of the weight, packed when the first of them is built."""
     packed = list[_native.WeightBuffer]()
-    bits = {"bf16": 16.0, "int8": 8.0, "int4": 4.0 + 32 / compiling.GROUP}[weights]
+    bits = {"bf16": 16.0, "int8": 8.0, "int4": 4.0 + 32 / GROUP}[weights]
     weight_bytes = int(out * width * bits / 8)
     copies = max(2, -(-footprint // weight_bytes))
     for count in rows:
@@ -197,10 +197,10 @@ def _linear_cases(weights: str, activations: str, out: int, width: int, rows: tu
         def build(pool: _native.ThreadPool, isa: str, count: int = count) -> Player:
             if not packed:
                 dense = _bf16((out, width))
-                group = compiling.GROUP if weights == "int4" else 0
+                group = GROUP if weights == "int4" else 0
                 packed.extend(_native.WeightBuffer(pool, weights, group, dense) for _ in range(copies))
             most, element = _tile_rows(count), 1 if activations == "int8" else 2
-            padded = -(-width // compiling.GROUP) * compiling.GROUP
+            padded = -(-width // GROUP) * GROUP
             stride = (padded * element // 64 + 1 - padded * element // 64 % 2) * 64 // element
             tape, (x, fed, scales, y) = _tape(pool, isa, most, [most * width * 4, most * stride * element, most * 4, most * out * 4])
             tape.embed(_bf16((_VOCAB, width)), 1.0, x)
@@ -255,7 +255,7 @@ def _feed(to: str, width: int, rows: int) -> KernelCase:
     op, element = ("quantize_rows", 1) if to == "int8" else ("to_bf16", 2)
 
     def build(pool: _native.ThreadPool, isa: str) -> Player:
-        padded = -(-width // compiling.GROUP) * compiling.GROUP
+        padded = -(-width // GROUP) * GROUP
         tape, (x, y, scales) = _tape(pool, isa, rows, [rows * width * 4, rows * padded * element, rows * 4])
         tape.embed(_bf16((_VOCAB, width)), 1.0, x)
         for _ in range(_COPIES):
