@@ -55,7 +55,11 @@ class Runner:
             list(map(str, command)), stdin=pipe, stdout=pipe, stderr=log.open("w"), text=True, env=settings, start_new_session=True
         )
         runner = cls(name, form, process, log)
-        answer = runner.answer()
+        try:
+            answer = runner.answer()
+        except BaseException:
+            runner.end()
+            raise
         runner.version = answer["version"]
         print(f"{runner.label} {runner.version}: loaded in {answer['load_s']:.1f} s", file=sys.stderr, flush=True)
         runner.signal(signal.SIGSTOP)
@@ -115,10 +119,9 @@ def interpreter(peer, environments: Path) -> Path:
         raise RuntimeError(f"{peer.NAME} cannot be installed: {error}") from error
 
 
-def start_all(given: argparse.Namespace, checkpoint: Path, context: int) -> list[Runner]:
-    """hasten in every format, then the peers that can run."""
+def start_all(given: argparse.Namespace, checkpoint: Path, context: int, runners: list[Runner]) -> None:
+    """Add to ``runners`` hasten in every format, then the peers that can run."""
     wanted = [(name, form) for name, _, form in (each.partition(":") for each in given.runners)] if given.runners else None
-    runners = []
     for peer in (None, *PEERS):
         name = "hasten" if peer is None else peer.NAME
         for form in (with_hasten if peer is None else peer).FORMATS:
@@ -130,7 +133,6 @@ def start_all(given: argparse.Namespace, checkpoint: Path, context: int) -> list
                 runners.append(Runner.start(name, form, python, given, checkpoint, context, log))
             except RuntimeError as error:
                 print(f"left out: {error}", file=sys.stderr, flush=True)
-    return runners
 
 
 def measure(runner: Runner, given: argparse.Namespace) -> dict[str, float]:
@@ -192,11 +194,13 @@ def main() -> None:
     given = parser.parse_args()
     if not (0 < given.short < given.long and min(given.batch) > 0 and given.rounds > 0):
         parser.error("--short must be below --long, and counts above 0")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped runners are ended, too
     given.work.mkdir(parents=True, exist_ok=True)
     checkpoint = write_checkpoint(given.shape, given.work / given.shape)
-    context = max(given.prompt + 1, given.context + given.long) + 8
-    runners = start_all(given, checkpoint, context)
+    context = max(given.prompt + 1, given.context + given.long, 16 + 2) + 8
+    runners: list[Runner] = []
     try:
+        start_all(given, checkpoint, context, runners)
         if not runners:
             raise SystemExit("no runner is left")
         firsts = {
