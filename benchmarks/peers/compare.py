@@ -145,9 +145,14 @@ def measure(runner: Runner, given: argparse.Namespace) -> dict[str, float]:
     return speeds
 
 
-def median(values: list[float]) -> float:
+def median(values: list[float]) -> float | None:
+    """None where every round was disturbed."""
     known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
+    return statistics.median(known) if known else None
+
+
+def shown(value: float | None, form: str) -> str:
+    return f"{'–' if value is None else format(value, form):>10}"
 
 
 def table(runners: list[Runner], rounds: dict[str, list[dict[str, float]]]) -> list[dict]:
@@ -170,11 +175,11 @@ def print_table(rows: list[dict]) -> None:
     width = max(len(f"{row['runner']} {row['version']}") for row in rows)
     print(f"{'tokens a second'.ljust(width)}  " + "  ".join(f"{what:>10}" for what in columns))
     for row in rows:
-        print(f"{row['runner'] + ' ' + row['version']:{width}}  " + "  ".join(f"{row['tokens_per_s'][what]:>10,.1f}" for what in columns))
+        print(f"{row['runner'] + ' ' + row['version']:{width}}  " + "  ".join(shown(row["tokens_per_s"][what], ",.1f") for what in columns))
     print(f"\n{'hasten over it, same bits'.ljust(width)}  " + "  ".join(f"{what:>10}" for what in columns))
     for row in rows:
         if (ratios := row["hasten_over_it"]) is not None:
-            print(f"{row['runner'] + ' ' + row['version']:{width}}  " + "  ".join(f"{ratios[what]:>9.2f}×" for what in columns))
+            print(f"{row['runner'] + ' ' + row['version']:{width}}  " + "  ".join(shown(ratios[what], ".2f") for what in columns))
 
 
 def main() -> None:
