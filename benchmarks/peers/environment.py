@@ -9,7 +9,7 @@ TORCH = (Path(__file__).parents[2] / "constraints.txt").read_text().strip()  # a
 
 
 def make(directory: Path, name: str, installs: Sequence[Sequence[str]]) -> Path:
-    """The interpreter of environment ``name`` below ``directory``, with ``installs`` (the arguments of one `pip install` each) done.
+    """The interpreter of environment ``name`` below ``directory``, with ``installs`` (the arguments of one `pip` each) done.
 
     What was installed is noted inside, so that a second call does nothing. Raises CalledProcessError where an installation fails."""
     home = directory / name
@@ -21,7 +21,7 @@ def make(directory: Path, name: str, installs: Sequence[Sequence[str]]) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
     for arguments in installs:
         subprocess.run(
-            ["nice", str(python), "-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check", *arguments],
+            ["nice", str(python), "-m", "pip", "--quiet", "--no-cache-dir", "--disable-pip-version-check", *arguments],
             check=True, stdout=sys.stderr,
         )  # fmt: skip
     note.write_text(wanted)

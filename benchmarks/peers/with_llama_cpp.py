@@ -11,7 +11,7 @@ import worker
 
 NAME = "llama_cpp"
 FORMATS = ("bf16", "q8_0", "q4_0", "q4_k_m")
-INSTALL = (("llama-cpp-python>=0.3.16", "gguf", "safetensors", "ml_dtypes"),)
+INSTALL = (("install", "llama-cpp-python>=0.3.16", "gguf", "safetensors", "ml_dtypes"),)
 
 BATCH = 512  # tokens of one call
 

@@ -9,7 +9,11 @@ from environment import TORCH
 
 NAME = "openvino"
 FORMATS = ("int8", "int4")
-INSTALL = ((TORCH,), (TORCH, "openvino-genai", "openvino-tokenizers", "optimum-intel[nncf]"))
+INSTALL = (
+    ("install", TORCH),
+    ("install", TORCH, "openvino-genai", "openvino-tokenizers", "optimum-intel[nncf]"),
+    ("uninstall", "--yes", "torchvision"),  # comes along, is not needed, and refuses a torch that it was not built with
+)
 
 COMPRESSION = {"int8": ("--weight-format", "int8"), "int4": ("--weight-format", "int4", "--group-size", "64", "--ratio", "1.0")}
 

@@ -7,7 +7,7 @@ from environment import TORCH
 
 NAME = "transformers"
 FORMATS = ("bf16",)
-INSTALL = ((TORCH,), (TORCH, "transformers>=5.23,<6"))
+INSTALL = (("install", TORCH), ("install", TORCH, "transformers>=5.23,<6"))
 
 
 def load(checkpoint: Path, work: Path, form: str, threads: int, context: int, batch: int) -> tuple[str, worker.Generate]:
