@@ -112,18 +112,31 @@ class Player {
 
     // Plays a batch of any length, in several steps where it is longer than one takes. Nothing is played unless all of it is sound.
     std::size_t run(Ints tokens, Ints positions, Ints offsets, Ints rows, const std::vector<const PageTable*>& tables, Logits logits) {
-        if (logits.shape(0) != rows.size() || logits.shape(1) != static_cast<std::size_t>(vocab_))
-            refuse("logits must be [" + std::to_string(rows.size()) + ", " + std::to_string(vocab_) + "]");
-        if (positions.size() != tokens.size()) refuse("as many positions as tokens are needed");
-        if (tables.size() + 1 != offsets.size()) refuse("one page table per sequence is needed");
-        const Batch batch{static_cast<int>(tokens.size()), static_cast<int>(tables.size()), static_cast<int>(rows.size()), tokens.data(),
-                          positions.data(), offsets.data(), rows.data(), tables.data(), logits.data()};
+        const Batch batch = batch_of(tokens, positions, offsets, rows, tables, logits);
         nb::gil_scoped_release unlocked;
         check(batch);
         std::size_t barriers = 0;
-        for (int begin = 0; begin < batch.tokens; begin += tape.most_tokens())
-            barriers += play(batch, begin, std::min(begin + tape.most_tokens(), batch.tokens));
+        by_steps(batch, [&] { barriers += tape.run(step_); });
         return barriers;
+    }
+
+    // Plays a batch as run does. Returns (nanoseconds [ops, threads], nanoseconds of the whole).
+    nb::tuple profile(Ints tokens, Ints positions, Ints offsets, Ints rows, const std::vector<const PageTable*>& tables, Logits logits) {
+        const Batch batch = batch_of(tokens, positions, offsets, rows, tables, logits);
+        auto made = std::make_unique<StepProfile>(StepProfile{std::vector<std::int64_t>(tape.ops() * tape.threads()), 0});
+        {
+            nb::gil_scoped_release unlocked;
+            check(batch);
+            by_steps(batch, [&] {
+                const StepProfile each = tape.profile(step_);
+                for (std::size_t i = 0; i < each.op_ns.size(); ++i) made->op_ns[i] += each.op_ns[i];
+                made->wall_ns += each.wall_ns;
+            });
+        }
+        StepProfile* const profile = made.release();
+        const nb::capsule owner(profile, [](void* p) noexcept { delete static_cast<StepProfile*>(p); });
+        const nb::ndarray<nb::numpy, std::int64_t> op_ns(profile->op_ns.data(), {tape.ops(), tape.threads()}, owner);
+        return nb::make_tuple(op_ns, profile->wall_ns);
     }
 
    private:
@@ -151,6 +164,16 @@ class Player {
     StepInput step_;
     std::vector<std::int32_t> offsets_, rows_;
     std::vector<std::vector<std::int64_t>> slots_;
+
+    Batch batch_of(const Ints& tokens, const Ints& positions, const Ints& offsets, const Ints& rows, const std::vector<const PageTable*>& tables,
+                   const Logits& logits) const {
+        if (logits.shape(0) != rows.size() || logits.shape(1) != static_cast<std::size_t>(vocab_))
+            refuse("logits must be [" + std::to_string(rows.size()) + ", " + std::to_string(vocab_) + "]");
+        if (positions.size() != tokens.size()) refuse("as many positions as tokens are needed");
+        if (tables.size() + 1 != offsets.size()) refuse("one page table per sequence is needed");
+        return {static_cast<int>(tokens.size()), static_cast<int>(tables.size()), static_cast<int>(rows.size()), tokens.data(),
+                positions.data(), offsets.data(), rows.data(), tables.data(), logits.data()};
+    }
 
     void check(const Batch& batch) const {
         if (batch.tokens < 1) refuse("a batch needs at least one token");
@@ -190,8 +213,16 @@ class Player {
         }
     }
 
-    // One step over the rows [begin, end) of the batch.
-    std::size_t play(const Batch& batch, int begin, int end) {
+    template <class Play>
+    void by_steps(const Batch& batch, Play play) {
+        for (int begin = 0; begin < batch.tokens; begin += tape.most_tokens()) {
+            prepare(batch, begin, std::min(begin + tape.most_tokens(), batch.tokens));
+            play();
+        }
+    }
+
+    // step_ is the rows [begin, end) of the batch.
+    void prepare(const Batch& batch, int begin, int end) {
         const int first = static_cast<int>(std::upper_bound(batch.offsets, batch.offsets + batch.sequences, begin) - batch.offsets) - 1;
         offsets_.clear();
         step_.tables.clear();
@@ -212,7 +243,6 @@ class Player {
         step_.rows = rows_.data();
         step_.logit_rows = static_cast<int>(rows_.size());
         step_.logits = batch.logits + (wanted - batch.rows) * vocab_;
-        return tape.run(step_);
     }
 
     void fill_slots() {
@@ -302,6 +332,7 @@ void bind_executor(nb::module_& module) {
         .def(nb::init<std::shared_ptr<ThreadPool>, const std::string&, std::size_t, int, int, int>(), "pool"_a, "isa"_a, "arena_bytes"_a,
              "most_tokens"_a, "vocab"_a, "context"_a)
         .def_prop_ro("ops", [](const Player& self) { return self.tape.ops(); })
+        .def_prop_ro("op_names", [](const Player& self) { return self.tape.op_names(); })
         .def("group", [](Player& self, std::shared_ptr<PagePool> pages) { return self.tape.add_group(std::move(pages)); }, "pages"_a)
         .def("embed",
              [](Player& self, Halves table, float scale, std::int64_t y) {
@@ -460,7 +491,9 @@ void bind_executor(nb::module_& module) {
         .def("close", &Player::close)
         .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a,
              "Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. Raises ValueError for ids, positions, rows or\n"
-             "pages out of range, and plays nothing then.");
+             "pages out of range, and plays nothing then.")
+        .def("profile", &Player::profile, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a,
+             "The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole).");
 }
 
 }  // namespace hasten

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu.hpp"
+#include "levels.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -132,18 +132,13 @@ void pack_bf16(int out, int in, const bf16* dense, int first, int last, std::byt
 }  // namespace
 
 Isa best_isa(Isa limit) {
-#if defined(__x86_64__)
     static const Isa best = [] {
-        const Features& has = cpu().features;
-        if (!(has.avx2 && has.fma)) return Isa::generic;
-        if (!(has.avx512f && has.avx512bw && has.avx512vl && has.avx512dq && has.avx512_vnni)) return Isa::avx2;
-        return has.amx_tile && has.amx_bf16 && has.amx_int8 && has.avx512_bf16 && amx_granted() ? Isa::amx : Isa::avx512;
+        Isa found = Isa::generic;
+        for (const Level& level : levels())
+            if (refusal(level.isa).empty()) found = level.isa;
+        return found;
     }();
     return std::min(best, limit);
-#else
-    (void)limit;
-    return Isa::generic;
-#endif
 }
 
 std::size_t packed_tile_bytes(WeightFormat format, int out, int in) {

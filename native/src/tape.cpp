@@ -1,5 +1,7 @@
 #include "tape.hpp"
 
+#include <chrono>
+
 namespace hasten {
 
 namespace {
@@ -90,7 +92,8 @@ void Tape::need_scratch(std::size_t floats) {
     scratch_ = Buffer(scratch_floats_ * sizeof(float) * threads());
 }
 
-std::size_t Tape::run(const StepInput& step) const {
+template <class Play>
+std::size_t Tape::each_op(const StepInput& step, Play play) const {
     std::size_t barriers = 0;
     pool_->run([&](unsigned thread) {
         std::size_t met = 0;
@@ -101,12 +104,36 @@ std::size_t Tape::run(const StepInput& step) const {
                 pool_->barrier().wait();
                 ++met;
             }
-            if (!alone || thread == 0) ops_[i]->play(*this, step, thread);
+            if (!alone || thread == 0) play(i, thread);
             together = !alone;
         }
         if (thread == 0) barriers = met;
     });
     return barriers;
+}
+
+std::size_t Tape::run(const StepInput& step) const {
+    return each_op(step, [&](std::size_t index, unsigned thread) { ops_[index]->play(*this, step, thread); });
+}
+
+StepProfile Tape::profile(const StepInput& step) const {
+    using Clock = std::chrono::steady_clock;
+    const auto nanoseconds = [](Clock::duration time) { return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count(); };
+    StepProfile profile{std::vector<std::int64_t>(ops_.size() * threads()), 0};
+    const auto begin = Clock::now();
+    each_op(step, [&](std::size_t index, unsigned thread) {
+        const auto start = Clock::now();
+        ops_[index]->play(*this, step, thread);
+        profile.op_ns[index * threads() + thread] = nanoseconds(Clock::now() - start);
+    });
+    profile.wall_ns = nanoseconds(Clock::now() - begin);
+    return profile;
+}
+
+std::vector<std::string> Tape::op_names() const {
+    std::vector<std::string> names;
+    for (const auto& op : ops_) names.push_back(op->name());
+    return names;
 }
 
 }  // namespace hasten

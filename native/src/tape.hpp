@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kernels.hpp"
@@ -92,10 +93,17 @@ class Tape;
 class TapeOp {
    public:
     virtual ~TapeOp() = default;
+    virtual std::string name() const = 0;  // for people who read a profile
     virtual void play(const Tape& tape, const StepInput& step, unsigned thread) const = 0;
 
     // Too little work to share: thread 0 plays it alone, and between two such ops nobody waits.
     virtual bool alone(const StepInput&) const { return false; }
+};
+
+// Where the time of one step went. The clock is read around each op, so the barrier that follows it is not in its time.
+struct StepProfile {
+    std::vector<std::int64_t> op_ns;  // [ops, threads]
+    std::int64_t wall_ns;             // from the call to the return, barriers and waking the threads included
 };
 
 class Tape {
@@ -107,6 +115,9 @@ class Tape {
 
     // Plays the ops in order, with a barrier between two unless thread 0 plays both alone. Returns the number of barriers.
     std::size_t run(const StepInput& step) const;
+
+    // The same step with a clock read before and after each op.
+    StepProfile profile(const StepInput& step) const;
 
     template <class T>
     T* at(Place place, const StepInput& step) const {
@@ -120,9 +131,13 @@ class Tape {
     unsigned threads() const { return pool_->size(); }
     int most_tokens() const { return most_tokens_; }
     std::size_t ops() const { return ops_.size(); }
+    std::vector<std::string> op_names() const;
     const std::vector<std::shared_ptr<PagePool>>& groups() const { return groups_; }
 
-   private:
+    // play(op number, thread) for every op, on every thread that plays it, with the barriers between; how many there were.
+    template <class Play>
+    std::size_t each_op(const StepInput& step, Play play) const;
+
     std::shared_ptr<ThreadPool> pool_;
     Isa isa_;
     int most_tokens_;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "experts.hpp"
@@ -41,6 +42,7 @@ struct RouteOp final : TapeOp {
 
     RouteOp(RouteShape shape, std::vector<float> correction, Place logits, Place experts, Place weights)
         : shape(shape), correction(std::move(correction)), logits(logits), experts(experts), weights(weights) {}
+    std::string name() const override { return "route"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = tokens_of(tape, step, thread);
         route(shape, correction.empty() ? nullptr : correction.data(), tape.at<float>(logits, step) + part.begin * shape.experts,
@@ -56,6 +58,7 @@ struct GroupByExpertOp final : TapeOp {
 
     GroupByExpertOp(int count, int top_k, Place experts, Place starts, Place places)
         : count(count), top_k(top_k), experts(experts), starts(starts), places(places) {}
+    std::string name() const override { return "group_by_expert"; }
     bool alone(const StepInput&) const override { return true; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         if (thread == 0)
@@ -73,6 +76,7 @@ struct GatherRowsOp final : TapeOp {
 
     GatherRowsOp(int top_k, std::size_t row_bytes, bool scaled, Place x, Place scales, Place places, Place y, Place y_scales)
         : top_k(top_k), row_bytes(row_bytes), scaled(scaled), x(x), scales(scales), places(places), y(y), y_scales(y_scales) {}
+    std::string name() const override { return "gather_rows"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = tokens_of(tape, step, thread);
         gather_rows(tape.at<std::byte>(x, step), scaled ? tape.at<float>(scales, step) : nullptr, row_bytes,
@@ -91,6 +95,7 @@ struct ExpertLinearOp final : TapeOp {
     ExpertLinearOp(std::shared_ptr<ExpertWeights> weights, bool scaled, Place x, Place scales, Place starts, Place y, int stride,
                    std::vector<float> bias)
         : weights(std::move(weights)), scaled(scaled), x(x), scales(scales), starts(starts), y(y), stride(stride), bias(std::move(bias)) {}
+    std::string name() const override { return "expert_linear"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const std::vector<PackedLinear>& experts = weights->packed();
         const int count = static_cast<int>(experts.size());
@@ -106,6 +111,7 @@ struct CombineOp final : TapeOp {
     Place x, weights, places, y;
 
     CombineOp(int top_k, int n, Place x, Place weights, Place places, Place y) : top_k(top_k), n(n), x(x), weights(weights), places(places), y(y) {}
+    std::string name() const override { return "combine"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = tokens_of(tape, step, thread);
         combine(tape.at<float>(x, step), n, tape.at<float>(weights, step), tape.at<std::int32_t>(places, step), static_cast<int>(part.begin),

@@ -4,11 +4,19 @@
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "tape_ops.hpp"
 
 namespace hasten {
+
+template <class Op>
+std::string joined(const std::vector<std::unique_ptr<Op>>& parts) {
+    std::string names;
+    for (const auto& part : parts) names += (names.empty() ? "" : " + ") + part->name();
+    return names;
+}
 
 // Row ops one after another over the same rows. A thread plays all of them on a block of `most` rows before it goes on to the next block,
 // so that what one makes is still in the cache when the next reads it. Values that nobody else reads lie in the thread's scratch.
@@ -18,6 +26,7 @@ class ChainOp final : public RowOp {
         for (const auto& part : parts_)
             if (part->rows() != rows) throw std::invalid_argument("the ops of a chain must have the same rows");
     }
+    std::string name() const override { return joined(parts_); }
     void play_rows(const RowBlock& block) const override {
         for (std::size_t begin = block.begin; begin < block.end; begin += most_) {
             const RowBlock some{block.tape, block.step, block.thread, begin, std::min(begin + most_, block.end)};
@@ -36,6 +45,7 @@ class ProductsOp final : public TapeOp {
     explicit ProductsOp(std::vector<std::unique_ptr<LinearOp>> parts) : parts_(std::move(parts)) {
         for (const auto& part : parts_) panels_ += part->weight->packed().panels();
     }
+    std::string name() const override { return joined(parts_); }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share mine = share(panels_, thread, tape.threads());
         std::size_t before = 0;

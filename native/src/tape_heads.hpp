@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <utility>
+#include <string>
 #include <vector>
 
 #include "tape.hpp"
@@ -18,6 +19,7 @@ struct FeedHeadsOp final : TapeOp {
 
     FeedHeadsOp(Place x, Place y, int heads, int n, int padded, int stride)
         : x(x), y(y), heads(heads), n(n), padded(padded), stride(stride) {}
+    std::string name() const override { return "to_bf16"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share part = share(static_cast<std::size_t>(step.tokens) * heads, thread, tape.threads());
         to_bf16(tape.isa(), tape.at<float>(x, step) + part.begin * n, n, static_cast<int>(part.end - part.begin), n, padded,
@@ -34,6 +36,7 @@ struct HeadLinearOp final : TapeOp {
     HeadLinearOp(std::vector<std::shared_ptr<WeightBuffer>> weights, Place x, Place y, int stride)
         : weights(std::move(weights)), x(x), y(y), stride(stride) {}
     // Panels of all heads go round as one run, so that two threads share even one head.
+    std::string name() const override { return "head_linear"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const int heads = static_cast<int>(weights.size()), panels = weights[0]->packed().panels();
         const std::ptrdiff_t out = weights[0]->packed().out;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "linear.hpp"
@@ -22,6 +23,7 @@ struct EmbedOp final : RowOp {
 
     EmbedOp(const bf16* table, int width, float scale, Place y)
         : RowOp(Rows::tokens), table(table), width(width), scale(scale), y(y) {}
+    std::string name() const override { return "embed"; }
     void play_rows(const RowBlock& block) const override {
         embed(table, width, block.step.token_ids + block.begin, block.count(), scale, block.at<float>(y, width));
     }
@@ -35,6 +37,7 @@ struct RotaryTableOp final : RowOp {
 
     RotaryTableOp(std::vector<float> frequencies, float magnitude, Place cos, Place sin)
         : RowOp(Rows::tokens), frequencies(std::move(frequencies)), magnitude(magnitude), cos(cos), sin(sin) {}
+    std::string name() const override { return "rotary_table"; }
     void play_rows(const RowBlock& block) const override {
         const std::size_t half = frequencies.size();
         float* cosines = block.at<float>(cos, half);
@@ -56,6 +59,7 @@ struct RmsNormOp final : RowOp {
 
     RmsNormOp(Rows rows, Place x, Place y, int n, int group, std::vector<float> weight, float eps, float offset)
         : RowOp(rows), x(x), y(y), n(n), group(group), weight(std::move(weight)), eps(eps), offset(offset) {}
+    std::string name() const override { return "rms_norm"; }
     void play_rows(const RowBlock& block) const override {
         rms_norm(block.tape.isa(), block.at<float>(x, n), block.count(), n, group, weight.data(), static_cast<int>(weight.size()), eps,
                  offset, block.at<float>(y, n));
@@ -70,6 +74,7 @@ struct FeedOp final : RowOp {
 
     FeedOp(Rows rows, Place x, Place y, Place scales, int runs, int n, int padded, int stride, Feed feed)
         : RowOp(rows), x(x), y(y), scales(scales), runs(runs), n(n), padded(padded), stride(stride), feed(feed) {}
+    std::string name() const override { return feed == Feed::int8 ? "quantize_rows" : "to_bf16"; }
     void play_rows(const RowBlock& block) const override {
         const float* const from = block.at<float>(x, static_cast<std::size_t>(runs) * n);
         const std::size_t step = static_cast<std::size_t>(runs) * stride;
@@ -92,6 +97,7 @@ struct LinearOp final : TapeOp {
 
     LinearOp(Rows rows, std::shared_ptr<WeightBuffer> weight, Place x, std::optional<Place> scales, Place y, int stride, std::vector<float> bias)
         : rows(rows), weight(std::move(weight)), x(x), scales(scales), y(y), stride(stride), bias(std::move(bias)) {}
+    std::string name() const override { return "linear " + std::to_string(weight->packed().out) + "x" + std::to_string(weight->packed().in); }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
         const Share panels = share(weight->packed().panels(), thread, tape.threads());
         play_panels(tape, step, static_cast<int>(panels.begin), static_cast<int>(panels.end));
@@ -111,6 +117,7 @@ struct RotateOp final : RowOp {
     RotateOp(Place x, Place y, Place cos, Place sin, int heads, int head_dim, int start, int dims, bool interleaved)
         : RowOp(Rows::tokens), x(x), y(y), cos(cos), sin(sin), heads(heads), head_dim(head_dim), start(start), dims(dims),
           interleaved(interleaved) {}
+    std::string name() const override { return "rotate"; }
     void play_rows(const RowBlock& block) const override {
         const std::size_t width = static_cast<std::size_t>(heads) * head_dim, half = dims / 2;
         rotate(block.tape.isa(), block.at<float>(x, width), block.count(), heads, head_dim, start, dims, interleaved,
@@ -123,6 +130,7 @@ struct AppendOp final : RowOp {
     Place k, v;
 
     AppendOp(int group, int slot, Place k, Place v) : RowOp(Rows::tokens), group(group), slot(slot), k(k), v(v) {}
+    std::string name() const override { return "append_kv"; }
     void play_rows(const RowBlock& block) const override {
         const PagedLayer layer = block.tape.groups()[group]->layer(slot);
         append_kv(layer, block.at<float>(k, layer.kv_heads * layer.key_dim), block.at<float>(v, layer.kv_heads * layer.value_dim),
@@ -144,6 +152,7 @@ struct AttendOp final : TapeOp {
         this->shape.slopes = this->slopes.empty() ? nullptr : this->slopes.data();
         this->shape.sinks = this->sinks.empty() ? nullptr : this->sinks.data();
     }
+    std::string name() const override { return "attend"; }
     bool alone(const StepInput& step) const override {
         std::size_t seen = 0;
         for (int i = 0; i < step.tokens && seen <= kAlone; ++i)
@@ -174,6 +183,7 @@ struct AddOp final : RowOp {
     int n;
 
     AddOp(Place a, Place b, Place y, int n) : RowOp(Rows::tokens), a(a), b(b), y(y), n(n) {}
+    std::string name() const override { return "add"; }
     void play_rows(const RowBlock& block) const override {
         add(block.tape.isa(), block.at<float>(a, n), block.at<float>(b, n), static_cast<std::size_t>(block.count()) * n,
             block.at<float>(y, n));
@@ -187,6 +197,7 @@ struct GateOp final : RowOp {
 
     GateOp(Activation activation, Place g, Place up, Place y, int n)
         : RowOp(Rows::tokens), activation(activation), g(g), up(up), y(y), n(n) {}
+    std::string name() const override { return "gate"; }
     void play_rows(const RowBlock& block) const override {
         gate(block.tape.isa(), activation, block.at<float>(g, n), block.at<float>(up, n), static_cast<std::size_t>(block.count()) * n,
              block.at<float>(y, n));
@@ -198,6 +209,7 @@ struct SelectRowsOp final : RowOp {
     int n;
 
     SelectRowsOp(Place x, Place y, int n) : RowOp(Rows::logits), x(x), y(y), n(n) {}
+    std::string name() const override { return "select_rows"; }
     void play_rows(const RowBlock& block) const override {
         const float* const from = block.tape.at<float>(x, block.step);
         float* to = block.at<float>(y, n);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <utility>
+#include <string>
 #include <vector>
 
 #include "row_op.hpp"
@@ -16,6 +17,7 @@ struct EmbedPositionsOp final : RowOp {
     Place y;
 
     EmbedPositionsOp(const float* table, int width, Place y) : RowOp(Rows::tokens), table(table), width(width), y(y) {}
+    std::string name() const override { return "embed_positions"; }
     void play_rows(const RowBlock& block) const override {
         float* to = block.at<float>(y, width);
         for (std::size_t row = block.begin; row < block.end; ++row, to += width)
@@ -31,6 +33,7 @@ struct LayerNormOp final : RowOp {
 
     LayerNormOp(Rows rows, Place x, Place y, int n, int group, std::vector<float> weight, std::vector<float> bias, float eps)
         : RowOp(rows), x(x), y(y), n(n), group(group), weight(std::move(weight)), bias(std::move(bias)), eps(eps) {}
+    std::string name() const override { return "layer_norm"; }
     void play_rows(const RowBlock& block) const override {
         layer_norm(block.tape.isa(), block.at<float>(x, n), block.count(), n, group, weight.data(), bias.empty() ? nullptr : bias.data(),
                    static_cast<int>(weight.size()), eps, block.at<float>(y, n));
@@ -43,6 +46,7 @@ struct ActivateOp final : RowOp {
     int n;
 
     ActivateOp(Rows rows, Activation activation, Place x, Place y, int n) : RowOp(rows), activation(activation), x(x), y(y), n(n) {}
+    std::string name() const override { return "activate"; }
     void play_rows(const RowBlock& block) const override {
         activate(block.tape.isa(), activation, block.at<float>(x, n), static_cast<std::size_t>(block.count()) * n, block.at<float>(y, n));
     }
@@ -59,6 +63,7 @@ struct NumberOp final : RowOp {
 
     NumberOp(Rows rows, Kernel kernel, Place x, Place y, int n, float number)
         : RowOp(rows), kernel(kernel), x(x), y(y), n(n), number(number) {}
+    std::string name() const override { return "scale"; }
     void play_rows(const RowBlock& block) const override {
         kernel(block.tape.isa(), block.at<float>(x, n), static_cast<std::size_t>(block.count()) * n, number, block.at<float>(y, n));
     }
@@ -71,6 +76,7 @@ struct GateRowsOp final : RowOp {
 
     GateRowsOp(Activation activation, Place g, Place up, Place y, int n)
         : RowOp(Rows::tokens), activation(activation), g(g), up(up), y(y), n(n) {}
+    std::string name() const override { return "gate"; }
     void play_rows(const RowBlock& block) const override {
         gate_rows(block.tape.isa(), activation, block.at<float>(g, 1), block.at<float>(up, n), block.count(), n, block.at<float>(y, n));
     }
@@ -83,6 +89,7 @@ struct ClampedSwigluOp final : RowOp {
 
     ClampedSwigluOp(Place g, Place up, Place y, int n, float alpha, float limit)
         : RowOp(Rows::tokens), g(g), up(up), y(y), n(n), alpha(alpha), limit(limit) {}
+    std::string name() const override { return "clamped_swiglu"; }
     void play_rows(const RowBlock& block) const override {
         clamped_swiglu(block.tape.isa(), block.at<float>(g, n), block.at<float>(up, n), static_cast<std::size_t>(block.count()) * n, alpha,
                        limit, block.at<float>(y, n));
@@ -102,6 +109,7 @@ struct CopyFeaturesOp final : RowOp {
     std::vector<Part> parts;
 
     CopyFeaturesOp(Rows rows, int heads, std::vector<Part> parts) : RowOp(rows), heads(heads), parts(std::move(parts)) {}
+    std::string name() const override { return "copy_features"; }
     void play_rows(const RowBlock& block) const override {
         for (const Part& part : parts) {
             const float* from = block.at<float>(part.x, static_cast<std::size_t>(heads) * part.x_head) + part.x_at;

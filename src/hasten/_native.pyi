@@ -15,6 +15,9 @@ def cpu_features() -> dict[str, bool]:
 def amx_granted() -> bool:
     """Ask the kernel to let this process use AMX tiles; True if it does, and the grant stays. False where there are none."""
 
+def isa_refusals() -> dict[str, str]:
+    """For each level of kernels, worst first (generic, avx2, avx512, amx): what this machine lacks for it; '' where it runs."""
+
 def instruction_sets() -> dict[str, list[str]]:
     """The instruction sets that 'read', 'bf16', 'int8' and 'f32' can be measured with on this machine, best first, 'generic' last."""
 
@@ -250,6 +253,8 @@ class Tape:
     def __init__(self, pool: ThreadPool, isa: str, arena_bytes: int, most_tokens: int, vocab: int, context: int) -> None: ...
     @property
     def ops(self) -> int: ...
+    @property
+    def op_names(self) -> list[str]: ...
     def group(self, pages: PagePool) -> int: ...
     def embed(self, table: NDArray[np.uint16], scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
@@ -306,6 +311,12 @@ class Tape:
     ) -> int:  # fmt: skip
         """Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. ``rows`` must rise. Raises ValueError for ids,
         positions, rows or pages out of range, and plays nothing then."""
+
+    def profile(
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
+        tables: list[PageTable], logits: NDArray[np.float32],
+    ) -> tuple[NDArray[np.int64], int]:  # fmt: skip
+        """The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole)."""
 
 # Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
 

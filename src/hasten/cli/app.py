@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hasten.base.errors import UserError
+from hasten.cli.bench import bench
 from hasten.cli.cache import cache
 from hasten.cli.chat import chat
 from hasten.cli.doctor import doctor
@@ -30,6 +31,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate)
 app.add_typer(cache, name="cache")
+app.add_typer(bench)
 
 
 def _version(wanted: bool) -> None:

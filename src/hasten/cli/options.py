@@ -1,8 +1,10 @@
 """Options that several commands share, written once."""
 
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from hasten.base.errors import ConfigError, one_line
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
@@ -30,3 +32,8 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")]
 MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")]
+
+
+def refuse(name: str, value: object, accepted: str) -> NoReturn:
+    """Raise ConfigError for the value of an option."""
+    raise ConfigError(f"{name} is {one_line(value)}; accepted: {accepted}")

@@ -2,5 +2,6 @@
 
 from hasten.backends.cpu.backend import CpuBackend, CpuSession, native_program
 from hasten.backends.cpu.compile import unsupported_ops
+from hasten.backends.cpu.profile import StepProfile
 
-__all__ = ["CpuBackend", "CpuSession", "native_program", "unsupported_ops"]
+__all__ = ["CpuBackend", "CpuSession", "StepProfile", "native_program", "unsupported_ops"]

@@ -1,7 +1,9 @@
 """The native backend as an engine sees it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from hasten import _native
 from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
 from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
 from hasten.backends.cpu.packed import PackedCache, PackedWeights
+from hasten.backends.cpu.profile import StepProfile
 from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.model import Model
@@ -89,6 +92,18 @@ class CpuSession:
         """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer).
 
         Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed then."""
+        return self._step(batch, state, self.compiled.tape.run), state
+
+    def profile(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState, StepProfile]:
+        """A step as ``step`` takes it, and where its time went."""
+        tape, played = self.compiled.tape, list[tuple[NDArray[np.int64], int]]()
+        began = time.perf_counter_ns()
+        logits = self._step(batch, state, lambda *arguments: played.append(tape.profile(*arguments)))
+        step_ns = time.perf_counter_ns() - began
+        ((op_ns, whole),) = played
+        return logits, state, StepProfile(tuple(tape.op_names), op_ns, whole, step_ns)
+
+    def _step(self, batch: Batch, state: CpuState, play: Callable[..., Any]) -> NDArray[np.float32]:
         sequences, bounds = state.sequences, batch.offsets.tolist()
         if len(bounds) - 1 != len(sequences):
             raise ConfigError(f"a batch of {len(bounds) - 1} sequences does not go on from a state of {len(sequences)}")
@@ -107,9 +122,9 @@ class CpuSession:
         logits = np.empty((len(batch.rows), self.vocab), np.float32)
         tables = [sequence.table for sequence in sequences]
         try:
-            self.compiled.tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
+            play(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         for sequence, length in zip(sequences, lengths):
             sequence.length = length
-        return logits, state
+        return logits
