@@ -44,13 +44,13 @@ def run(
     """``hasten ARGUMENTS`` as a process, killed after two minutes. ``options`` go to the interpreter."""
     began = time.monotonic()
     if not measured:
-        done = subprocess.run([*_command(options), *map(str, arguments)], env={**ENVIRONMENT, **(env or {})}, **_capture(stdin))
+        done = subprocess.run([*_command(options), *map(str, arguments)], env=_environment(env), **_capture(stdin))
         return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode(), time.monotonic() - began)
     reader, writer = os.pipe()
     try:
         extra = {"HASTEN_TEST_PEAK": str(writer), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, *options, "-c", _MEASURED, *map(str, arguments)]
-        done = subprocess.run(command, env={**ENVIRONMENT, **(env or {}), **extra}, pass_fds=[writer], **_capture(stdin))
+        done = subprocess.run(command, env={**_environment(env), **extra}, pass_fds=[writer], **_capture(stdin))
         seconds = time.monotonic() - began
         os.close(writer)
         with open(reader, closefd=False) as pipe:
@@ -63,13 +63,17 @@ def run(
 def start(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen:
     """``hasten ARGUMENTS`` as a running process with pipes."""
     pipe = subprocess.PIPE
-    return subprocess.Popen([*_command(), *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, env={**ENVIRONMENT, **(env or {})})
+    return subprocess.Popen([*_command(), *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(env))
 
 
 def peak_bytes() -> int:
     """Peak memory of this process. Not from getrusage, which counts what the process was before exec: the tests' own."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
+    return {**ENVIRONMENT, "HASTEN_CACHE": os.environ["HASTEN_CACHE"], **(more or {})}
 
 
 def _command(options: Sequence[str] = ()) -> list[str]:

@@ -2,6 +2,15 @@
 
 import os
 
+import pytest
+
 # pytest-xdist runs one worker a core; a second thread in each would only wait for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what reaches for the Hub says so itself
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What hasten keeps on disk goes to this run's directory, that of processes the tests start too."""
+    os.environ["HASTEN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("HASTEN_CACHE_SIZE", None)

@@ -69,10 +69,12 @@ inline Run run_at(const PagedLayer& layer, const std::int32_t* table, int head, 
 
 // The rows of one key/value head; asks for their scales, which find_scales will want.
 inline void find_rows(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, BlockRows& rows) {
-    const std::size_t key_bytes = layer.key_bytes(), value_bytes = layer.value_bytes(), page_size = static_cast<std::size_t>(layer.page);
+    const std::size_t key_bytes = layer.key_bytes(), page_size = static_cast<std::size_t>(layer.page);
+    const bool latent = layer.value_dim == 0;
+    const std::size_t value_bytes = latent ? key_bytes : layer.value_bytes();
     for (Run run = run_at(layer, table, head, block, block.low); run.head; run = run_at(layer, table, head, block, run.end)) {
         const std::byte* key = run.head + run.offset * key_bytes;
-        const std::byte* value = run.head + page_size * key_bytes + run.offset * value_bytes;
+        const std::byte* value = latent ? key : run.head + page_size * key_bytes + run.offset * value_bytes;
         if (layer.format != CacheFormat::bf16) {
             const std::byte* scales = run.head + layer.scales_offset() + run.offset * sizeof(float);
             for (int t = run.begin; t < run.end; t += 16, scales += 64) {

@@ -8,5 +8,8 @@ namespace hasten {
 void bind_linear(nanobind::module_& module);
 void bind_decoder(nanobind::module_& module);
 void bind_executor(nanobind::module_& module);
+void bind_experts(nanobind::module_& module);  // after the executor, whose types it takes
+void bind_stored(nanobind::module_& module);
+void bind_sampling(nanobind::module_& module);
 
 }  // namespace hasten

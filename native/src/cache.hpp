@@ -19,6 +19,7 @@ CacheFormat cache_format_named(const std::string& name);
 
 // One layer of a paged cache. A page holds `page` tokens, one key/value head after the other: keys [page][key_dim], values
 // [page][value_dim], the scales of the keys [page] and of the values [page]; bf16 has no scales. Scales may lie at any byte.
+// value_dim 0: latent rows, which are keys whose first features are the values; in bf16 only.
 struct PagedLayer {
     std::byte* base;          // page 0 of this layer
     std::size_t page_stride;  // bytes from one page to the next

@@ -21,7 +21,7 @@ class Buffer {
 #if defined(__linux__)
         data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (data_ == MAP_FAILED) throw std::bad_alloc();
-        if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+        madvise(data_, bytes, MADV_HUGEPAGE);  // small ones too: neighbours become one map, whose huge pages span them
 #else
         data_ = std::calloc(1, bytes + 64);
         if (!data_) throw std::bad_alloc();
@@ -43,8 +43,6 @@ class Buffer {
     std::size_t size() const { return bytes_; }
 
    private:
-    static constexpr std::size_t kHugePage = std::size_t{2} << 20;
-
     void release() {
         if (!data_) return;
 #if defined(__linux__)

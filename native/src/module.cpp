@@ -10,6 +10,7 @@
 
 #include "bindings.hpp"
 #include "cpu.hpp"
+#include "levels.hpp"
 #include "roofline.hpp"
 
 namespace nb = nanobind;
@@ -85,6 +86,15 @@ NB_MODULE(_native, m) {
     m.def("amx_granted", amx_granted,
           "Ask the kernel to let this process use AMX tiles; True if it does, and the grant stays. False where there are none.");
     m.def(
+        "isa_refusals",
+        [] {
+            nb::dict found;
+            for (const Level& level : levels()) found[level.name] = refusal(level.isa);
+            return found;
+        },
+        nb::sig("def isa_refusals() -> dict[str, str]"),
+        "For each level of kernels, worst first: what this machine lacks for it; empty where it runs.");
+    m.def(
         "instruction_sets",
         [] {
             nb::dict found;
@@ -119,4 +129,7 @@ NB_MODULE(_native, m) {
     bind_linear(m);
     bind_decoder(m);
     bind_executor(m);
+    bind_experts(m);
+    bind_stored(m);
+    bind_sampling(m);
 }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "kernels.hpp"
@@ -12,17 +14,33 @@
 
 namespace hasten {
 
-// A packed weight and its scales in memory of their own.
+// What a weight [out, in] is stored as; what each field may be is written at PackedLinear.
+struct WeightLayout {
+    WeightFormat format;
+    int out, in, group;
+    bool zero_points, sparse;
+};
+
+// A packed weight in memory of its own: reserved when made, filled by pack().
 class WeightBuffer {
    public:
-    // Packs rows of bf16 [out, in], every thread the panels it will read.
-    WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense);
+    explicit WeightBuffer(const WeightLayout& layout);
+
+    // Packs rows of bf16 or float32 [out, in], every thread the panels it will read. Zero points need float32.
+    void pack(ThreadPool& pool, const bf16* dense);
+    void pack(ThreadPool& pool, const float* dense);
 
     const PackedLinear& packed() const { return packed_; }
-    std::size_t bytes() const { return tiles_.size() + scales_.size(); }
+    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + starts_.size(); }
+
+    // All the memory that packing fills, in an order that stays: what a cache writes, and fills again. Not of a sparse weight.
+    std::vector<std::span<std::byte>> parts() const;
 
    private:
-    Buffer tiles_, scales_;
+    void sparsify(ThreadPool& pool);
+
+    bool sparse_;
+    Buffer tiles_, scales_, zeros_, masks_, starts_;
     PackedLinear packed_;
 };
 
@@ -45,23 +63,30 @@ class PagePool {
     Buffer memory_;
 };
 
-// What one step is asked to do. Sequence s owns tokens offsets[s] … offsets[s + 1]; its pages are tables[group][s · width …].
+// The pages that hold one sequence, group by group, in the order of its positions.
+struct PageTable {
+    std::vector<std::vector<std::int32_t>> pages;
+};
+
+// What one step is asked to do. Sequence s owns tokens offsets[s] … offsets[s + 1].
 struct StepInput {
     int tokens, sequences, logit_rows;
     const std::int32_t* token_ids;
     const std::int32_t* positions;
     const std::int32_t* offsets;
     const std::int32_t* rows;
-    std::vector<const std::int64_t*> slots;    // per group: place of each token's keys and values
-    std::vector<const std::int32_t*> tables;   // per group: [sequences, widths[group]]
-    std::vector<int> widths;
+    std::vector<const std::int64_t*> slots;  // per group: place of each token's keys and values
+    std::vector<const PageTable*> tables;    // per sequence
     float* logits;  // [logit_rows, vocab]
 };
 
-// Where a value lies: bytes into the arena, or the caller's logits.
+// Where a value lies: bytes into the arena, or the caller's logits; or, inside a chain, bytes into the thread's own scratch, which holds
+// the rows of one block.
 struct Place {
-    static constexpr std::size_t kLogits = ~std::size_t{0};
+    static constexpr std::size_t kLogits = ~std::size_t{0}, kBlock = std::size_t{1} << 62;
     std::size_t offset;
+
+    bool in_block() const { return offset != kLogits && (offset & kBlock); }
 };
 
 enum class Rows { tokens, logits };
@@ -72,7 +97,17 @@ class Tape;
 class TapeOp {
    public:
     virtual ~TapeOp() = default;
+    virtual std::string name() const = 0;  // for people who read a profile
     virtual void play(const Tape& tape, const StepInput& step, unsigned thread) const = 0;
+
+    // Too little work to share: thread 0 plays it alone, and between two such ops nobody waits.
+    virtual bool alone(const StepInput&) const { return false; }
+};
+
+// Where the time of one step went. The clock is read around each op, so the barrier that follows it is not in its time.
+struct StepProfile {
+    std::vector<std::int64_t> op_ns;  // [ops, threads]
+    std::int64_t wall_ns;             // from the call to the return, barriers and waking the threads included
 };
 
 class Tape {
@@ -82,8 +117,11 @@ class Tape {
     void add(std::unique_ptr<TapeOp> op) { ops_.push_back(std::move(op)); }
     int add_group(std::shared_ptr<PagePool> pages);
 
-    // Plays every op on every thread, with a barrier after each.
-    void run(const StepInput& step) const;
+    // Plays the ops in order, with a barrier between two unless thread 0 plays both alone. Returns the number of barriers.
+    std::size_t run(const StepInput& step) const;
+
+    // The same step with a clock read before and after each op.
+    StepProfile profile(const StepInput& step) const;
 
     template <class T>
     T* at(Place place, const StepInput& step) const {
@@ -97,9 +135,13 @@ class Tape {
     unsigned threads() const { return pool_->size(); }
     int most_tokens() const { return most_tokens_; }
     std::size_t ops() const { return ops_.size(); }
+    std::vector<std::string> op_names() const;
     const std::vector<std::shared_ptr<PagePool>>& groups() const { return groups_; }
 
-   private:
+    // play(op number, thread) for every op, on every thread that plays it, with the barriers between; how many there were.
+    template <class Play>
+    std::size_t each_op(const StepInput& step, Play play) const;
+
     std::shared_ptr<ThreadPool> pool_;
     Isa isa_;
     int most_tokens_;

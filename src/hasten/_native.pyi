@@ -15,6 +15,9 @@ def cpu_features() -> dict[str, bool]:
 def amx_granted() -> bool:
     """Ask the kernel to let this process use AMX tiles; True if it does, and the grant stays. False where there are none."""
 
+def isa_refusals() -> dict[str, str]:
+    """For each level of kernels, worst first (generic, avx2, avx512, amx): what this machine lacks for it; '' where it runs."""
+
 def instruction_sets() -> dict[str, list[str]]:
     """The instruction sets that 'read', 'bf16', 'int8' and 'f32' can be measured with on this machine, best first, 'generic' last."""
 
@@ -76,6 +79,26 @@ def add(isa: str, a: NDArray[np.float32], b: NDArray[np.float32], y: NDArray[np.
 def gate(isa: str, activation: str, gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32]) -> None:
     """y = activation(gate) · up, of vectors."""
 
+def activate(isa: str, activation: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    """y = activation(x), of vectors."""
+
+def gate_rows(isa: str, activation: str, gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    """y[r] = activation(gate[r]) · up[r]. gate [R], up [R, N]."""
+
+def clamped_swiglu(
+    isa: str, gate: NDArray[np.float32], up: NDArray[np.float32], alpha: float, limit: float, y: NDArray[np.float32]
+) -> None:
+    """y = g · sigmoid(alpha·g) · (u + 1), g = min(gate, limit), u = clip(up, ±limit), of vectors."""
+
+def scale(isa: str, x: NDArray[np.float32], factor: float, y: NDArray[np.float32]) -> None:
+    """y = x · factor, of vectors."""
+
+def clip(isa: str, x: NDArray[np.float32], limit: float, y: NDArray[np.float32]) -> None:
+    """y = min(max(x, −limit), limit), of vectors."""
+
+def soft_cap(isa: str, x: NDArray[np.float32], cap: float, y: NDArray[np.float32]) -> None:
+    """y = cap · tanh(x / cap), of vectors."""
+
 def rotate(
     isa: str,
     x: NDArray[np.float32],
@@ -127,15 +150,24 @@ def attend(
 def available_isas() -> list[str]:
     """The instruction-set levels of the kernels that this machine runs, best first: amx, avx512, avx2, generic."""
 
-class PackedWeight:
-    """A weight in panels of 16 output channels, as the linear kernels read it.
+class WeightBuffer:
+    """A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.
 
-    ``format`` is bf16, int8 or int4; ``dense`` [out, in] has the bits of bf16 numbers; ``group`` is the number of inputs that share a
-    scale in int4 (32, 64 or a multiple of 128 up to 1024), 0 for one scale per channel.
-    Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.
+    ``format`` is f32, f16, bf16, fp8, int8, int4, int3 or int2; ``group`` inputs share a scale (32, 64 or a multiple of 128 up to 1024),
+    0 for one per channel or none. Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse.
+    Raises ValueError for what cannot be packed, MemoryError if there is no room.
     """
 
-    def __init__(self, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    def __init__(self, format: str, out: int, in_: int, group: int = 0, zero_points: bool = False, sparse: bool = False) -> None: ...
+    def pack(self, pool: ThreadPool, dense: NDArray[np.uint16] | NDArray[np.float32]) -> None:
+        """Fill it from ``dense`` [out, in_], float32 or the bits of bf16 numbers. Raises ValueError for an array that does not fit."""
+
+    def parts(self) -> list[NDArray[np.uint8]]:
+        """All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed."""
+
+    def unpack(self) -> NDArray[np.float32]:
+        """The value of each element as the product sees it: float32 [out, in_]."""
+
     @property
     def format(self) -> str: ...
     @property
@@ -145,25 +177,27 @@ class PackedWeight:
     @property
     def in_(self) -> int: ...
     @property
+    def padded_in(self) -> int: ...
+    @property
     def panels(self) -> int: ...
     @property
-    def bytes(self) -> int: ...
-    def unpack(self) -> NDArray[np.float32]:
-        """The value of each element as the product sees it: [out, in]."""
+    def nbytes(self) -> int: ...
 
 def linear(
     isa: str,
-    weight: PackedWeight,
+    weight: WeightBuffer,
     x: NDArray[np.float32] | NDArray[np.int8],
     bias: NDArray[np.float32] | None,
     first_panel: int,
     last_panel: int,
     out: NDArray[np.float32],
     scales: NDArray[np.float32] | None = None,
+    activations: str | None = None,
 ) -> None:
     """out[:, c] = x · weightᵀ + bias for the channels c of the panels [first_panel, last_panel); other channels stay.
 
-    x [rows, in] is rounded to bf16 or to int8 as the weight's format asks; or it is int8 with ``scales`` [rows].
+    x [rows, in] is rounded to bf16 or to int8 as the weight's format asks (integers take bf16 if ``activations`` says so; f32 and f16
+    take float32); or it is int8 with ``scales`` [rows].
     bias [out], out [rows, out]; all C-contiguous. Runs on this thread without the interpreter lock.
     Raises ValueError for an isa this machine does not run, or an array or panel that does not fit.
     """
@@ -190,17 +224,25 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
 
-class WeightBuffer:
-    """A linear layer's weight, packed from bf16 bits [out, in] for this machine's kernels; ``group`` is k per int4 scale, 0 per channel."""
+class ExpertWeights:
+    """The weights of a layer's experts, packed alike."""
 
-    def __init__(self, pool: ThreadPool, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    def __init__(self, experts: list[WeightBuffer]) -> None: ...
     @property
     def nbytes(self) -> int: ...
-    @property
-    def padded_in(self) -> int: ...
+
+def digest(data: NDArray[np.uint8]) -> int:
+    """The sum, modulo 2**64, of the XXH64 of every 256 KiB of ``data``, each seeded with its number."""
+
+def will_need(data: NDArray[np.uint8]) -> None:
+    """Let the system fetch a mapped array from disk ahead of who reads it."""
+
+def read_stored(pool: ThreadPool, file: int, offset: int, data: NDArray[np.uint8]) -> int:
+    """Fill ``data`` from a file descriptor, every thread a run of its own, and return its digest. Raises OSError."""
 
 class PagePool:
-    """Keys and values of a state group in pages of ``page`` tokens; ``format`` is bf16, int8 or fp8. Raises ValueError for another."""
+    """Keys and values of a state group in pages of ``page`` tokens; ``format`` is bf16, int8 or fp8. With ``value_dim`` 0 keys alone, in
+    bf16, which begin with the values. Raises ValueError for another format."""
 
     def __init__(self, format: str, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
     @property
@@ -212,18 +254,34 @@ class PagePool:
     def copy_page(self, from_: int, to: int) -> None:
         """Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range."""
 
+class PageTable:
+    """The pages that hold one sequence, per state group in the order of its positions."""
+
+    def __init__(self, groups: int) -> None: ...
+    def append(self, group: int, page: int) -> None: ...
+    def replace(self, group: int, index: int, page: int) -> None: ...
+    def page(self, group: int, index: int) -> int: ...
+    def pages(self, group: int) -> list[int]: ...
+
 class Tape:
-    """A compiled Program. Places are byte offsets into its arena; -1 is the caller's logits. Ops play in the order they were added."""
+    """A compiled Program. Places are byte offsets into its arena, -1 is the caller's logits, and -2 - n is byte n of a thread's own
+    block, inside a chain. Ops play in the order they were added; those between an open and ``close`` are played as one."""
 
     def __init__(self, pool: ThreadPool, isa: str, arena_bytes: int, most_tokens: int, vocab: int, context: int) -> None: ...
     @property
     def ops(self) -> int: ...
+    @property
+    def op_names(self) -> list[str]: ...
     def group(self, pages: PagePool) -> int: ...
     def embed(self, table: NDArray[np.uint16], scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
-    def feed(self, logit_rows: bool, x: int, y: int, scales: int, n: int, padded: int, stride: int, to_int8: bool) -> None: ...
-    def linear(self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int, y: int, stride: int, bias: list[float]) -> None: ...
+    def feed(
+        self, logit_rows: bool, x: int, y: int, scales: int | None, runs: int, n: int, padded: int, stride: int
+    ) -> None: ...  # fmt: skip
+    def linear(
+        self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int | None, y: int, stride: int, bias: list[float]
+    ) -> None: ...
     def rotate(self, x: int, y: int, cos: int, sin: int, heads: int, head_dim: int, start: int, dims: int, interleaved: bool) -> None: ...
     def append_kv(self, group: int, slot: int, k: int, v: int) -> None: ...
     def attend(
@@ -232,9 +290,137 @@ class Tape:
     ) -> None: ...  # fmt: skip
     def add(self, a: int, b: int, y: int, n: int) -> None: ...
     def gate(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def route(
+        self, logits: int, experts: int, weights: int, count: int, top_k: int, sigmoid: bool, normalize: bool, scale: float, groups: int,
+        top_groups: int, correction: list[float],
+    ) -> None: ...  # fmt: skip
+    def group_by_expert(self, experts: int, starts: int, places: int, count: int, top_k: int) -> None: ...
+    def gather_rows(
+        self, x: int, scales: int, places: int, y: int, y_scales: int, top_k: int, row_bytes: int, scaled: bool
+    ) -> None: ...  # fmt: skip
+    def expert_linear(
+        self, weights: ExpertWeights, scaled: bool, x: int, scales: int, starts: int, y: int, stride: int, bias: list[float]
+    ) -> None: ...  # fmt: skip
+    def combine(self, x: int, weights: int, places: int, y: int, top_k: int, n: int) -> None: ...
+    def embed_positions(self, table: NDArray[np.float32], y: int) -> None:
+        """Row ``position`` of ``table``. Raises ValueError for a table of fewer rows than the context."""
+    def layer_norm(
+        self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], bias: list[float], eps: float
+    ) -> None: ...  # fmt: skip
+    def activate(self, logit_rows: bool, activation: str, x: int, y: int, n: int) -> None: ...
+    def scale(self, logit_rows: bool, x: int, y: int, n: int, factor: float) -> None: ...
+    def clip(self, logit_rows: bool, x: int, y: int, n: int, limit: float) -> None: ...
+    def soft_cap(self, logit_rows: bool, x: int, y: int, n: int, cap: float) -> None: ...
+    def gate_rows(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def clamped_swiglu(self, gate: int, up: int, y: int, n: int, alpha: float, limit: float) -> None: ...
+    def copy_features(self, logit_rows: bool, heads: int, parts: list[tuple[int, int, int, int, int, int, int]]) -> None:
+        """Each part is (x, y, size, x_head, x_at, y_head, y_at): of every head, ``size`` features from x_at of x to y_at of y."""
+    def feed_heads(self, x: int, y: int, heads: int, n: int, padded: int, stride: int) -> None: ...
+    def head_linear(self, weights: list[WeightBuffer], x: int, y: int, stride: int) -> None:
+        """One bf16 weight a head, of rows as ``feed_heads`` makes them. Raises ValueError for weights of different shapes."""
     def select_rows(self, x: int, y: int, n: int) -> None: ...
+    def open_chain(self, most_rows: int, block_bytes: int) -> None: ...
+    def open_products(self) -> None: ...
+    def close(self) -> None: ...
     def run(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
-        slots: list[NDArray[np.int64]], tables: list[NDArray[np.int32]], logits: NDArray[np.float32],
-    ) -> None:  # fmt: skip
-        """Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range."""
+        tables: list[PageTable], logits: NDArray[np.float32],
+    ) -> int:  # fmt: skip
+        """Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. ``rows`` must rise. Raises ValueError for ids,
+        positions, rows or pages out of range, and plays nothing then."""
+
+    def profile(
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
+        tables: list[PageTable], logits: NDArray[np.float32],
+    ) -> tuple[NDArray[np.int64], int]:  # fmt: skip
+        """The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole)."""
+
+# Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
+
+def route(
+    logits: NDArray[np.float32], correction: NDArray[np.float32] | None, sigmoid: bool, normalize: bool, scale: float, groups: int,
+    top_groups: int, experts: NDArray[np.int32], weights: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Choose experts [rows, top_k] and their weights from logits [rows, experts], as program.ops.Route has it."""
+
+def group_by_expert(experts: NDArray[np.int32], count: int) -> tuple[list[int], list[int]]:
+    """(starts, places) of choices [tokens, top_k] out of ``count`` experts."""
+
+def expert_linear(
+    isa: str, threads: int, weights: ExpertWeights, x: NDArray[np.float32], experts: NDArray[np.int32], bias: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """y[t · top_k + a] = x · weightᵀ + bias of expert experts[t, a], cut as for ``threads`` threads, on this one.
+
+    x [tokens, in] or [tokens · top_k, in] is rounded as the weights' format asks."""
+
+def combine(x: NDArray[np.float32], weights: NDArray[np.float32], experts: NDArray[np.int32], count: int, y: NDArray[np.float32]) -> None:
+    """y[t] = the sum of weights[t, a] · x[t, a] in the order of choice; rows lie as choices ``experts`` out of ``count`` lay them."""
+
+class SamplingRow:
+    """How one request's tokens are drawn, and which ids it has seen how often. Settings are those of `hasten.SamplingParams`.
+
+    ``seed`` and ``choice`` key the noise; ``logprobs`` is how many of the likeliest ids to report, -1 for none and not the drawn one's
+    either; ``logit_bias`` is finite numbers to add to ids' logits. Raises ValueError for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
+        choice: int = 0,
+        logprobs: int = -1,
+        prompt: NDArray[np.int64] | None = None,
+        logit_bias: list[tuple[int, float]] = ...,
+    ) -> None: ...
+    def append(self, token: int) -> None:
+        """Note a token of the output. Not while a step that draws for this row is running."""
+
+class Sampler:
+    """Draws for many rows at once, which share the threads of ``pool`` (None: the caller's alone). The same draws at every ``isa``."""
+
+    def __init__(self, pool: ThreadPool | None, isa: str = "best") -> None: ...
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        rows: list[SamplingRow],
+        positions: NDArray[np.int64],
+        tokens: NDArray[np.int32],
+        *,
+        masks: NDArray[np.uint32] | None = None,
+        logprobs: NDArray[np.float32] | None = None,
+        top_ids: NDArray[np.int32] | None = None,
+        top_logprobs: NDArray[np.float32] | None = None,
+        purpose: int = 0,
+    ) -> None:
+        """Draw a token for every row of logits [R, vocab], without the interpreter lock; sampling.hpp says what a draw means.
+
+        positions [R] are the drawn tokens' places in their sequences; bit i % 32 of word i / 32 of masks [R, ⌈vocab / 32⌉] allows id i.
+        Fills tokens [R]; logprobs [R] of the drawn tokens, of the logits as they came, NaN for rows that ask for none; and top_ids,
+        top_logprobs [R, N] with the likeliest ids, -1 and -inf beyond what a row asks for.
+        Raises ValueError for shapes that do not fit, and, naming the first such row, where logits hold NaN or +inf or leave no id: its
+        token is -1, and the other rows are drawn.
+        """
+
+    def candidates(
+        self, logits: NDArray[np.float32], row: SamplingRow, mask: NDArray[np.uint32] | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """The ids that a draw from logits [1, vocab] may give, ascending, and their log-weights relative to the likeliest. mask [1, …].
+
+        A softmax of the log-weights is the distribution drawn from. Raises as `sample` does.
+        """
+
+def noise(seed: int, choice: int, position: int, purpose: int, n: int) -> NDArray[np.float64]:
+    """Uniform noise of ids 0 … n − 1, between 0 and 1 but neither: (⌊word / 2¹²⌋ + ½) · 2⁻⁵² of a word of 64 bits.
+
+    Its upper half is word id % 4 of Philox4x32-10 (Salmon et al., SC 2011) with key (seed mod 2³², seed / 2³²) and counter (id / 4,
+    position, choice, purpose), its lower half the same of (id / 4 + 2³¹, …).
+    Raises ValueError for a number out of range, or an n above 2²¹.
+    """

@@ -16,10 +16,11 @@ import transformers
 
 import hasten
 from hasten import load
+from hasten.backends.cpu import native_program
 from hasten.checkpoint import bundled_directory, save
 from hasten.cli.terminal import write
 from hasten.model import Provenance
-from hasten.program import lower
+from hasten.program import Formats, lower
 from hasten.spec import Spec
 from tests.cli import ENVIRONMENT, ROOT, assert_refused, main, run, start
 from tests.pure.test_checkpoint import tiny
@@ -53,7 +54,7 @@ def test_the_console_script_is_the_same_program():
     assert done.stdout == f"hasten {hasten.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["doctor", "inspect", "generate", "chat", "eval"])
+@pytest.mark.parametrize("command", ["doctor", "inspect", "generate", "chat", "eval", "bench"])
 def test_help_names_every_command(command, hasten_main):
     assert command in hasten_main("--help").out
     assert "Usage" in hasten_main(command, "--help").out
@@ -88,6 +89,17 @@ def test_inspect_program_names_the_ops(hasten_main):
     assert out == lower(load("code-8m").spec, cache="bfloat16").text()
     for part in ("blocks.7.mixer.q", "rotate", "attend", "linear", "logits"):
         assert part in out.lower()
+
+
+def test_inspect_fused_shows_what_was_joined(hasten_main, monkeypatch, capsys):
+    out = hasten_main("inspect", "code-8m", "--fused", "--weights", "int8").out
+    assert out == native_program(load("code-8m").spec, formats=Formats("int8")).text()
+    assert "= Products(" in out
+    assert "= RowChain(" in out
+    assert "weight_format=int8" in out
+    assert "weight_format" not in hasten_main("inspect", "code-8m", "--fused").out
+    assert_refused(main(monkeypatch, capsys, "inspect", "code-8m", "--weights", "int8"), "--fused")
+    assert_refused(main(monkeypatch, capsys, "inspect", "code-8m", "--fused", "--weights", "int5"), "int5", "int8")
 
 
 def test_inspect_spec_round_trips(hasten_main):

@@ -307,6 +307,29 @@ def test_only_what_could_become_a_stop_is_held(stops, text):
         assert end - len(out) == max(could)
 
 
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.text("ab\n", max_size=5), max_size=5),
+    st.lists(st.text("ab\n", max_size=5), max_size=8),
+)
+def test_a_stop_string_may_begin_in_skipped_text_but_not_end_in_it(stops, skipped, pieces):
+    matcher, out, found = StopMatcher(stops), "", None
+    for piece in skipped:
+        out += matcher.skip(piece)
+    for piece in pieces:
+        safe, found = matcher.feed(piece)
+        out += safe
+    before, full = len("".join(skipped)), "".join([*skipped, *pieces])
+    expected = full, None
+    for end in range(before + 1, len(full) + 1):
+        if complete := [stop for stop in stops if full[:end].endswith(stop)]:
+            stop = max(complete, key=len)
+            expected = full[: end - len(stop)], stop
+            break
+    assert (out + matcher.flush(), found) == expected
+
+
 def test_stop_matcher_in_words():
     assert run_matcher(["STOP"], ["abc S", "T", "O", "P tail"]) == ("abc ", "STOP")
     assert run_matcher(["bc", "abcd"], ["xabcd"]) == ("xa", "bc")

@@ -12,6 +12,7 @@ from hasten.checkpoint import SHAPES, random_model
 
 # Parameters as their authors' checkpoints have them; a tied head counts once.
 PUBLISHED = {
+    "smollm2-135m": 134_515_008,
     "tinyllama-1.1b": 1_100_048_384,
     "llama-2-7b": 6_738_415_616,
     "llama-3.2-1b": 1_235_814_400,

@@ -1,8 +1,9 @@
 """Reading a model: config → Spec, mapped tensors → canonical weights. Nothing is copied, nothing of the checkpoint is run."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
 from hasten.formats.safetensors import SafetensorsFile
 from hasten.formats.tensor_map import TensorMap, apply_map, rename
-from hasten.formats.weights import DTYPES, Weight, Weights
+from hasten.formats.weights import DTYPES, Origin, Weight, Weights
 from hasten.model import Model, Provenance, Source, find_tokenizer
 from hasten.program import lower
 from hasten.spec import Spec, parse_json
@@ -62,12 +63,13 @@ def load_directory(directory: Path, name: str) -> Model:
         family = _family(config)
         spec = family.spec(config)
         tensor_map = family.tensors(spec, config)
-    weights = apply_map(tensor_map, _sources(directory, tensor_map, family, spec))
+    files = [SafetensorsFile.open(path) for path in _weight_files(directory)]
+    weights = apply_map(tensor_map, _sources(files, tensor_map, family, spec))
     tokenizer, tokenizer_error = find_tokenizer(directory)
     return Model(
         name=name,
         spec=spec,
-        weights=_checked(spec, weights),
+        weights=_checked(spec, weights, Origin(_recipe(tensor_map), tuple(file.stamp for file in files))),
         tokenizer=tokenizer,
         tokenizer_error=tokenizer_error,
         generation=_read_optional(directory / "generation_config.json"),
@@ -170,9 +172,13 @@ def _refuse_code(directory: Path) -> None:
 # --- tensors
 
 
-def _sources(directory: Path, tensor_map: TensorMap, family: Family | None, spec: Spec) -> dict[str, Weight]:
-    """The directory's tensors under the names the map expects; what the map does not expect is an error."""
-    files = [SafetensorsFile.open(path) for path in _weight_files(directory)]
+def _recipe(tensor_map: TensorMap) -> str:
+    """A name of what the map does: config.json and the family decide it, and the same files can be read in two ways."""
+    return hashlib.blake2b(repr(tensor_map).encode(), digest_size=16).hexdigest()
+
+
+def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Family | None, spec: Spec) -> dict[str, Weight]:
+    """The files' tensors under the names the map expects; what the map does not expect is an error."""
     found: dict[str, Weight] = {}
     for file in files:
         for name, entry in file.entries.items():
@@ -243,7 +249,7 @@ def _bad_index(index: Path, why: str) -> NoReturn:
     raise CheckpointError(f"{index}: {why}; download it again")
 
 
-def _checked(spec: Spec, weights: Mapping[str, Weight]) -> Weights:
+def _checked(spec: Spec, weights: Mapping[str, Weight], origin: Origin) -> Weights:
     """The weights in the order the Program uses them, each of the shape it wants."""
     params = lower(spec).params
     for name, shape in params.items():
@@ -256,4 +262,4 @@ def _checked(spec: Spec, weights: Mapping[str, Weight]) -> Weights:
     unused = weights.keys() - params.keys()
     if unused:
         raise CheckpointError(f"weight {sorted(unused)[0]} is mapped by the family but used by no op")
-    return Weights({name: weights[name] for name in params})
+    return Weights({name: weights[name] for name in params}, origin)

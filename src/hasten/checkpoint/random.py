@@ -10,12 +10,15 @@ import numpy as np
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.families import find_family
-from hasten.formats.weights import Array, Weight, Weights
+from hasten.formats.weights import Array, Origin, Weight, Weights
 from hasten.model import Model, Provenance, Source
 from hasten.program import lower
 from hasten.spec import RMSNorm
 
 PREFIX = "random:"
+
+GENERATOR = 1
+"""Counts up whenever `_make` comes to other numbers: packed weights are kept under it."""
 
 _BLOCK = 1 << 19  # elements made at a time, so that only the last pass goes to memory
 
@@ -27,6 +30,11 @@ _QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key
           "rope_theta": 1000000.0}  # fmt: skip
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0, "tie_word_embeddings": True,
+    },
     "tinyllama-1.1b": {
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
         "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
@@ -92,7 +100,7 @@ def random_model(shape: str, seed: int = 0) -> Model:
     return Model(
         name=PREFIX + shape,
         spec=spec,
-        weights=Weights(weights),
+        weights=Weights(weights, Origin(f"{PREFIX}{shape} seed {seed} generator {GENERATOR}")),
         tokenizer_error=f"{PREFIX}{shape} has random weights and no tokenizer; give token ids instead of text",
         provenance=(Provenance("random", {"shape": shape, "seed": seed}),),
         source=Source(family.name, config),

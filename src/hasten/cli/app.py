@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from hasten.base.errors import UserError
+from hasten.cli.bench import bench
+from hasten.cli.cache import cache
 from hasten.cli.chat import chat
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
@@ -28,6 +30,8 @@ app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate)
+app.add_typer(cache, name="cache")
+app.add_typer(bench)
 
 
 def _version(wanted: bool) -> None:

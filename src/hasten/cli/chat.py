@@ -22,13 +22,15 @@ def chat(
     seed: options.Seed = None,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    activations: options.ActivationsOption = None,
     cache: options.CacheOption = None,
 ) -> None:
     """Chat in the terminal. /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."""
     from hasten.engine import LLM, SamplingParams
     from hasten.engine.chat import render_chat
+    from hasten.program import Formats
 
-    llm = LLM(model, backend=backend, weights=weights, cache=cache)
+    llm = LLM(model, backend=backend, formats=Formats(weights, activations, cache))
     notify(llm.notice)
     tokenizer = llm.model.text_tokenizer()
     template = tokenizer.chat_template

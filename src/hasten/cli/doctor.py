@@ -20,9 +20,10 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Processor, memory, backends, and how fast they can be at most."""
+    """Processor, memory, backends, the kernel each op gets and why no better one, and how fast all of it can be at most."""
     from rich.console import Console
 
+    from hasten.backends.cpu.levels import kernels
     from hasten.base import hardware
 
     machine = hardware.detect()
@@ -30,6 +31,7 @@ def doctor(
         "cpu": {**dataclasses.asdict(machine.cpu), "features": sorted(machine.cpu.features), "cores": machine.cpu.cores},
         "memory": dataclasses.asdict(machine.memory),
         "backends": _backends(),
+        "kernels": [dataclasses.asdict(kernel) for kernel in kernels()],
     }
     if measure:
         with Console(stderr=True).status("measuring memory bandwidth and arithmetic peaks …"):
@@ -72,6 +74,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"amx       {'granted by the kernel' if cpu['amx_granted'] else 'not available'}",
         f"memory    {_gib(memory['total'])} GiB, {_gib(memory['available'])} available{limit}; huge pages: {pages}",
         *(f"backend   {name}: {state}" for name, state in facts["backends"].items()),
+        *(f"kernel    {kernel['op']} {kernel['format']}: {kernel['level']}{_refused(kernel['refused'])}" for kernel in facts["kernels"]),
     ]
     if (roofline := facts.get("roofline")) is not None:
         lines += [
@@ -81,6 +84,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             f"f32       {roofline['f32_tflops']:.3f} TFLOP/s ({roofline['f32_isa']})",
         ]
     return lines
+
+
+def _refused(reasons: dict[str, str]) -> str:
+    """Why not the better levels, in brackets; nothing where there is none."""
+    return f" ({'; '.join(f'{level}: {reason}' for level, reason in reasons.items())})" if reasons else ""
 
 
 def _gib(size: int | None) -> str:

@@ -1,15 +1,24 @@
 """Options that several commands share, written once."""
 
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from hasten.base.errors import ConfigError, one_line
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model: cpu (native), reference (torch), or auto.")]
-WeightsOption = Annotated[str | None, typer.Option("--weights", help="How the native backend stores linear layers: bf16, int8 or int4.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="How linear layers are stored: bf16, int8, int4, int3, int2, fp8, f16, f32, or a variant: int4-g64."),
+]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option("--activations", help="What linear layers are fed: bf16, or int8 per token; int8 for weights of integers unless given."),
+]
 CacheOption = Annotated[
     str | None, typer.Option("--cache", help="How keys and values are kept: bf16, int8 or fp8. [default: bf16 natively]")
 ]
@@ -26,3 +35,8 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")]
 MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")]
+
+
+def refuse(name: str, value: object, accepted: str) -> NoReturn:
+    """Raise ConfigError for the value of an option."""
+    raise ConfigError(f"{name} is {one_line(value)}; accepted: {accepted}")

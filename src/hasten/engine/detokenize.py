@@ -144,6 +144,18 @@ class StopMatcher:
         self._held = text[safe:]
         return text[:safe], None
 
+    def skip(self, piece: str) -> str:
+        """Take text in which no stop string may end, though one may begin; return the text safe to emit."""
+        text = self._held + piece
+        for character in piece:
+            for index, stop in enumerate(self._stops):
+                self._advance(index, character)
+                if self._matched[index] == len(stop):
+                    self._matched[index] = self._borders[index][-1]
+        safe = len(text) - max(self._matched, default=0)
+        self._held = text[safe:]
+        return text[:safe]
+
     def flush(self) -> str:
         """The text still held, once no more will come; empty after a stop."""
         held, self._held = self._held, ""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,10 @@ from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
 from hasten.formats.cache import cache_format
 from hasten.model import Model, find_backend, load_backend
-from hasten.program import Batch, lowering_contexts, token_array
+from hasten.program import Batch, Formats, lowering_contexts, token_array
+
+if TYPE_CHECKING:
+    from hasten import _native
 
 Prompt = str | Sequence[int]
 
@@ -27,6 +30,11 @@ class Session(Protocol):
     """What the engine needs of a backend: a state for new sequences, and a step that takes and returns one.
 
     The state is the backend's own; it can ``select`` sequences and be ``joined`` with another."""
+
+    @property
+    def threads(self) -> "_native.ThreadPool | None":
+        """Threads that sampling may share between steps; None where there are none of its own."""
+        ...
 
     def start(self, sequences: int) -> Any:
         """The state of sequences that have seen nothing."""
@@ -52,16 +60,14 @@ class LLM:
 
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
     own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a user should know of the choice;
-    ``weights`` is how the native backend stores linear layers: bf16, int8 or int4; ``cache`` is how keys and values are kept: bf16, int8
-    or fp8, the backend's own choice unless given."""
+    ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless given."""
 
     def __init__(
         self,
         model: str | Path | Model,
         *,
         backend: str = AUTO,
-        weights: str | None = None,
-        cache: str | None = None,
+        formats: Formats | None = None,
         context: int | None = None,
         max_sequences: int = 16,
     ) -> None:
@@ -73,11 +79,10 @@ class LLM:
         if max_sequences < 1:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
-        self.backend, self.notice = choose_backend(self.model, backend, weights)
-        self._weights = weights
-        self._cache = cache
-        if cache is not None:
-            cache_format(cache)  # a wrong name is told at once, not with the first prompt
+        self.backend, self.notice = choose_backend(self.model, backend, formats)
+        self._formats = formats
+        if formats is not None and formats.cache is not None:
+            cache_format(formats.cache)  # a wrong name is told at once, not with the first prompt
         self._contexts = lowering_contexts(self.model.spec, self.context)
         self._sessions: dict[int, Session] = {}
 
@@ -149,12 +154,15 @@ class LLM:
 
     def _session(self, context: int) -> Session:
         if context not in self._sessions:
-            self._sessions[context] = open_session(self.model, self.backend, context, self._weights, self._cache)
+            self._sessions[context] = open_session(self.model, self.backend, context, self._formats)
         return self._sessions[context]
 
     def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
         """Every running request catches its computed tokens up to its known ones, one step after another."""
+        from hasten.engine.sampler import Sampler  # late: it needs the native code, which importing the engine does not
+
         waiting, running = list(requests), list[Request]()
+        sampler = Sampler(session.threads)
         state = session.start(0)
         while waiting or running:
             joining = waiting[: self.max_sequences - len(running)]
@@ -164,9 +172,9 @@ class LLM:
             batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
             logits, state = session.step(batch, state)
             chunks = []
-            for request, row in zip(running, logits, strict=True):
+            for request, token in zip(running, sampler.draw(logits, running), strict=True):
                 request.computed += len(request.pending)
-                chunks.append(request.take(row))
+                chunks.append(request.take(token))
             staying = [index for index, request in enumerate(running) if request.finish_reason is None]
             if len(staying) < len(running):
                 running, state = [running[index] for index in staying], state.select(staying)
@@ -181,7 +189,7 @@ class Scorer(Protocol):
         ...
 
 
-def choose_backend(model: Model, backend: str = AUTO, weights: str | None = None) -> tuple[str, str]:
+def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = None) -> tuple[str, str]:
     """The backend to take, and what to tell the user about it ('' where there is nothing to tell).
 
     'auto' takes the native backend where it has every kernel, else the reference. Raises UnsupportedError for an unknown name, or for
@@ -192,26 +200,29 @@ def choose_backend(model: Model, backend: str = AUTO, weights: str | None = None
     missing = load_backend("cpu").refusals(model)
     if not missing:
         return "cpu", ""
-    if weights is not None:
-        raise UnsupportedError(f"weights {weights} need the native backend, which has no kernel for {', '.join(missing)} of {model.name}")
+    if formats is not None and formats.weights is not None:
+        raise UnsupportedError(
+            f"weights {formats.weights} pay on the native backend, which has no kernel for {', '.join(missing)} of {model.name}; "
+            "--backend reference plays what they mean, no faster"
+        )
     return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
 
 
-def open_session(model: Model, backend: str, context: int, weights: str | None = None, cache: str | None = None) -> Session:
+def open_session(model: Model, backend: str, context: int, formats: Formats | None = None) -> Session:
     """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
-    session: Session = _open(model, backend, context, weights, cache)
+    session: Session = _open(model, backend, context, formats)
     return session
 
 
-def open_scorer(model: Model, backend: str, context: int, weights: str | None = None, cache: str | None = None) -> Scorer:
+def open_scorer(model: Model, backend: str, context: int, formats: Formats | None = None) -> Scorer:
     """The same, for scoring."""
-    scorer: Scorer = _open(model, backend, context, weights, cache)
+    scorer: Scorer = _open(model, backend, context, formats)
     return scorer
 
 
-def _open(model: Model, backend: str, context: int, weights: str | None, cache: str | None) -> Any:
+def _open(model: Model, backend: str, context: int, formats: Formats | None) -> Any:
     try:
-        return load_backend(backend).session(model, context, weights, cache)
+        return load_backend(backend).session(model, context, formats)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

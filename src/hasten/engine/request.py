@@ -5,29 +5,10 @@ import secrets
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hasten.engine.detokenize import Detokenizer, StopMatcher
-from hasten.engine.sampling import SamplingParams, sample
+from hasten.engine.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
-
-
-class _Stops(StopMatcher):
-    """A StopMatcher that can read on past stop strings."""
-
-    def skip(self, piece: str) -> str:
-        """Take text in which no stop string may end, though one may begin; return the text safe to emit."""
-        text = self._held + piece
-        for character in piece:
-            for index, stop in enumerate(self._stops):
-                self._advance(index, character)
-                if self._matched[index] == len(stop):
-                    self._matched[index] = self._borders[index][-1]
-        safe = len(text) - max(self._matched, default=0)
-        self._held = text[safe:]
-        return text[:safe]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,10 +35,10 @@ class Request:
         self.output: list[int] = []
         self.computed = 0
         self.finish_reason: FinishReason | None = None
-        self._seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._most = min(params.max_tokens, limit - len(prompt))
         self._end_ids = (frozenset() if params.ignore_eos else end_ids) | frozenset(params.stop_token_ids)
-        self._detokenizer, self._stops = detokenizer, _Stops(tuple(params.stop))
+        self._detokenizer, self._stops = detokenizer, StopMatcher(tuple(params.stop))
         if detokenizer is not None:
             detokenizer.feed(prompt)  # spaces and bytes at the seam depend on what came before
             detokenizer.flush()
@@ -67,13 +48,13 @@ class Request:
         """Known tokens that are not computed yet."""
         return (self.prompt + tuple(self.output))[self.computed :]
 
-    def take(self, logits: NDArray[np.float32]) -> Chunk:
-        """Draw the next token from the last row's logits [vocab], and say what became known."""
-        forbidden = tuple(self._end_ids) if len(self.output) < self.params.min_tokens else ()
-        position = len(self.prompt) + len(self.output)
-        token = sample(
-            logits, self.params, self.prompt, self.output, seed=self._seed, choice=0, position=position, forbidden=forbidden
-        )  # fmt: skip
+    @property
+    def forbidden(self) -> frozenset[int]:
+        """Ids that may not come next: those that would end the output before ``min_tokens`` are out."""
+        return self._end_ids if len(self.output) < self.params.min_tokens else frozenset()
+
+    def take(self, token: int) -> Chunk:
+        """Note the next token, and say what became known."""
         self.output.append(token)
         text, ended = "", token in self._end_ids
         if self._detokenizer is not None and not ended:

@@ -1,17 +1,16 @@
-"""From one row of logits to one token id: the same id whatever else the engine is doing.
+"""How one request's tokens are chosen: what a user may ask for, and that it is in range. The native sampler does the choosing
+(`hasten.engine.sampler`); its order of steps is
 
-The order of steps, each working on what the one before it left:
-
-1. forbidden ids leave;
-2. repetition penalty, then frequency and presence penalties (vLLM's order);
+1. ids that a mask forbids leave;
+2. logit bias, then repetition penalty, then frequency and presence penalties (vLLM's order);
 3. temperature;
 4. top-k, then top-p, then min-p: transformers' order. vLLM takes min-p before top-k and top-p. The two differ only when min-p and
    top-p are both on: here top-p counts its mass before min-p has removed any, so top-p keeps as many ids or more;
 5. one draw by the Gumbel-max rule (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the largest of log-weight + noise wins.
 
 Equal logits rank by id, the lowest first, everywhere: in the greedy choice, at the edge of top-k and top-p, and in the draw.
-Arithmetic is float64. The noise belongs to an id, not to a rank, so that a drafter drawing with the same noise tends to agree with its
-target.
+Penalised logits are float32, log-weights and noise float64, masses integers (``native/src/sampling.hpp`` has it to the bit). The noise
+belongs to an id, not to a rank, so that a drafter drawing with the same noise tends to agree with its target.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from enum import IntEnum
 from numbers import Integral, Real
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hasten.base.errors import ConfigError, UserError, one_line
+from hasten.base.errors import ConfigError, one_line
 
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
@@ -101,145 +99,6 @@ class SamplingParams:
         # The documented way to normalise a field of a frozen dataclass; nothing is rewritten after construction.
         for field, value in checked.items():
             object.__setattr__(self, field, value)
-
-
-def noise(seed: int, choice: int, position: int, purpose: Purpose, n: int) -> NDArray[np.float64]:
-    """Uniform noise, float64 [n], strictly between 0 and 1; entry i depends on the four keys and i alone, never on ``n``.
-
-    Philox4x64-10 (Salmon et al., SC 2011) with key (seed, choice) and counter (index, 0, purpose, position). ``seed`` is 0 … 2⁶⁴−1, the
-    others 0 or more. Raw words are taken because NumPy freezes them between versions (NEP 19), which it does not do for
-    ``Generator.random``.
-    """
-    key = np.array([seed, choice], dtype=np.uint64)
-    counter = np.array([0, 0, int(purpose), position], dtype=np.uint64)  # numpy counts blocks up in the first word
-    words = np.random.Philox(key=key, counter=counter).random_raw(n)
-    # 52 bits plus a half are exact in float64 and never reach 0 or 1, where the logarithms below would be infinite.
-    uniform: NDArray[np.float64] = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return uniform
-
-
-def candidates(
-    logits: NDArray[np.float32],
-    params: SamplingParams,
-    prompt_ids: Sequence[int],
-    output_ids: Sequence[int],
-    *,
-    forbidden: Sequence[int] = (),
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The ids that may be drawn, ascending, int64 [M], and their log-weights, float64 [M]; M is 1 or more.
-
-    Log-weights are relative to the likeliest id's, which is 0; a softmax of them is the distribution drawn from. At temperature 0 the
-    one id is the likeliest. Arguments and errors are those of `sample`.
-    """
-    row = _penalised(logits, params, prompt_ids, output_ids, forbidden)
-    best = _likeliest(row)
-    if params.temperature == 0.0:
-        return np.array([best], dtype=np.int64), np.zeros(1)
-    with np.errstate(over="ignore"):  # a tiny temperature sends the others to -inf, as it should
-        scaled = (row - row[best]) / params.temperature
-    ids = np.flatnonzero(scaled > -np.inf)
-    scaled = scaled[ids]
-    if 0 < params.top_k < len(ids):
-        kept = _largest(scaled, params.top_k)
-        ids, scaled = ids[kept], scaled[kept]
-    if params.top_p < 1.0:
-        kept = _nucleus(scaled, params.top_p)
-        ids, scaled = ids[kept], scaled[kept]
-    if params.min_p > 0.0:
-        kept = np.flatnonzero(np.exp(scaled) >= params.min_p)
-        ids, scaled = ids[kept], scaled[kept]
-    return ids, scaled
-
-
-def sample(
-    logits: NDArray[np.float32],
-    params: SamplingParams,
-    prompt_ids: Sequence[int],
-    output_ids: Sequence[int],
-    *,
-    seed: int,
-    choice: int,
-    position: int,
-    forbidden: Sequence[int] = (),
-) -> int:
-    """Choose one token id; the module's text gives the steps.
-
-    ``logits`` is [vocab]; -inf masks an id. ``prompt_ids`` and ``output_ids`` are what the request holds so far; ids that are not in the
-    vocabulary (an embedding may be wider than the logits) are passed over. ``seed``, ``choice`` and ``position`` (the drawn token's place
-    in the sequence, counted from the prompt's start) key the noise. ``forbidden`` ids are not chosen: the engine passes end-of-sequence and
-    stop ids while fewer than ``min_tokens`` are out. Raises `UserError` when the logits hold NaN or +inf, or leave no id to choose.
-    """
-    ids, weights = candidates(logits, params, prompt_ids, output_ids, forbidden=forbidden)
-    if len(ids) == 1:
-        return int(ids[0])
-    uniform = noise(seed, choice, position, Purpose.TOKEN, int(ids[-1]) + 1)[ids]
-    gumbel = -np.log(-np.log(uniform))
-    return int(ids[np.argmax(weights + gumbel)])
-
-
-def _penalised(
-    logits: NDArray[np.float32], params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int], forbidden: Sequence[int]
-) -> NDArray[np.float64]:
-    """A float64 copy of the row with forbidden ids at -inf and the three penalties applied."""
-    row = np.array(logits, dtype=np.float64)
-    if row.ndim != 1 or row.size == 0:
-        raise UserError(f"logits have shape {row.shape}: one row of at least one entry is sampled at a time")
-    if len(forbidden):
-        row[_counts(forbidden, row.size) > 0] = -np.inf
-    repetition = params.repetition_penalty != 1.0
-    additive = params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-    if repetition or additive:
-        in_output = _counts(output_ids, row.size)
-        if repetition:
-            seen = (in_output > 0) | (_counts(prompt_ids, row.size) > 0)
-            row[seen] = np.where(row[seen] > 0, row[seen] / params.repetition_penalty, row[seen] * params.repetition_penalty)
-        row -= params.frequency_penalty * in_output
-        row -= params.presence_penalty * (in_output > 0)
-    return row
-
-
-def _counts(ids: Sequence[int], vocab: int) -> NDArray[np.int64]:
-    """How often each id of the vocabulary occurs, int64 [vocab]; ids outside it are passed over."""
-    given = np.asarray(ids, dtype=np.int64)
-    return np.bincount(given[(given >= 0) & (given < vocab)], minlength=vocab)
-
-
-def _likeliest(row: NDArray[np.float64]) -> int:
-    """The first id of the largest logit; one pass finds every unusable row, since argmax stops at a NaN."""
-    best = int(np.argmax(row))
-    value = row[best]
-    if np.isnan(value):
-        raise UserError(f"logits hold NaN, first at id {best}: the model overflowed; check its weights, or run it in wider activations")
-    if value == np.inf:
-        raise UserError(f"logits hold +inf, first at id {best}: the model overflowed; check its weights, or run it in wider activations")
-    if value == -np.inf:
-        raise UserError("every logit is -inf: masks and forbidden ids leave no id to choose; allow at least one")
-    return best
-
-
-def _largest(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """Indices, ascending, of the ``k`` largest values (1 ≤ k ≤ len); of equal values at the edge, the first."""
-    edge = np.partition(values, len(values) - k)[len(values) - k]
-    above = values > edge
-    ties = np.flatnonzero(values == edge)[: k - np.count_nonzero(above)]
-    above[ties] = True
-    return np.flatnonzero(above)
-
-
-def _nucleus(scaled: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices, ascending, of the fewest largest weights whose share reaches ``top_p``; never none."""
-    weights = np.exp(scaled)
-    target = top_p * weights.sum()
-    size = 1024
-    while True:
-        # A whole vocabulary is slow to sort and rarely needed: sort a head, and a longer one if its mass falls short.
-        head = _largest(scaled, min(size, len(scaled)))
-        ranked = head[np.argsort(-scaled[head], kind="stable")]
-        reached = np.cumsum(weights[ranked])
-        if reached[-1] >= target or len(ranked) == len(scaled):
-            kept = int(np.searchsorted(reached, target)) + 1
-            return np.sort(ranked[:kept])
-        size *= 16
 
 
 def _checked_int(field: str, value: object, low: int, high: int, remedy: str) -> int:

@@ -28,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from hasten.base.errors import CheckpointError, one_line
+from hasten.formats.weights import FileStamp
 
 HEADER_LIMIT: Final = 100_000_000
 """Longest header accepted, in bytes; the limit of the reference library."""
@@ -95,13 +96,14 @@ class SafetensorsFile:
     path: Path
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    stamp: FileStamp
     _bytes: mmap.mmap
 
     @classmethod
     def open(cls, path: Path) -> "SafetensorsFile":
         """Map ``path`` and check its header; raises CheckpointError for a file that is missing, damaged or of another format."""
         path = Path(path)
-        mapped = _map(path)
+        mapped, stamp = _map(path)
         length = _header_length(path, mapped)
         try:
             header = _parse(path, mapped[8 : 8 + length])
@@ -114,7 +116,7 @@ class SafetensorsFile:
             _refuse(path, "has a header nested too deep", "two levels of JSON objects")
         found.sort(key=lambda entry: (entry.start, entry.stop))
         _check_tiling(path, found, 8 + length, len(mapped))
-        return cls(path, MappingProxyType({entry.name: entry for entry in found}), MappingProxyType(metadata), mapped)
+        return cls(path, MappingProxyType({entry.name: entry for entry in found}), MappingProxyType(metadata), stamp, mapped)
 
     def read(self, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         """The tensor ``name`` with its dtype and shape, as a view of the mapping; raises CheckpointError for an unknown name.
@@ -224,15 +226,16 @@ def _refuse(path: Path, found: str, accepted: str, remedy: str = _AGAIN) -> NoRe
     raise CheckpointError(f"{_plain(path)}: {found}; accepted: {accepted}; {remedy}")
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The whole file as private, copy-on-write pages, none of them read yet."""
+def _map(path: Path) -> tuple[mmap.mmap, FileStamp]:
+    """The whole file as private, copy-on-write pages, none of them read yet, and what file it is."""
     try:
         status = os.stat(path)
         mode, size = status.st_mode, status.st_size
         # Opening a named pipe would wait for its writer, so the kind is asked first.
         if stat.S_ISREG(mode) and size >= 8:
             with open(path, "rb") as file:
-                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                stamp = FileStamp.of(path, os.fstat(file.fileno()))
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), stamp
     except (OSError, ValueError) as error:
         reason = _plain(getattr(error, "strerror", None) or error)
         _refuse(path, f"cannot be opened ({reason})", "a readable .safetensors file", "check the path and its permissions")

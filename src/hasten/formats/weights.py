@@ -1,6 +1,7 @@
 """A named weight: its shape and format are known at once, its numbers are mapped or made only when asked for."""
 
 import dataclasses
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,11 +46,42 @@ class Weight:
         return self.size * self.dtype.itemsize
 
 
-class Weights(Mapping[str, Weight]):
-    """Weights by canonical name, in the order the model uses them."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileStamp:
+    """A file as it was: whoever changes or replaces it changes one of these. ``path`` is absolute, without links."""
 
-    def __init__(self, weights: Mapping[str, Weight]) -> None:
-        self._weights = dict(weights)
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], status: os.stat_result) -> "FileStamp":
+        """The stamp of the file at ``path``, whose status is ``status``."""
+        return cls(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the file is still the same."""
+        try:
+            return FileStamp.of(self.path, os.stat(self.path)) == self
+        except OSError:
+            return False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the numbers of all weights come from: equal origins, equal numbers. ``recipe`` says how they were made of the files."""
+
+    recipe: str
+    files: tuple[FileStamp, ...] = ()
+
+
+class Weights(Mapping[str, Weight]):
+    """Weights by canonical name, in the order the model uses them. Those that were transformed have no ``origin``."""
+
+    def __init__(self, weights: Mapping[str, Weight], origin: Origin | None = None) -> None:
+        self._weights, self.origin = dict(weights), origin
 
     def __getitem__(self, name: str) -> Weight:
         return self._weights[name]

@@ -1,22 +1,27 @@
 """The native backend as an engine sees it."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten import _native
-from hasten.backends.cpu.cache import GONE, CachedSequence, CpuState, PageAllocator, PagedGroup
-from hasten.backends.cpu.compile import Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator, PagedGroup
+from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.packed import PackedCache, PackedWeights
+from hasten.backends.cpu.profile import StepProfile
 from hasten.base import hardware
-from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, KvGroup, LinearFormats, Program, RecurrentGroup, StateGroup, lower, ops
+from hasten.program import Batch, Formats, KvGroup, LatentGroup, Program, fuse, linear_formats, lower
+from hasten.spec import Spec
 
 PAGE = 16  # tokens
 STEP_TOKENS = 512  # most tokens of one native step; longer batches are played in several
-FORMATS = ("bf16", "int8", "int4")
 
 
 class CpuBackend:
@@ -33,22 +38,17 @@ class CpuBackend:
         formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
         return (*unsupported_ops(lower(model.spec)), *formats)
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None, cache: str | None = None) -> "CpuSession":
-        """The model packed for this machine, for sequences of up to ``context`` tokens.
-
-        ``weights`` is how linear layers are stored: bf16 (unless given), or int8 or int4 with activations rounded to int8 per token;
-        ``cache`` is how keys and values are: bf16 (unless given), int8 or fp8."""
-        weights = weights or "bf16"
-        if weights not in FORMATS:
-            raise UnsupportedError(f"weights {one_line(weights)} are not supported; accepted are {', '.join(FORMATS)}")
-        formats = choose_formats(lower(model.spec, context=context), weights)
-        program = lower(model.spec, context=context, formats=formats, cache=cache_format(cache or "bf16"))
+    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "CpuSession":
+        """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise."""
+        program = native_program(model.spec, context, formats)
         pages = _page_counts(program)
+        threads = _native.ThreadPool(self.threads)
+        packed = PackedWeights(threads, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
         compiled = compile_program(
-            program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
+            program, model.weights, packed, threads, isa=self.isa,
             most_tokens=min(STEP_TOKENS, program.context), page=PAGE, pages=pages,
         )  # fmt: skip
-        return CpuSession(program, compiled)
+        return CpuSession(program, compiled, threads)
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
@@ -58,43 +58,33 @@ class CpuBackend:
         return self.session(model, len(batch.tokens)).score(batch)
 
 
-def choose_formats(program: Program, weights: str) -> LinearFormats:
-    """Every linear layer in ``weights``, the head in int8 where that is narrower, the embedding as it is."""
-    if weights == "bf16":
-        return LinearFormats()
-    linear = [op for op in program.ops if isinstance(op, ops.Linear)]
-    return LinearFormats(
-        weights={op.weight: "int8" if op.y == "logits" else weights for op in linear}, activations={op.weight: "int8" for op in linear}
-    )
+def native_program(spec: Spec, context: int | None = None, formats: Formats | None = None) -> Program:
+    """What a session compiles: the Program with formats chosen and ops fused. Raises UnsupportedError for formats nobody has."""
+    formats = formats or Formats()
+    linear = linear_formats(lower(spec, context=context), dataclasses.replace(formats, weights=formats.weights or "bf16"))
+    return fuse(lower(spec, context=context, formats=linear, cache=cache_format(formats.cache or "bf16")), IN_CHAINS)
 
 
 def _page_counts(program: Program) -> Mapping[str, int]:
     """As many pages as a quarter of free memory holds, and no more than 64 sequences of full length need. They cost nothing till used."""
     budget = (hardware.memory(hardware.ROOT).available or 8 << 30) // 4
     per_token = max(1, sum(group.bytes_per_token() for group in program.states))
-    longest = {group.name: _most_pages(group, program.context) for group in program.states}
-    return {name: min(64 * pages, max(budget // (per_token * PAGE), pages)) for name, pages in longest.items()}
-
-
-def _most_pages(group: StateGroup, context: int) -> int:
-    """Pages that a sequence of ``context`` tokens holds at once: what its last token sees, and a step, not cut at pages."""
-    seen = context if isinstance(group, RecurrentGroup) else context - group.oldest_visible(context - 1)
-    return min(-(-context // PAGE), -(-(seen + STEP_TOKENS) // PAGE) + 1)
+    pages = min(64 * -(-program.context // PAGE), max(budget // (per_token * PAGE), -(-program.context // PAGE)))
+    return {group.name: pages for group in program.states}
 
 
 class CpuSession:
-    """One compiled Program and its cache."""
+    """One compiled Program and its cache. ``threads`` play its steps, and are free between them."""
 
-    def __init__(self, program: Program, compiled: Compiled) -> None:
-        self.program, self.compiled = program, compiled
+    def __init__(self, program: Program, compiled: Compiled, threads: _native.ThreadPool) -> None:
+        self.program, self.compiled, self.threads = program, compiled, threads
         self.allocators = [PageAllocator(pool.pages) for pool in compiled.pools]
-        kept = [group for group in program.states if isinstance(group, KvGroup)]  # in the order of the pools
+        kept = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]  # in the order of the pools
         self._groups = [
             PagedGroup(allocator, pool.copy_page, group.oldest_visible)
             for allocator, pool, group in zip(self.allocators, compiled.pools, kept, strict=True)
         ]
         self.vocab = program.values["logits"].features[-1]
-        self.most_tokens = min(STEP_TOKENS, program.context)
 
     def start(self, sequences: int) -> CpuState:
         """The state of sequences that have seen nothing."""
@@ -105,58 +95,43 @@ class CpuSession:
         return self.step(batch, self.start(len(batch.offsets) - 1))[0]
 
     def step(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState]:
-        """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer)."""
-        self._check(batch)
-        offsets = batch.offsets
-        starts = batch.positions[offsets[:-1]] if len(batch.tokens) else batch.positions[:0]
-        for index, (sequence, start) in enumerate(zip(state.sequences, starts, strict=True)):
-            if sequence.length != start:
-                raise ConfigError(f"sequence {index} goes on at position {start}, but {sequence.length} of its tokens are cached")
+        """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer).
+
+        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed then."""
+        return self._step(batch, state, self.compiled.tape.run), state
+
+    def profile(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState, StepProfile]:
+        """A step as ``step`` takes it, and where its time went."""
+        tape, played = self.compiled.tape, list[tuple[NDArray[np.int64], int]]()
+        began = time.perf_counter_ns()
+        logits = self._step(batch, state, lambda *arguments: played.append(tape.profile(*arguments)))
+        step_ns = time.perf_counter_ns() - began
+        ((op_ns, whole),) = played
+        return logits, state, StepProfile(tuple(tape.op_names), op_ns, whole, step_ns)
+
+    def _step(self, batch: Batch, state: CpuState, play: Callable[..., Any]) -> NDArray[np.float32]:
+        sequences, bounds = state.sequences, batch.offsets.tolist()
+        if len(bounds) - 1 != len(sequences):
+            raise ConfigError(f"a batch of {len(bounds) - 1} sequences does not go on from a state of {len(sequences)}")
+        lengths = []
+        for index, sequence in enumerate(sequences):
+            start, stop = sequence.length, sequence.length + bounds[index + 1] - bounds[index]
+            if batch.positions[bounds[index]] != start:
+                said = int(batch.positions[bounds[index]])
+                raise ConfigError(f"sequence {index} goes on at position {said}, but {start} of its tokens are cached")
+            if stop > self.program.context:
+                longest = self.program.context
+                raise ConfigError(f"position {stop - 1} is beyond the context of {longest} tokens; shorten the input")
+            lengths.append(stop)
+        for sequence, length in zip(sequences, lengths):
+            sequence.grow(length)
         logits = np.empty((len(batch.rows), self.vocab), np.float32)
-        for begin in range(0, len(batch.tokens), self.most_tokens):
-            self._play(batch, state, begin, min(begin + self.most_tokens, len(batch.tokens)), logits)
-        return logits, state
-
-    def _check(self, batch: Batch) -> None:
-        """The native step refuses these too, but not in words for a user."""
-        if len(batch.tokens) and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < self.vocab:
-            raise ConfigError(f"token id {int(batch.tokens.max())} is outside the vocabulary; accepted are 0 to {self.vocab - 1}")
-        if len(batch.positions) and int(batch.positions.max()) >= self.program.context:
-            longest = self.program.context
-            raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {longest} tokens; shorten the input")
-
-    def _play(self, batch: Batch, state: CpuState, begin: int, end: int, logits: NDArray[np.float32]) -> None:
-        """One native step over rows [begin, end) of the batch."""
-        first = int(np.searchsorted(batch.offsets, begin, side="right")) - 1
-        last = int(np.searchsorted(batch.offsets, end, side="left"))
-        offsets = np.clip(batch.offsets[first : last + 1], begin, end) - begin
-        positions = batch.positions[begin:end]
-        sequences = state.sequences[first:last]
-        for sequence, stop in zip(sequences, offsets[1:]):
-            sequence.grow(int(positions[stop - 1]) + 1)
-        owner = np.repeat(np.arange(len(sequences)), np.diff(offsets))
-        slots, tables = [], []
-        for group in range(len(self.allocators)):
-            width = max(len(sequence.pages[group]) for sequence in sequences)
-            table = np.zeros((len(sequences), width), np.int32)
-            for row, sequence in enumerate(sequences):
-                table[row, : len(sequence.pages[group])] = sequence.pages[group]
-            table[table == GONE] = 0  # no token looks there
-            tables.append(table)
-            slots.append(table[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE)
-        wanted = np.flatnonzero((batch.rows >= begin) & (batch.rows < end))
-        made = np.empty((len(wanted), self.vocab), np.float32)
-        rows = (batch.rows[wanted] - begin).astype(np.int32)
-        self.compiled.tape.run(
-            np.ascontiguousarray(batch.tokens[begin:end]),
-            np.ascontiguousarray(positions),
-            offsets.astype(np.int32),
-            rows,
-            slots,
-            tables,
-            made,
-        )
-        logits[wanted] = made
-        for sequence, stop in zip(sequences, offsets[1:]):
-            sequence.length = int(positions[stop - 1]) + 1
+        tables = [sequence.table for sequence in sequences]
+        try:
+            play(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for sequence, length in zip(sequences, lengths):
+            sequence.length = length
             sequence.release()
+        return logits

@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
+from hasten import _native
 from hasten.base.errors import UserError
 
 GONE = -1  # stands in a list of pages for one that no later token sees
@@ -62,48 +63,68 @@ class PagedGroup:
 
 class CachedSequence:
     """One sequence's pages of ``page`` tokens in every group, and how many of its tokens are there. Its pages go back when nobody refers
-    to it."""
+    to it.
+
+    ``gone`` is, per group, how many of its first pages went back; they stand as page 0 in ``table``, where no token looks."""
 
     def __init__(self, groups: Sequence[PagedGroup], page: int) -> None:
-        self.length, self._page, self._groups = 0, page, tuple(groups)
-        self.pages: tuple[list[int], ...] = tuple([] for _ in groups)
-        weakref.finalize(self, _give_back, [group.allocator for group in groups], self.pages)
+        self.length, self._room, self._page, self._groups = 0, 0, page, tuple(groups)
+        self._shares = False  # is the page it writes to next perhaps another's too?
+        self.table, self.gone = _native.PageTable(len(self._groups)), [0] * len(self._groups)
+        weakref.finalize(self, _give_back, [group.allocator for group in self._groups], self.table, self.gone)
+
+    def pages(self, group: int) -> list[int]:
+        """Its pages, GONE for those that went back."""
+        gone = self.gone[group]
+        return [GONE] * gone + self.table.pages(group)[gone:]
 
     def grow(self, length: int) -> None:
         """Hold pages for ``length`` tokens, those from its own length on for itself alone: a shared page it would write to is copied."""
+        if self._shares and length > self.length:
+            self._own_last()
+        while self._room < length:
+            for index, group in enumerate(self._groups):
+                if len(self.table.pages(index)) * self._page == self._room:  # not yet taken before another pool ran out
+                    self.table.append(index, group.allocator.take())
+            self._room += self._page
+
+    def _own_last(self) -> None:
         last, filled = divmod(self.length, self._page)
-        for pages, group in zip(self.pages, self._groups):
-            if filled and group.allocator.shared(pages[last]):
+        for index, group in enumerate(self._groups if filled else ()):
+            shared = self.table.page(index, last)
+            if group.allocator.shared(shared):
                 own = group.allocator.take()
-                group.copy(pages[last], own)
-                group.allocator.give_back([pages[last]])
-                pages[last] = own
-            while len(pages) * self._page < length:
-                pages.append(group.allocator.take())
+                group.copy(shared, own)
+                group.allocator.give_back([shared])
+                self.table.replace(index, last, own)
+        self._shares = False
 
     def forked(self) -> "CachedSequence":
         """Another sequence with the same tokens, in the same pages."""
         other = CachedSequence(self._groups, self._page)
-        other.length = self.length
-        for mine, its, group in zip(self.pages, other.pages, self._groups):
-            held = mine[: -(-self.length // self._page)]
-            group.allocator.share(page for page in held if page != GONE)
-            its.extend(held)
+        held = -(-self.length // self._page)
+        other.length, other._room = self.length, held * self._page
+        self._shares = other._shares = True
+        for index, group in enumerate(self._groups):
+            pages, gone = self.table.pages(index)[:held], self.gone[index]
+            group.allocator.share(pages[gone:])
+            other.gone[index] = gone
+            for page in pages:
+                other.table.append(index, page)
         return other
 
     def release(self) -> None:
         """Give back the pages that no token after the newest sees."""
-        for pages, group in zip(self.pages, self._groups):
-            for index in range(group.oldest(self.length) // self._page - 1, -1, -1):
-                if pages[index] == GONE:
-                    break
-                group.allocator.give_back([pages[index]])
-                pages[index] = GONE
+        for index, group in enumerate(self._groups):
+            while self.gone[index] < group.oldest(self.length) // self._page:
+                group.allocator.give_back([self.table.page(index, self.gone[index])])
+                self.table.replace(index, self.gone[index], 0)
+                self.gone[index] += 1
 
 
-def _give_back(allocators: Sequence[PageAllocator], pages: tuple[list[int], ...]) -> None:
-    for allocator, held in zip(allocators, pages):
-        allocator.give_back([page for page in held if page != GONE])
+def _give_back(allocators: Sequence[PageAllocator], table: _native.PageTable, gone: Sequence[int]) -> None:
+    for index, allocator in enumerate(allocators):
+        allocator.give_back(table.pages(index)[gone[index] :])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 from hasten.backends.reference.play import play, weights_of
 from hasten.backends.reference.state import State
 from hasten.backends.reference.step import TORCH_DTYPES
-from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, Precision, Program, lower
+from hasten.program import Batch, Formats, Precision, Program, linear_formats, lower
 
 
 class ReferenceBackend:
@@ -24,14 +24,13 @@ class ReferenceBackend:
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
         self.device, self.precision = device, precision
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None, cache: str | None = None) -> "ReferenceSession":
-        """Weights made ready once, for steps of sequences of up to ``context`` tokens; played as they are, so ``weights`` is None.
-
-        ``cache`` is how keys and values are kept: bf16, int8 or fp8; in the compute dtype unless given."""
-        if weights is not None:
-            raise UnsupportedError(f"weights {one_line(weights)} are for backend 'cpu'; reference plays a model's weights as they are")
-        precision = self.precision or Precision(residual=model.spec.residual)
-        program = lower(model.spec, context=context, precision=precision, cache=None if cache is None else cache_format(cache))
+    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "ReferenceSession":
+        """Weights made ready once, for steps of sequences of up to ``context`` tokens. Other ``formats`` are computed as what they mean;
+        keys and values are kept in the compute dtype unless they say otherwise."""
+        formats, precision = formats or Formats(), self.precision or Precision(residual=model.spec.residual)
+        linear = linear_formats(lower(model.spec, context=context), formats)
+        cache = None if formats.cache is None else cache_format(formats.cache)
+        program = lower(model.spec, context=context, precision=precision, formats=linear, cache=cache)
         return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[precision.compute]))
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -44,6 +43,9 @@ class ReferenceBackend:
 
 class ReferenceSession:
     """One program with its weights. Stateless scoring, or steps that carry a State from the caller and back."""
+
+    threads = None
+    """Torch has its own."""
 
     def __init__(self, program: Program, weights: dict[str, Tensor]) -> None:
         self.program, self.weights = program, weights

@@ -1,0 +1,41 @@
+"""vLLM on the CPU, in bfloat16.
+
+The wheel called vllm on the package index is built for CUDA, and does not run without; wheels for the CPU are not there. So no environment
+is made: build one from vLLM's sources, and compare.py will find it as ENVIRONMENTS/vllm:
+
+    python -m venv ENVIRONMENTS/vllm
+    git clone https://github.com/vllm-project/vllm && cd vllm
+    ENVIRONMENTS/vllm/bin/pip install -r requirements/build/cpu.txt -r requirements/cpu.txt
+    VLLM_TARGET_DEVICE=cpu ENVIRONMENTS/vllm/bin/pip install --no-build-isolation .
+"""
+
+import os
+from pathlib import Path
+
+import worker
+
+NAME = "vllm"
+FORMATS = ("bf16",)
+INSTALL = None
+
+
+def load(checkpoint: Path, work: Path, form: str, threads: int, context: int, batch: int) -> tuple[str, worker.Generate]:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    import vllm
+
+    llm = vllm.LLM(
+        str(checkpoint), dtype="bfloat16", max_model_len=context, max_num_seqs=batch, skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+
+    def generate(prompts: list[list[int]], new: int) -> list[int]:
+        settings = vllm.SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+        made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        return [each.outputs[0].token_ids[0] for each in made]
+
+    return vllm.__version__, generate
+
+
+if __name__ == "__main__":
+    worker.main(FORMATS, load)

@@ -1,0 +1,209 @@
+"""`hasten bench`: how fast, and how near to the machine's limit, measured in the same run."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.cli import options
+from hasten.cli.terminal import notify, visible_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+bench = typer.Typer(name="bench", help="Measure speed, beside this machine's limits.", no_args_is_help=True)
+
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to run on; all cores granted unless given.")]
+IsaOption = Annotated[str, typer.Option("--isa", help="Instruction-set level of the kernels: best, generic, avx2, avx512 or amx.")]
+SEVERAL = "; several, separated by commas, make a row each"
+
+
+@bench.command("roofline")
+def roofline(
+    threads: ThreadsOption = None,
+    read_bytes: Annotated[
+        int, typer.Option("--bytes", min=1, help="Buffer to read, well above the last-level cache; at most half of the free memory.")
+    ] = 1 << 30,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times the buffer is read; the median counts.")] = 5,
+    seconds: Annotated[float, typer.Option("--seconds", help="Seconds for each arithmetic peak.")] = 0.25,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Streaming read and arithmetic peaks of this machine, with the instruction each was taken with."""
+    from rich.console import Console
+
+    from hasten import _native
+    from hasten.base import hardware
+    from hasten.measure.roofline import instruction
+
+    available = hardware.memory().available
+    used = read_bytes if available is None else min(read_bytes, available // 2)
+    with Console(stderr=True).status("measuring memory bandwidth and arithmetic peaks …"):
+        found = hardware.measure_roofline(threads, read_bytes=used, repeats=repeats, seconds=seconds)
+    facts = {
+        **dataclasses.asdict(found), "isa": _native.isa_level(), "read_bytes": used,
+        "bf16_instruction": instruction("bf16", found.bf16_isa), "int8_instruction": instruction("int8", found.int8_isa),
+        "f32_instruction": instruction("f32", found.f32_isa),
+    }  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"read      {found.read_gb_per_s:.1f} GB/s from {used / 2**20:,.0f} MiB ({found.threads} threads)")
+    typer.echo(f"bf16      {found.bf16_tflops:.3f} TFLOP/s ({facts['bf16_instruction']})")
+    typer.echo(f"int8      {found.int8_tops:.3f} TOP/s ({facts['int8_instruction']})")
+    typer.echo(f"f32       {found.f32_tflops:.3f} TFLOP/s ({facts['f32_instruction']})")
+
+
+@bench.command("latency")
+def latency(
+    model: options.ModelArgument,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="How linear layers are stored: bf16 (unless given), int8, int4 …" + SEVERAL)
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option("--activations", help="How linear layers are fed; must go with the weights: bf16 or int8.")
+    ] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="How keys and values are kept: bf16 (unless given), int8 or fp8.")] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences at once" + SEVERAL)] = "1",
+    prompt: Annotated[str, typer.Option("--prompt", help="Tokens of each prompt" + SEVERAL)] = "128",
+    new: Annotated[int, typer.Option("--new", min=1, help="Tokens to decode for each prompt.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs; medians count.")] = 5,
+    backend: options.BackendOption = "auto",
+    threads: ThreadsOption = None,
+    isa: IsaOption = "best",
+    as_json: options.JsonOption = False,
+) -> None:
+    """Prefill and decode speed over the machine's limits, which are measured between the runs. --json prints one object a row."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hasten.checkpoint import load
+    from hasten.engine.llm import choose_backend
+    from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
+    from hasten.program import Formats
+
+    cases = [Case(b, p, new) for b, p in itertools.product(_counts("batch", batch), _counts("prompt", prompt))]
+    formats = [None] if weights is None else [each.strip() for each in weights.split(",")]
+    loaded = load(model)
+    check_weights(formats)
+    backend, notice = choose_backend(loaded, backend, Formats(weights))
+    notify(notice)
+    rows = []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(formats) * len(cases) * repeats)
+        for each in formats:
+            progress.update(task, description=f"preparing weights {each or ''}")
+            runner = open_runner(
+                loaded, cases, backend=backend, weights=each, activations=activations, cache=cache, threads=threads, isa=isa
+            )
+            for case in cases:
+                progress.update(task, description=f"{runner.weights} batch {case.batch} prompt {case.prompt}")
+                rows.append(Latency.of(runner, case, _counted(progress, task, repetitions(runner, case, repeats))))
+                if as_json:
+                    typer.echo(json.dumps(dataclasses.asdict(rows[-1])))
+    if not as_json:
+        _print_latency(rows)
+
+
+@bench.command("ops")
+def kernels(
+    shape: Annotated[str, typer.Option("--shape", help="Sizes of which model, as in random:SHAPE.")] = "tinyllama-1.1b",
+    rows: Annotated[str, typer.Option("--rows", help="Numbers of rows, separated by commas.")] = "1,8,32,512",
+    contexts: Annotated[str, typer.Option("--context", help="Contexts for attention, separated by commas.")] = "128,2048",
+    footprint: Annotated[
+        int, typer.Option("--bytes", min=1, help="Bytes of copies of a weight that are read in turn, well above the last-level cache.")
+    ] = 256 << 20,
+    only: Annotated[str | None, typer.Option("--only", help="Kernels to measure, separated by commas: linear, attend …; all else.")] = None,
+    threads: ThreadsOption = None,
+    isa: IsaOption = "best",
+    as_json: options.JsonOption = False,
+) -> None:
+    """Each native kernel alone, against its own limit: bytes over streaming read, or operations over the peak. --json prints one object a
+    row."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hasten.measure.kernels import Setup, kernel_cases, open_pool, time_kernel
+
+    setup = Setup(shape, tuple(_counts("rows", rows)), tuple(_counts("context", contexts)), footprint)
+    pool, level = open_pool(threads, isa)
+    names = list(dict.fromkeys(case.op for case in kernel_cases(setup, level)))
+    chosen = names if only is None else [each.strip() for each in only.split(",")]
+    if unknown := [each for each in chosen if each not in names]:
+        options.refuse("only", unknown[0], ", ".join(names))
+    total = sum(case.op in chosen for case in kernel_cases(setup, level))
+    found = []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        for case in kernel_cases(setup, level):
+            if case.op in chosen:
+                progress.update(task, description=f"{case.op} {case.format} {case.shape}, {case.rows} rows")
+                found.append(time_kernel(case, pool, level))
+                progress.advance(task)
+                if as_json:
+                    typer.echo(json.dumps(dataclasses.asdict(found[-1])))
+    if not as_json:
+        _print_kernels(found)
+
+
+def _counts(name: str, text: str) -> list[int]:
+    """Whole numbers of 1 or more, separated by commas."""
+    found = [int(each) if each.strip().isascii() and each.strip().isdigit() else 0 for each in text.split(",")]
+    if min(found) < 1 or max(found) > 1 << 24:
+        options.refuse(name, text, "whole numbers of 1 or more, separated by commas")
+    return found
+
+
+def _counted(progress: "Progress", task: Any, each: Iterable[Any]) -> list[Any]:
+    found = []
+    for one in each:
+        found.append(one)
+        progress.advance(task)
+    return found
+
+
+def _print_latency(rows: list[Any]) -> None:
+    first = rows[0]
+    typer.echo(visible_line(f"{first.model}, backend {first.backend}, {first.isa}, {first.threads} threads"))
+    _print(
+        ("weights", "activations", "cache", "batch", "prompt", "prefill tok/s", "decode tok/s", "first ms", "next ms", "MB/step", "mbu",
+         "mfu", "of limit", "outside kernels µs"),
+        [
+            (
+                row.weights, row.activations, row.cache, f"{row.batch}", f"{row.prompt}", f"{row.prefill_tokens_per_s:,.1f}",
+                f"{row.decode_tokens_per_s:,.2f}", f"{row.ttft_ms:,.2f}", f"{row.tpot_ms:,.3f}", f"{row.bytes_per_step / 1e6:,.1f}",
+                f"{row.mbu:.3f}", f"{row.mfu:.3f}", f"{row.of_limit:.3f}",
+                "–" if row.step_overhead_us is None else f"{row.step_overhead_us:,.1f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _print_kernels(rows: list[Any]) -> None:
+    typer.echo(f"{rows[0].isa}, {rows[0].threads} threads")
+    _print(
+        ("kernel", "format", "shape", "rows", "context", "µs", "GB/s", "TOP/s", "bound", "of limit"),
+        [
+            (
+                row.op, row.format, row.shape, f"{row.rows}", "" if row.context is None else f"{row.context}", f"{row.us:,.1f}",
+                f"{row.gb_per_s:.1f}", f"{row.tops:.3f}" if row.operations else "", row.bound, f"{row.of_limit:.3f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _print(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table in plain text: words to the left, numbers to the right, whatever the terminal's width."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    for line in (header, *rows):
+        cells = [
+            text.rjust(width) if rows[0][column][:1].isdigit() else text.ljust(width)
+            for column, (text, width) in enumerate(zip(line, widths))
+        ]
+        typer.echo("  ".join(cells).rstrip())

@@ -1,0 +1,20 @@
+"""Packed weights for tests of the kernels."""
+
+import numpy as np
+
+from hasten import _native
+from hasten.backends.cpu.packed import PackedWeights
+
+POOL = _native.ThreadPool(1)
+
+
+def weight_buffer(form, group, dense, zero_points=False, sparse=False):
+    """``dense`` [out, in], float32 or bits of bf16, as the kernels read it."""
+    weight = _native.WeightBuffer(form, *np.shape(dense), group, zero_points, sparse)
+    weight.pack(POOL, dense)
+    return weight
+
+
+def all_packed(pool):
+    """Every weight packed anew, whatever a cache may hold."""
+    return PackedWeights(pool, "best", "a test", None, None)
