@@ -246,7 +246,7 @@ void bind_executor(nb::module_& module) {
              "activation"_a, "gate"_a, "up"_a, "y"_a, "n"_a)
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
-        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a,
+        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a.noconvert(),
              "Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range.");
 }
 
