@@ -12,7 +12,7 @@ import numpy as np
 from hasten import _native
 from hasten.backends.cpu import CpuBackend
 from hasten.checkpoint import load
-from hasten.program import Batch
+from hasten.program import Batch, Formats
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     for weights in arguments.weights:
         backend = CpuBackend()
         began = time.perf_counter()
-        session = backend.session(model, 2048, weights)
+        session = backend.session(model, 2048, Formats(weights))
         pack_s = time.perf_counter() - began
         ids = np.random.default_rng(0).integers(0, model.spec.vocab, 2048).tolist()
         read_bytes = session.compiled.weight_bytes

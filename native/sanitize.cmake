@@ -5,7 +5,7 @@ if(NOT HASTEN_SANITIZE)
   return()
 endif()
 
-set(checked -fsanitize=address,undefined -fno-sanitize-recover=all)
+set(checked -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
 target_compile_options(_native PRIVATE ${checked} -O1 -g -fno-omit-frame-pointer)
 target_link_options(_native PRIVATE ${checked})
 set_target_properties(_native PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)

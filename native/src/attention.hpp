@@ -52,13 +52,14 @@ struct BlockRows {
 inline void find_rows(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, BlockRows& rows) {
     const auto page_size = static_cast<std::size_t>(layer.page), key_dim = static_cast<std::size_t>(layer.key_dim),
                value_dim = static_cast<std::size_t>(layer.value_dim);
+    const bool latent = value_dim == 0;
     for (int t = block.low; t < block.high;) {
         const int position = block.base + t, index = position / layer.page, offset = position - index * layer.page;
         const int end = lesser(block.high, t + layer.page - offset);
         const bf16* page = layer.base + static_cast<std::size_t>(table[index]) * layer.page_stride;
         const bf16* key = page + (head * page_size + offset) * key_dim;
-        const bf16* value = page + layer.kv_heads * page_size * key_dim + (head * page_size + offset) * value_dim;
-        for (; t < end; ++t, key += key_dim, value += value_dim) {
+        const bf16* value = latent ? key : page + layer.kv_heads * page_size * key_dim + (head * page_size + offset) * value_dim;
+        for (; t < end; ++t, key += key_dim, value += latent ? key_dim : value_dim) {
             rows.keys[t] = key;
             rows.values[t] = value;
         }

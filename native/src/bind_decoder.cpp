@@ -116,6 +116,40 @@ void gate_numbers(const std::string& isa, const std::string& activation, Vector 
     gate(level, function, gates.data(), up.data(), gates.size(), y.data());
 }
 
+void activate_numbers(const std::string& isa, const std::string& activation, Vector x, Array<float, 1> y) {
+    require_same(x, y, "y must have the shape of x");
+    const Isa level = isa_of(isa);
+    const Activation function = activation_of(activation);
+    nb::gil_scoped_release unlocked;
+    activate(level, function, x.data(), x.size(), y.data());
+}
+
+void gate_whole_rows(const std::string& isa, const std::string& activation, Vector gates, Matrix up, Output y) {
+    require(gates.size() == up.shape(0), "gate must have a number for each row of up");
+    require_same(up, y, "y must have the shape of up");
+    const Isa level = isa_of(isa);
+    const Activation function = activation_of(activation);
+    nb::gil_scoped_release unlocked;
+    gate_rows(level, function, gates.data(), up.data(), rows_of(up), width_of(up), y.data());
+}
+
+void clamped_swiglu_numbers(const std::string& isa, Vector gates, Vector up, float alpha, float limit, Array<float, 1> y) {
+    require_same(gates, up, "gate and up must have one shape");
+    require_same(gates, y, "y must have the shape of gate");
+    const Isa level = isa_of(isa);
+    nb::gil_scoped_release unlocked;
+    clamped_swiglu(level, gates.data(), up.data(), gates.size(), alpha, limit, y.data());
+}
+
+// scale, clip or soft_cap.
+template <void (*kernel)(Isa, const float*, std::size_t, float, float*)>
+void by_number(const std::string& isa, Vector x, float number, Array<float, 1> y) {
+    require_same(x, y, "y must have the shape of x");
+    const Isa level = isa_of(isa);
+    nb::gil_scoped_release unlocked;
+    kernel(level, x.data(), x.size(), number, y.data());
+}
+
 void rotate_rows(const std::string& isa, Matrix x, int heads, int start, int dims, bool interleaved, Matrix cos, Matrix sin, Output y) {
     require_same(x, y, "y must have the shape of x");
     require(heads > 0 && width_of(x) % heads == 0, "heads must divide the width of x");
@@ -190,6 +224,13 @@ void bind_decoder(nb::module_& m) {
           "y = (x − mean) / sqrt(var + eps) · weight + bias over runs of `group` features.");
     m.def("add", add_numbers, "isa"_a, "a"_a, "b"_a, "y"_a.noconvert(), "y = a + b.");
     m.def("gate", gate_numbers, "isa"_a, "activation"_a, "gate"_a, "up"_a, "y"_a.noconvert(), "y = activation(gate) · up.");
+    m.def("activate", activate_numbers, "isa"_a, "activation"_a, "x"_a, "y"_a.noconvert(), "y = activation(x).");
+    m.def("gate_rows", gate_whole_rows, "isa"_a, "activation"_a, "gate"_a, "up"_a, "y"_a.noconvert(), "y[r] = activation(gate[r]) · up[r].");
+    m.def("clamped_swiglu", clamped_swiglu_numbers, "isa"_a, "gate"_a, "up"_a, "alpha"_a, "limit"_a, "y"_a.noconvert(),
+          "y = g · sigmoid(alpha·g) · (u + 1), g = min(gate, limit), u = clip(up, ±limit).");
+    m.def("scale", by_number<scale>, "isa"_a, "x"_a, "factor"_a, "y"_a.noconvert(), "y = x · factor.");
+    m.def("clip", by_number<clip>, "isa"_a, "x"_a, "limit"_a, "y"_a.noconvert(), "y = min(max(x, −limit), limit).");
+    m.def("soft_cap", by_number<soft_cap>, "isa"_a, "x"_a, "cap"_a, "y"_a.noconvert(), "y = cap · tanh(x / cap).");
     m.def("rotate", rotate_rows, "isa"_a, "x"_a, "heads"_a, "start"_a, "dims"_a, "interleaved"_a, "cos"_a, "sin"_a, "y"_a.noconvert(),
           "Rotary embedding of `dims` features of every head from `start`; the others are copied.");
     m.def("append_kv", append_rows, "cache"_a.noconvert(), "page"_a, "kv_heads"_a, "k"_a, "v"_a, "slots"_a,

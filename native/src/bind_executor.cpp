@@ -1,17 +1,26 @@
 // The tape as Python builds and plays it. What comes from a caller at every step is checked here; a kernel may trust its arguments.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <limits>
+#include <algorithm>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <type_traits>
 
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "tape.hpp"
+#include "tape_experts.hpp"
+#include "tape_fused.hpp"
+#include "tape_heads.hpp"
 #include "tape_ops.hpp"
+#include "tape_rows.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,10 +30,10 @@ namespace hasten {
 namespace {
 
 using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Longs = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using HalvesOfExperts = nb::ndarray<const std::uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = std::vector<float>;
 
 [[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
@@ -50,13 +59,6 @@ const char* name_of(Isa isa) {
     return "?";
 }
 
-WeightFormat format_named(const std::string& name) {
-    if (name == "bf16") return WeightFormat::bf16;
-    if (name == "int8") return WeightFormat::int8;
-    if (name == "int4") return WeightFormat::int4;
-    refuse("weight format is '" + name + "'; accepted: bf16, int8, int4");
-}
-
 Activation activation_named(const std::string& name) {
     static const std::pair<const char*, Activation> known[] = {
         {"relu", Activation::relu},           {"relu_squared", Activation::relu_squared}, {"gelu", Activation::gelu},
@@ -68,85 +70,190 @@ Activation activation_named(const std::string& name) {
 }
 
 // A tape with the sizes that bound what a caller may ask of it. Keeps what the tape reads alive.
-struct Player {
+class Player {
+   public:
     Tape tape;
-    int vocab;
-    int context;
     nb::list kept;
 
     Player(std::shared_ptr<ThreadPool> pool, const std::string& isa, std::size_t arena, int most_tokens, int vocab, int context)
-        : tape(std::move(pool), isa_named(isa), arena, most_tokens), vocab(vocab), context(context) {}
+        : tape(std::move(pool), isa_named(isa), arena, most_tokens), vocab_(vocab), context_(context) {}
 
-    void run(Ints tokens, Ints positions, Ints offsets, Ints rows, std::vector<Longs> slots, std::vector<Table> tables, Logits logits) {
-        StepInput step;
-        step.tokens = static_cast<int>(tokens.size());
-        step.sequences = static_cast<int>(offsets.size()) - 1;
-        step.logit_rows = static_cast<int>(rows.size());
-        check(step, tokens, positions, offsets, rows);
-        if (logits.shape(0) != rows.size() || logits.shape(1) != static_cast<std::size_t>(vocab))
-            refuse("logits must be [" + std::to_string(rows.size()) + ", " + std::to_string(vocab) + "]");
-        const auto& groups = tape.groups();
-        if (slots.size() != groups.size() || tables.size() != groups.size())
-            refuse("one array of slots and one page table are needed per state group, of which there are " + std::to_string(groups.size()));
-        step.token_ids = tokens.data();
-        step.positions = positions.data();
-        step.offsets = offsets.data();
-        step.rows = rows.data();
-        step.logits = logits.data();
-        for (std::size_t group = 0; group < groups.size(); ++group) check_pages(step, *groups[group], slots[group], tables[group]);
+    int context() const { return context_; }
+
+    // The op goes into the chain or the products that are open, else on the tape.
+    template <class Op>
+    void add(std::unique_ptr<Op> op) {
+        if constexpr (std::is_base_of_v<RowOp, Op>)
+            if (chain_) {
+                chain_->rows = op->rows();
+                return chain_->parts.push_back(std::move(op));
+            }
+        if constexpr (std::is_same_v<Op, LinearOp>)
+            if (products_) return products_->push_back(std::move(op));
+        if (chain_ || products_) refuse("an op that cannot be joined came between open and close");
+        tape.add(std::move(op));
+    }
+    void open_chain(int most, std::size_t bytes) {
+        if (chain_ || products_) refuse("close comes before another open");
+        if (most < 1) refuse("a block needs at least one row");
+        tape.need_scratch((bytes + sizeof(float) - 1) / sizeof(float));
+        chain_ = Chain{most, Rows::tokens, {}};
+    }
+    void open_products() {
+        if (chain_ || products_) refuse("close comes before another open");
+        products_.emplace();
+    }
+    void close() {
+        if (chain_) tape.add(std::make_unique<ChainOp>(chain_->rows, chain_->most, std::move(chain_->parts)));
+        if (products_) tape.add(std::make_unique<ProductsOp>(std::move(*products_)));
+        chain_.reset();
+        products_.reset();
+    }
+
+    // Plays a batch of any length, in several steps where it is longer than one takes. Nothing is played unless all of it is sound.
+    std::size_t run(Ints tokens, Ints positions, Ints offsets, Ints rows, const std::vector<const PageTable*>& tables, Logits logits) {
+        if (logits.shape(0) != rows.size() || logits.shape(1) != static_cast<std::size_t>(vocab_))
+            refuse("logits must be [" + std::to_string(rows.size()) + ", " + std::to_string(vocab_) + "]");
+        if (positions.size() != tokens.size()) refuse("as many positions as tokens are needed");
+        if (tables.size() + 1 != offsets.size() || std::count(tables.begin(), tables.end(), nullptr)) refuse("one page table per sequence is needed");
+        const Batch batch{static_cast<int>(tokens.size()), static_cast<int>(tables.size()), static_cast<int>(rows.size()), tokens.data(),
+                          positions.data(), offsets.data(), rows.data(), tables.data(), logits.data()};
         nb::gil_scoped_release unlocked;
-        tape.run(step);
+        check(batch);
+        std::size_t barriers = 0;
+        for (int begin = 0; begin < batch.tokens; begin += tape.most_tokens())
+            barriers += play(batch, begin, std::min(begin + tape.most_tokens(), batch.tokens));
+        return barriers;
     }
 
    private:
-    void check(const StepInput& step, const Ints& tokens, const Ints& positions, const Ints& offsets, const Ints& rows) const {
-        if (step.tokens < 1 || step.tokens > tape.most_tokens())
-            refuse(std::to_string(step.tokens) + " tokens in a step; accepted: 1 to " + std::to_string(tape.most_tokens()));
-        if (positions.size() != tokens.size()) refuse("as many positions as tokens are needed");
-        if (step.sequences < 1 || offsets(0) != 0 || offsets(step.sequences) != step.tokens) refuse("offsets must go from 0 to the number of tokens");
-        if (step.logit_rows > tape.most_tokens()) refuse("at most as many logit rows as tokens can be asked for");
-        for (int i = 0; i < step.sequences; ++i)
-            if (offsets(i + 1) <= offsets(i)) refuse("sequence " + std::to_string(i) + " has no tokens");
-        for (int i = 0; i < step.tokens; ++i) {
-            if (tokens(i) < 0 || tokens(i) >= vocab)
-                refuse("token id " + std::to_string(tokens(i)) + " is outside the vocabulary; accepted are 0 to " + std::to_string(vocab - 1));
-            if (positions(i) < 0 || positions(i) >= context)
-                refuse("position " + std::to_string(positions(i)) + " is beyond the context of " + std::to_string(context) + " tokens");
+    struct Chain {
+        int most;
+        Rows rows;
+        std::vector<std::unique_ptr<RowOp>> parts;
+    };
+    // What a caller asks for: StepInput, of any length.
+    struct Batch {
+        int tokens, sequences, logit_rows;
+        const std::int32_t* token_ids;
+        const std::int32_t* positions;
+        const std::int32_t* offsets;
+        const std::int32_t* rows;
+        const PageTable* const* tables;
+        float* logits;
+    };
+
+    int vocab_;
+    int context_;
+    std::optional<Chain> chain_;
+    std::optional<std::vector<std::unique_ptr<LinearOp>>> products_;
+    // Of the step being played; kept, so that a step allocates nothing.
+    StepInput step_;
+    std::vector<std::int32_t> offsets_, rows_;
+    std::vector<std::vector<std::int64_t>> slots_;
+
+    void check(const Batch& batch) const {
+        if (batch.tokens < 1) refuse("a batch needs at least one token");
+        if (batch.sequences < 1 || batch.offsets[0] != 0 || batch.offsets[batch.sequences] != batch.tokens)
+            refuse("offsets must go from 0 to the number of tokens");
+        for (int s = 0; s < batch.sequences; ++s)
+            if (batch.offsets[s + 1] <= batch.offsets[s]) refuse("sequence " + std::to_string(s) + " has no tokens");
+        for (int i = 0; i < batch.tokens; ++i) {
+            const int token = batch.token_ids[i], position = batch.positions[i];
+            if (token < 0 || token >= vocab_)
+                refuse("token id " + std::to_string(token) + " is outside the vocabulary; accepted are 0 to " + std::to_string(vocab_ - 1));
+            if (position < 0 || position >= context_)
+                refuse("position " + std::to_string(position) + " is beyond the context of " + std::to_string(context_) +
+                       " tokens; shorten the input");
         }
-        for (int s = 0; s < step.sequences; ++s)
-            for (int i = offsets(s) + 1; i < offsets(s + 1); ++i)
-                if (positions(i) != positions(i - 1) + 1) refuse("positions of sequence " + std::to_string(s) + " do not follow one another");
-        for (int i = 0; i < step.logit_rows; ++i)
-            if (rows(i) < 0 || rows(i) >= step.tokens) refuse("logit row " + std::to_string(rows(i)) + " is no row of this step");
+        for (int s = 0; s < batch.sequences; ++s) {
+            for (int i = batch.offsets[s] + 1; i < batch.offsets[s + 1]; ++i)
+                if (batch.positions[i] != batch.positions[i - 1] + 1)
+                    refuse("positions of sequence " + std::to_string(s) + " do not follow one another");
+            check_pages(s, batch.positions[batch.offsets[s + 1] - 1], *batch.tables[s]);
+        }
+        for (int i = 0; i < batch.logit_rows; ++i) {
+            if (batch.rows[i] < 0 || batch.rows[i] >= batch.tokens) refuse("logit row " + std::to_string(batch.rows[i]) + " is no row of this batch");
+            if (i && batch.rows[i] <= batch.rows[i - 1]) refuse("logit rows must rise");
+        }
     }
 
-    static void check_pages(StepInput& step, const PagePool& pool, const Longs& slots, const Table& table) {
-        const int width = static_cast<int>(table.shape(1)), page = pool.page();
-        if (slots.size() != static_cast<std::size_t>(step.tokens)) refuse("as many slots as tokens are needed");
-        if (table.shape(0) != static_cast<std::size_t>(step.sequences)) refuse("a page table needs one row per sequence");
-        const std::int64_t places = std::int64_t{pool.pages()} * page;
-        for (std::size_t i = 0; i < slots.size(); ++i)
-            if (slots(i) < 0 || slots(i) >= places) refuse("slot " + std::to_string(slots(i)) + " is outside the cache");
-        for (int s = 0; s < step.sequences; ++s) {
-            const int pages = step.positions[step.offsets[s + 1] - 1] / page + 1;  // all of them: a window skips pages, it does not renumber them
-            if (pages > width) refuse("the page table of sequence " + std::to_string(s) + " is too short for its positions");
-            for (int i = 0; i < pages; ++i)
-                if (table(s, i) < 0 || table(s, i) >= pool.pages()) refuse("page " + std::to_string(table(s, i)) + " is outside the cache");
+    void check_pages(int sequence, int last, const PageTable& table) const {
+        const auto& groups = tape.groups();
+        if (table.pages.size() != groups.size()) refuse("a page table needs a list per state group, of which there are " + std::to_string(groups.size()));
+        for (std::size_t group = 0; group < groups.size(); ++group) {
+            const auto& pages = table.pages[group];
+            const std::size_t needed = last / groups[group]->page() + 1;  // all of them: a window skips pages, it does not renumber them
+            if (needed > pages.size()) refuse("the page table of sequence " + std::to_string(sequence) + " is too short for its positions");
+            for (std::size_t i = 0; i < needed; ++i)
+                if (pages[i] < 0 || pages[i] >= groups[group]->pages()) refuse("page " + std::to_string(pages[i]) + " is outside the cache");
         }
-        step.slots.push_back(slots.data());
-        step.tables.push_back(table.data());
-        step.widths.push_back(width);
+    }
+
+    // One step over the rows [begin, end) of the batch.
+    std::size_t play(const Batch& batch, int begin, int end) {
+        const int first = static_cast<int>(std::upper_bound(batch.offsets, batch.offsets + batch.sequences, begin) - batch.offsets) - 1;
+        offsets_.clear();
+        step_.tables.clear();
+        for (int s = first; s < batch.sequences && batch.offsets[s] < end; ++s) {
+            offsets_.push_back(std::max(batch.offsets[s], begin) - begin);
+            step_.tables.push_back(batch.tables[s]);
+        }
+        step_.sequences = static_cast<int>(offsets_.size());
+        offsets_.push_back(end - begin);
+        step_.tokens = end - begin;
+        step_.token_ids = batch.token_ids + begin;
+        step_.positions = batch.positions + begin;
+        step_.offsets = offsets_.data();
+        fill_slots();
+        const std::int32_t* const wanted = std::lower_bound(batch.rows, batch.rows + batch.logit_rows, begin);
+        rows_.clear();
+        for (const std::int32_t* row = wanted; row < batch.rows + batch.logit_rows && *row < end; ++row) rows_.push_back(*row - begin);
+        step_.rows = rows_.data();
+        step_.logit_rows = static_cast<int>(rows_.size());
+        step_.logits = batch.logits + (wanted - batch.rows) * vocab_;
+        return tape.run(step_);
+    }
+
+    void fill_slots() {
+        const auto& groups = tape.groups();
+        slots_.resize(groups.size());
+        step_.slots.resize(groups.size());
+        for (std::size_t group = 0; group < groups.size(); ++group) {
+            const int page = groups[group]->page();
+            slots_[group].resize(static_cast<std::size_t>(step_.tokens));
+            for (int s = 0; s < step_.sequences; ++s) {
+                const auto& pages = step_.tables[s]->pages[group];
+                for (int i = step_.offsets[s]; i < step_.offsets[s + 1]; ++i) {
+                    const int position = step_.positions[i];
+                    slots_[group][i] = std::int64_t{pages[position / page]} * page + position % page;
+                }
+            }
+            step_.slots[group] = slots_[group].data();
+        }
     }
 };
 
 Rows rows_named(bool logit_rows) { return logit_rows ? Rows::logits : Rows::tokens; }
 
-Place place(std::int64_t offset) { return {offset < 0 ? Place::kLogits : static_cast<std::size_t>(offset)}; }
+Place place(std::int64_t offset) {
+    if (offset == -1) return {Place::kLogits};
+    return {offset < 0 ? Place::kBlock | static_cast<std::size_t>(-2 - offset) : static_cast<std::size_t>(offset)};
+}
 
 template <class Op, class... Args>
 void add_op(Player& player, Args&&... args) {
-    player.tape.add(std::make_unique<Op>(std::forward<Args>(args)...));
+    player.add(std::make_unique<Op>(std::forward<Args>(args)...));
 }
+
+// What tape_rows.hpp's NumberOp does with `kernel`.
+template <NumberOp::Kernel kernel>
+void number_op(Player& player, bool logit_rows, std::int64_t x, std::int64_t y, int n, float number) {
+    add_op<NumberOp>(player, rows_named(logit_rows), kernel, place(x), place(y), n, number);
+}
+
+// x, y, size, x_head, x_at, y_head, y_at of CopyFeaturesOp::Part.
+using CopiedPart = std::tuple<std::int64_t, std::int64_t, int, int, int, int, int>;
 
 }  // namespace
 
@@ -164,26 +271,34 @@ void bind_executor(nb::module_& module) {
              "threads"_a)
         .def_prop_ro("threads", &ThreadPool::size);
 
-    nb::class_<WeightBuffer>(module, "WeightBuffer", "A linear layer's weight, packed for this machine's kernels.")
+    nb::class_<ExpertWeights>(module, "ExpertWeights", "The weights of a layer's experts, packed alike.")
         .def("__init__",
-             [](WeightBuffer* self, ThreadPool& pool, const std::string& format, int group, Halves dense) {
-                 const WeightFormat its = format_named(format);
-                 const std::size_t out = dense.shape(0), in = dense.shape(1);
-                 if (out < 1 || in < 1 || out > std::numeric_limits<int>::max() / 2 || in > std::numeric_limits<int>::max() / 2)
-                     refuse("a weight must have at least one row and one column");
-                 nb::gil_scoped_release unlocked;
-                 new (self) WeightBuffer(pool, its, static_cast<int>(out), static_cast<int>(in), group, dense.data());
+             [](ExpertWeights* self, std::vector<std::shared_ptr<WeightBuffer>> experts) {
+                 if (experts.empty()) refuse("at least one expert is needed");
+                 const PackedLinear& first = experts.front()->packed();
+                 for (const auto& each : experts) {
+                     const PackedLinear& its = each->packed();
+                     if (its.format != first.format || its.out != first.out || its.in != first.in || its.group != first.group)
+                         refuse("experts of one layer are packed alike");
+                 }
+                 new (self) ExpertWeights(std::move(experts));
              },
-             "pool"_a, "format"_a, "group"_a, "dense"_a)
-        .def_prop_ro("nbytes", &WeightBuffer::bytes)
-        .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); });
+             "experts"_a)
+        .def_prop_ro("nbytes", &ExpertWeights::bytes);
 
-    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages.")
+    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, in pages. value_dim 0: latent rows.")
         .def(nb::init<int, int, int, int, int, int>(), "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
         .def_prop_ro("pages", &PagePool::pages)
         .def_prop_ro("page", &PagePool::page);
 
-    nb::class_<Player>(module, "Tape", "A compiled Program. Places are byte offsets into its arena; -1 is the caller's logits.")
+    nb::class_<PageTable>(module, "PageTable", "The pages that hold one sequence, per state group in the order of its positions.")
+        .def("__init__", [](PageTable* self, std::size_t groups) { new (self) PageTable{std::vector<std::vector<std::int32_t>>(groups)}; },
+             "groups"_a)
+        .def("append", [](PageTable& self, std::size_t group, std::int32_t page) { self.pages.at(group).push_back(page); }, "group"_a, "page"_a)
+        .def("pages", [](const PageTable& self, std::size_t group) { return self.pages.at(group); }, "group"_a);
+
+    nb::class_<Player>(module, "Tape", "A compiled Program. Places are byte offsets into its arena, -1 is the caller's logits, and -2 - n is\n"
+                                       "byte n of a thread's own block, inside a chain.")
         .def(nb::init<std::shared_ptr<ThreadPool>, const std::string&, std::size_t, int, int, int>(), "pool"_a, "isa"_a, "arena_bytes"_a,
              "most_tokens"_a, "vocab"_a, "context"_a)
         .def_prop_ro("ops", [](const Player& self) { return self.tape.ops(); })
@@ -205,20 +320,22 @@ void bind_executor(nb::module_& module) {
              },
              "logit_rows"_a, "x"_a, "y"_a, "n"_a, "group"_a, "weight"_a, "eps"_a, "offset"_a)
         .def("feed",
-             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, std::int64_t scales, int n, int padded, int stride,
-                bool to_int8) {
+             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, std::optional<std::int64_t> scales, int runs, int n, int padded,
+                int stride) {
                  if (padded < n || stride < padded) refuse("rows of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
-                 add_op<FeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales), n, padded, stride, to_int8);
+                 add_op<FeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales.value_or(0)), runs, n, padded, stride,
+                                scales ? Feed::int8 : Feed::bf16);
              },
-             "logit_rows"_a, "x"_a, "y"_a, "scales"_a, "n"_a, "padded"_a, "stride"_a,
-             "to_int8"_a)
+             "logit_rows"_a, "x"_a, "y"_a, "scales"_a.none(), "runs"_a, "n"_a, "padded"_a, "stride"_a)
         .def("linear",
-             [](Player& self, bool logit_rows, std::shared_ptr<WeightBuffer> weight, std::int64_t x, std::int64_t scales, std::int64_t y,
-                int stride, Floats bias) {
-                 if (stride < weight->packed().padded_in()) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
-                 add_op<LinearOp>(self, rows_named(logit_rows), std::move(weight), place(x), place(scales), place(y), stride, std::move(bias));
+             [](Player& self, bool logit_rows, std::shared_ptr<WeightBuffer> weight, std::int64_t x, std::optional<std::int64_t> scales,
+                std::int64_t y, int stride, Floats bias) {
+                 if (scales && !is_integer(weight->packed().format)) refuse("only weights of integers take int8 rows");
+                 if (stride < row_elements(weight->packed())) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
+                 add_op<LinearOp>(self, rows_named(logit_rows), std::move(weight), place(x),
+                                  scales ? std::optional(place(*scales)) : std::nullopt, place(y), stride, std::move(bias));
              },
-             "logit_rows"_a, "weight"_a, "x"_a, "scales"_a, "y"_a, "stride"_a, "bias"_a)
+             "logit_rows"_a, "weight"_a, "x"_a, "scales"_a.none(), "y"_a, "stride"_a, "bias"_a)
         .def("rotate",
              [](Player& self, std::int64_t x, std::int64_t y, std::int64_t cos, std::int64_t sin, int heads, int head_dim, int start, int dims,
                 bool interleaved) {
@@ -244,10 +361,106 @@ void bind_executor(nb::module_& module) {
                  add_op<GateOp>(self, activation_named(activation), place(gate), place(up), place(y), n);
              },
              "activation"_a, "gate"_a, "up"_a, "y"_a, "n"_a)
+        .def("route",
+             [](Player& self, std::int64_t logits, std::int64_t experts, std::int64_t weights, int count, int top_k, bool sigmoid, bool normalize,
+                float scale, int groups, int top_groups, Floats correction) {
+                 const RouteShape shape{count, top_k, sigmoid ? Score::sigmoid : Score::softmax, normalize, scale, groups, top_groups};
+                 if (!can_route(shape)) refuse(std::to_string(top_k) + " experts cannot be chosen of " + std::to_string(count) + " in these groups");
+                 self.tape.need_scratch(route_scratch(shape));
+                 add_op<RouteOp>(self, shape, std::move(correction), place(logits), place(experts), place(weights));
+             },
+             "logits"_a, "experts"_a, "weights"_a, "count"_a, "top_k"_a, "sigmoid"_a, "normalize"_a, "scale"_a, "groups"_a, "top_groups"_a,
+             "correction"_a)
+        .def("group_by_expert",
+             [](Player& self, std::int64_t experts, std::int64_t starts, std::int64_t places, int count, int top_k) {
+                 add_op<GroupByExpertOp>(self, count, top_k, place(experts), place(starts), place(places));
+             },
+             "experts"_a, "starts"_a, "places"_a, "count"_a, "top_k"_a)
+        .def("gather_rows",
+             [](Player& self, std::int64_t x, std::int64_t scales, std::int64_t places, std::int64_t y, std::int64_t y_scales, int top_k,
+                std::size_t row_bytes, bool scaled) {
+                 add_op<GatherRowsOp>(self, top_k, row_bytes, scaled, place(x), place(scales), place(places), place(y), place(y_scales));
+             },
+             "x"_a, "scales"_a, "places"_a, "y"_a, "y_scales"_a, "top_k"_a, "row_bytes"_a, "scaled"_a)
+        .def("expert_linear",
+             [](Player& self, std::shared_ptr<ExpertWeights> weights, bool scaled, std::int64_t x, std::int64_t scales, std::int64_t starts,
+                std::int64_t y, int stride, Floats bias) {
+                 const PackedLinear& first = weights->packed().front();
+                 if (scaled && !is_integer(first.format)) refuse("only weights of integers take int8 rows");
+                 if (stride < row_elements(first)) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
+                 if (!bias.empty() && bias.size() != weights->packed().size() * static_cast<std::size_t>(first.out))
+                     refuse("bias must have a number for each expert's output channels");
+                 add_op<ExpertLinearOp>(self, std::move(weights), scaled, place(x), place(scales), place(starts), place(y), stride, std::move(bias));
+             },
+             "weights"_a, "scaled"_a, "x"_a, "scales"_a, "starts"_a, "y"_a, "stride"_a, "bias"_a)
+        .def("combine",
+             [](Player& self, std::int64_t x, std::int64_t weights, std::int64_t places, std::int64_t y, int top_k, int n) {
+                 add_op<CombineOp>(self, top_k, n, place(x), place(weights), place(places), place(y));
+             },
+             "x"_a, "weights"_a, "places"_a, "y"_a, "top_k"_a, "n"_a)
+        .def("embed_positions",
+             [](Player& self, FloatTable table, std::int64_t y) {
+                 if (table.shape(0) < static_cast<std::size_t>(self.context())) refuse("the table has fewer positions than the context");
+                 self.kept.append(table.cast());
+                 add_op<EmbedPositionsOp>(self, table.data(), static_cast<int>(table.shape(1)), place(y));
+             },
+             "table"_a, "y"_a)
+        .def("layer_norm",
+             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, int n, int group, Floats weight, Floats bias, float eps) {
+                 if (!bias.empty() && bias.size() != weight.size()) refuse("a bias must be as long as its weight");
+                 add_op<LayerNormOp>(self, rows_named(logit_rows), place(x), place(y), n, group, std::move(weight), std::move(bias), eps);
+             },
+             "logit_rows"_a, "x"_a, "y"_a, "n"_a, "group"_a, "weight"_a, "bias"_a, "eps"_a)
+        .def("activate",
+             [](Player& self, bool logit_rows, const std::string& activation, std::int64_t x, std::int64_t y, int n) {
+                 add_op<ActivateOp>(self, rows_named(logit_rows), activation_named(activation), place(x), place(y), n);
+             },
+             "logit_rows"_a, "activation"_a, "x"_a, "y"_a, "n"_a)
+        .def("scale", number_op<scale>, "logit_rows"_a, "x"_a, "y"_a, "n"_a, "factor"_a)
+        .def("clip", number_op<clip>, "logit_rows"_a, "x"_a, "y"_a, "n"_a, "limit"_a)
+        .def("soft_cap", number_op<soft_cap>, "logit_rows"_a, "x"_a, "y"_a, "n"_a, "cap"_a)
+        .def("gate_rows",
+             [](Player& self, const std::string& activation, std::int64_t gate, std::int64_t up, std::int64_t y, int n) {
+                 add_op<GateRowsOp>(self, activation_named(activation), place(gate), place(up), place(y), n);
+             },
+             "activation"_a, "gate"_a, "up"_a, "y"_a, "n"_a)
+        .def("clamped_swiglu",
+             [](Player& self, std::int64_t gate, std::int64_t up, std::int64_t y, int n, float alpha, float limit) {
+                 add_op<ClampedSwigluOp>(self, place(gate), place(up), place(y), n, alpha, limit);
+             },
+             "gate"_a, "up"_a, "y"_a, "n"_a, "alpha"_a, "limit"_a)
+        .def("copy_features",
+             [](Player& self, bool logit_rows, int heads, const std::vector<CopiedPart>& parts) {
+                 std::vector<CopyFeaturesOp::Part> copies;
+                 for (const auto& [x, y, size, x_head, x_at, y_head, y_at] : parts) copies.push_back({place(x), place(y), size, x_head, x_at, y_head, y_at});
+                 add_op<CopyFeaturesOp>(self, rows_named(logit_rows), heads, std::move(copies));
+             },
+             "logit_rows"_a, "heads"_a, "parts"_a)
+        .def("feed_heads",
+             [](Player& self, std::int64_t x, std::int64_t y, int heads, int n, int padded, int stride) {
+                 if (heads < 1 || padded < n || stride < padded) refuse("heads of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 add_op<FeedHeadsOp>(self, place(x), place(y), heads, n, padded, stride);
+             },
+             "x"_a, "y"_a, "heads"_a, "n"_a, "padded"_a, "stride"_a)
+        .def("head_linear",
+             [](Player& self, std::vector<std::shared_ptr<WeightBuffer>> weights, std::int64_t x, std::int64_t y, int stride) {
+                 if (weights.empty()) refuse("a weight for each head is needed");
+                 for (const auto& weight : weights) {
+                     const PackedLinear &its = weight->packed(), &first = weights[0]->packed();
+                     if (its.format != WeightFormat::bf16 || its.out != first.out || its.in != first.in) refuse("heads need bf16 weights of one shape");
+                     if (stride < its.padded_in()) refuse("heads of " + std::to_string(stride) + " are shorter than the weight's rows");
+                 }
+                 add_op<HeadLinearOp>(self, std::move(weights), place(x), place(y), stride);
+             },
+             "weights"_a, "x"_a, "y"_a, "stride"_a)
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
-        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "slots"_a, "tables"_a, "logits"_a.noconvert(),
-             "Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range.");
+        .def("open_chain", &Player::open_chain, "most_rows"_a, "block_bytes"_a)
+        .def("open_products", &Player::open_products)
+        .def("close", &Player::close)
+        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a.noconvert(),
+             "Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. Raises ValueError for ids, positions, rows or\n"
+             "pages out of range, and plays nothing then.");
 }
 
 }  // namespace hasten

@@ -16,7 +16,8 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "kernels.hpp"
+#include "linear.hpp"
+#include "tape.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -53,14 +54,24 @@ Isa isa_of(const std::string& wanted) {
     refuse("isa is '" + wanted + "'; this machine accepts " + accepted);
 }
 
+constexpr std::pair<const char*, WeightFormat> kFormats[] = {
+    {"f32", WeightFormat::f32},   {"f16", WeightFormat::f16},   {"bf16", WeightFormat::bf16}, {"fp8", WeightFormat::fp8},
+    {"int8", WeightFormat::int8}, {"int4", WeightFormat::int4}, {"int3", WeightFormat::int3}, {"int2", WeightFormat::int2}};
+
 WeightFormat format_of(const std::string& wanted) {
-    if (wanted == "bf16") return WeightFormat::bf16;
-    if (wanted == "int8") return WeightFormat::int8;
-    if (wanted == "int4") return WeightFormat::int4;
-    refuse("format is '" + wanted + "'; accepted: bf16, int8, int4");
+    std::string accepted;
+    for (const auto& [name, format] : kFormats) {
+        if (wanted == name) return format;
+        accepted += (accepted.empty() ? "" : ", ") + std::string(name);
+    }
+    refuse("format is '" + wanted + "'; accepted: " + accepted);
 }
 
-const char* name(WeightFormat format) { return format == WeightFormat::bf16 ? "bf16" : format == WeightFormat::int8 ? "int8" : "int4"; }
+const char* name(WeightFormat format) {
+    for (const auto& [name, its] : kFormats)
+        if (its == format) return name;
+    return "";
+}
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
 using Output = nb::ndarray<nb::device::cpu>;
@@ -111,55 +122,58 @@ nb::object array_of(Memory memory, std::initializer_list<std::size_t> shape) {
     return nb::cast(nb::ndarray<nb::numpy, T>(values, shape, owner));
 }
 
-class PackedWeight {
-public:
-    PackedWeight(const std::string& format, int group, const Array& dense) : weight_{format_of(format), 0, 0, group, nullptr, nullptr} {
-        const auto* const values = data<const bf16>("dense", dense, 2, "uint16");
-        weight_.out = extent("the number of output channels", dense.shape(0), 1, 1u << 24);
-        weight_.in = extent("the number of inputs", dense.shape(1), 1, kMostIn);
-        const bool multiple = group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
-        if (weight_.format == WeightFormat::int4 ? !multiple : group != 0)
-            refuse("group is " + std::to_string(group) + "; accepted: " +
-                   (weight_.format == WeightFormat::int4 ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as only int4 has groups"));
-        bytes_ = packed_tile_bytes(weight_.format, weight_.out, weight_.in);
-        scale_count_ = packed_scale_count(weight_.format, weight_.out, weight_.in, group);
-        tiles_ = allocate(bytes_);
-        scales_ = allocate(scale_count_ * sizeof(float));
-        auto* const scales = reinterpret_cast<float*>(scales_.get());
-        nb::gil_scoped_release unlocked;
-        pack_linear(weight_.format, weight_.out, weight_.in, group, values, 0, weight_.panels(), tiles_.get(), scales);
-        weight_.tiles = tiles_.get();
-        weight_.scales = weight_.format == WeightFormat::bf16 ? nullptr : scales;
-    }
+// Raises ValueError for what no weight is stored as.
+WeightLayout checked_layout(const std::string& format, std::int64_t out, std::int64_t in, int group, bool zero_points, bool sparse) {
+    const WeightFormat its = format_of(format);
+    if (out < 1 || out > 1 << 24) refuse("the number of output channels is " + std::to_string(out) + "; accepted: 1 to " + std::to_string(1 << 24));
+    if (in < 1 || in > kMostIn) refuse("the number of inputs is " + std::to_string(in) + "; accepted: 1 to " + std::to_string(kMostIn));
+    const bool multiple = group == 0 || group == 32 || group == 64 || (group % 128 == 0 && group >= 0 && group <= 1024);
+    if (has_scales(its) ? !multiple : group != 0)
+        refuse("group is " + std::to_string(group) + "; accepted: " +
+               (has_scales(its) ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as " + format + " has no scales"));
+    if (zero_points && (!is_integer(its) || its == WeightFormat::int8)) refuse("zero points go with int4, int3 and int2, not " + format);
+    if (sparse && its != WeightFormat::bf16 && its != WeightFormat::int8 && its != WeightFormat::int4)
+        refuse("sparse weights are bf16, int8 or int4, not " + format);
+    if (sparse && zero_points) refuse("a sparse weight has no zero points: what is left out stands for 0");
+    return {its, static_cast<int>(out), static_cast<int>(in), group, zero_points, sparse};
+}
 
-    nb::object unpack() const {
-        const auto out = static_cast<std::size_t>(weight_.out), in = static_cast<std::size_t>(weight_.in);
-        Memory dense = allocate(out * in * sizeof(float));
-        unpack_linear(weight_, reinterpret_cast<float*>(dense.get()));
-        return array_of<float>(std::move(dense), {out, in});
-    }
+void pack(WeightBuffer& weight, ThreadPool& pool, const Array& dense) {
+    const PackedLinear& packed = weight.packed();
+    if (packed.masks) refuse("a sparse weight is packed once");
+    const bool halves = dense.dtype() == nb::dtype<bf16>();
+    const char* const type = "float32 (or uint16, bits of bf16)";
+    const void* const values = halves ? static_cast<const void*>(data<const bf16>("dense", dense, 2, type)) : data<const float>("dense", dense, 2, type);
+    if (dense.shape(0) != static_cast<std::size_t>(packed.out) || dense.shape(1) != static_cast<std::size_t>(packed.in))
+        refuse("dense must be [" + std::to_string(packed.out) + ", " + std::to_string(packed.in) + "]");
+    if (halves && packed.zeros) refuse("zero points need dense in float32");
+    nb::gil_scoped_release unlocked;
+    if (halves)
+        weight.pack(pool, static_cast<const bf16*>(values));
+    else
+        weight.pack(pool, static_cast<const float*>(values));
+}
 
-    const PackedLinear& weight() const { return weight_; }
-    std::size_t bytes() const { return bytes_ + scale_count_ * sizeof(float); }
-
-private:
-    PackedLinear weight_;
-    std::size_t bytes_, scale_count_;
-    Memory tiles_, scales_;
-};
+nb::object unpack(const WeightBuffer& weight) {
+    const PackedLinear& packed = weight.packed();
+    const auto out = static_cast<std::size_t>(packed.out), in = static_cast<std::size_t>(packed.in);
+    Memory dense = allocate(out * in * sizeof(float));
+    unpack_linear(packed, reinterpret_cast<float*>(dense.get()));
+    return array_of<float>(std::move(dense), {out, in});
+}
 
 std::size_t size(int value) { return static_cast<std::size_t>(value); }
 
-void run_linear(const std::string& isa_name, const PackedWeight& packed, const Array& x, const std::optional<Array>& bias, int first, int last,
-                const Output& out, const std::optional<Array>& scales) {
+void run_linear(const std::string& isa_name, const WeightBuffer& packed, const Array& x, const std::optional<Array>& bias, int first, int last,
+                const Output& out, const std::optional<Array>& scales, const std::optional<std::string>& activations) {
     const Isa isa = isa_of(isa_name);
-    const PackedLinear& weight = packed.weight();
+    const PackedLinear& weight = packed.packed();
     const bool quantized = x.dtype() == nb::dtype<std::int8_t>();
     const void* const values = quantized ? static_cast<const void*>(data<const std::int8_t>("x", x, 2, "int8"))
                                          : static_cast<const void*>(data<const float>("x", x, 2, "float32 (or int8, with scales)"));
     const int rows = extent("the number of rows", x.shape(0), 0, 1u << 20);
     if (x.shape(1) != size(weight.in)) refuse("x has " + std::to_string(x.shape(1)) + " columns; the weight has " + std::to_string(weight.in) + " inputs");
-    if (quantized && (weight.format == WeightFormat::bf16 || !scales)) refuse("x of int8 needs scales, and a weight of int8 or int4");
+    if (quantized && (!is_integer(weight.format) || !scales)) refuse("x of int8 needs scales, and a weight of integers");
     if (!quantized && scales) refuse("scales go with x of int8 only");
     const float* const given_scales = scales ? data<const float>("scales", *scales, 1, "float32") : nullptr;
     if (scales && scales->shape(0) != size(rows)) refuse("scales must have one value for each row of x");
@@ -169,13 +183,21 @@ void run_linear(const std::string& isa_name, const PackedWeight& packed, const A
     if (out.shape(0) != size(rows) || out.shape(1) != size(weight.out)) refuse("out must be [rows of x, output channels of the weight]");
     if (first < 0 || last < first || last > weight.panels())
         refuse("the panels are [" + std::to_string(first) + ", " + std::to_string(last) + "); accepted: within [0, " + std::to_string(weight.panels()) + ")");
+    const std::string natural = !has_scales(weight.format) && weight.format != WeightFormat::bf16 ? "f32" : is_integer(weight.format) ? "int8" : "bf16";
+    const std::string fed = activations.value_or(natural);
+    if (fed != natural && !(natural == "int8" && fed == "bf16" && !quantized))
+        refuse("activations are '" + fed + "'; " + name(weight.format) + " weights accept " + (natural == "int8" ? "int8 (and bf16 for x of float32)" : natural));
 
     nb::gil_scoped_release unlocked;
     const int in = weight.in, padded = weight.padded_in();
-    const std::size_t element = weight.format == WeightFormat::bf16 ? sizeof(bf16) : 1;
+    const std::size_t element = fed == "f32" ? sizeof(float) : fed == "bf16" ? sizeof(bf16) : 1;
     const Memory buffer = allocate(size((rows + 15) / 16 * 16) * size(padded) * element);
     std::vector<float> row_scales(size(rows));
-    if (weight.format == WeightFormat::bf16) {
+    if (fed == "f32") {
+        auto* to = reinterpret_cast<float*>(buffer.get());
+        const auto* from = static_cast<const float*>(values);
+        for (int r = 0; r < rows; ++r, to += padded, from += in) std::fill(std::copy_n(from, in, to), to + padded, 0.0f);
+    } else if (fed == "bf16") {
         to_bf16(isa, static_cast<const float*>(values), in, rows, in, padded, reinterpret_cast<bf16*>(buffer.get()), padded);
     } else if (!quantized) {
         quantize_rows(isa, static_cast<const float*>(values), in, rows, in, padded, reinterpret_cast<std::int8_t*>(buffer.get()), padded, row_scales.data());
@@ -184,9 +206,8 @@ void run_linear(const std::string& isa_name, const PackedWeight& packed, const A
         const auto* from = static_cast<const std::int8_t*>(values);
         for (int r = 0; r < rows; ++r, q += padded, from += in) std::fill(std::copy_n(from, in, q), q + padded, std::int8_t{0});
     }
-    const bool has_scales = weight.format != WeightFormat::bf16;
-    const Activations activations{buffer.get(), quantized ? given_scales : has_scales ? row_scales.data() : nullptr, rows, padded};
-    linear(isa, weight, activations, first, last, bias_values, y, weight.out);
+    const Activations given{buffer.get(), quantized ? given_scales : fed == "int8" ? row_scales.data() : nullptr, rows, padded};
+    linear(isa, weight, given, first, last, bias_values, y, weight.out);
 }
 
 nb::object run_to_bf16(const std::string& isa, const Array& x, int padded) {
@@ -212,23 +233,33 @@ nb::object run_quantize_rows(const std::string& isa, const Array& x, int padded)
 void bind_linear(nb::module_& m) {
     m.def("available_isas", available_isas, "The instruction-set levels of the kernels that this machine runs, best first: amx, avx512, avx2, generic.");
 
-    nb::class_<PackedWeight>(m, "PackedWeight",
-                             "A weight in panels of 16 output channels, as the linear kernels read it.\n\n"
-                             "`format` is bf16, int8 or int4; `dense` [out, in] has the bits of bf16 numbers as uint16; `group` is the number of\n"
-                             "inputs that share a scale in int4, 0 for one scale per channel.\n"
-                             "Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.")
-        .def(nb::init<const std::string&, int, const Array&>(), "format"_a, "group"_a, "dense"_a)
-        .def_prop_ro("format", [](const PackedWeight& p) { return name(p.weight().format); }, nb::sig("def format(self) -> str"))
-        .def_prop_ro("group", [](const PackedWeight& p) { return p.weight().group; })
-        .def_prop_ro("out", [](const PackedWeight& p) { return p.weight().out; })
-        .def_prop_ro("in_", [](const PackedWeight& p) { return p.weight().in; })
-        .def_prop_ro("panels", [](const PackedWeight& p) { return p.weight().panels(); })
-        .def_prop_ro("bytes", &PackedWeight::bytes)
-        .def("unpack", &PackedWeight::unpack, "The value of each element as the product sees it: float32 [out, in].");
+    nb::class_<WeightBuffer>(m, "WeightBuffer",
+                             "A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.\n\n"
+                             "`format` is f32, f16, bf16, fp8, int8, int4, int3 or int2; `group` is the number of inputs that share a scale, 0 for one\n"
+                             "scale per channel (or none). Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse: only\n"
+                             "elements that are not zero are stored. Raises ValueError for what cannot be packed, MemoryError if there is no room.")
+        .def("__init__",
+             [](WeightBuffer* self, const std::string& format, std::int64_t out, std::int64_t in, int group, bool zero_points, bool sparse) {
+                 new (self) WeightBuffer(checked_layout(format, out, in, group, zero_points, sparse));
+             },
+             "format"_a, "out"_a, "in_"_a, "group"_a = 0, "zero_points"_a = false, "sparse"_a = false)
+        .def("pack", pack, "pool"_a, "dense"_a,
+             "Fill it from `dense` [out, in_], float32 or the bits of bf16 numbers as uint16, on the pool's threads.\n\n"
+             "Raises ValueError for an array that does not fit.")
+        .def("unpack", unpack, "The value of each element as the product sees it: float32 [out, in_].")
+        .def_prop_ro("format", [](const WeightBuffer& self) { return name(self.packed().format); }, nb::sig("def format(self) -> str"))
+        .def_prop_ro("group", [](const WeightBuffer& self) { return self.packed().group; })
+        .def_prop_ro("out", [](const WeightBuffer& self) { return self.packed().out; })
+        .def_prop_ro("in_", [](const WeightBuffer& self) { return self.packed().in; })
+        .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); })
+        .def_prop_ro("panels", [](const WeightBuffer& self) { return self.packed().panels(); })
+        .def_prop_ro("nbytes", &WeightBuffer::bytes);
 
     m.def("linear", run_linear, "isa"_a, "weight"_a, "x"_a, "bias"_a.none(), "first_panel"_a, "last_panel"_a, "out"_a, "scales"_a = nb::none(),
+          "activations"_a = nb::none(),
           "out[:, c] = x · weightᵀ + bias for the channels c of the panels [first_panel, last_panel); other channels stay.\n\n"
-          "x float32 [rows, in] is rounded to bf16 or to int8 as the weight's format asks; or it is int8 with float32 `scales` [rows].\n"
+          "x float32 [rows, in] is rounded to bf16 or to int8 as the weight's format asks (integers take bf16 if `activations` says so;\n"
+          "f32 and f16 take float32); or it is int8 with float32 `scales` [rows].\n"
           "bias float32 [out] or None, out float32 [rows, out]; all C-contiguous. Runs on this thread without the interpreter lock.\n"
           "Raises ValueError for an isa this machine does not run, or an array or panel that does not fit.");
     m.def("to_bf16", run_to_bf16, "isa"_a, "x"_a, "padded"_a,

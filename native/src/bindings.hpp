@@ -8,5 +8,6 @@ namespace hasten {
 void bind_linear(nanobind::module_& module);
 void bind_decoder(nanobind::module_& module);
 void bind_executor(nanobind::module_& module);
+void bind_experts(nanobind::module_& module);  // after the executor, whose types it takes
 
 }  // namespace hasten

@@ -75,9 +75,27 @@ void layer_norm(Isa isa, const float* x, int rows, int n, int group, const float
 
 void add(Isa isa, const float* a, const float* b, std::size_t count, float* y) { HASTEN_AT(isa, add(a, b, count, y)); }
 
+void activate(Isa isa, Activation activation, const float* x, std::size_t count, float* y) {
+    HASTEN_AT(isa, activate(activation, x, count, y));
+}
+
 void gate(Isa isa, Activation activation, const float* gate, const float* up, std::size_t count, float* y) {
     HASTEN_AT(isa, gate(activation, gate, up, count, y));
 }
+
+void gate_rows(Isa isa, Activation activation, const float* gate, const float* up, int rows, int n, float* y) {
+    HASTEN_AT(isa, gate_rows(activation, gate, up, rows, n, y));
+}
+
+void clamped_swiglu(Isa isa, const float* gate, const float* up, std::size_t count, float alpha, float limit, float* y) {
+    HASTEN_AT(isa, clamped_swiglu(gate, up, count, alpha, limit, y));
+}
+
+void scale(Isa isa, const float* x, std::size_t count, float factor, float* y) { HASTEN_AT(isa, scale(x, count, factor, y)); }
+
+void clip(Isa isa, const float* x, std::size_t count, float limit, float* y) { HASTEN_AT(isa, clip(x, count, limit, y)); }
+
+void soft_cap(Isa isa, const float* x, std::size_t count, float cap, float* y) { HASTEN_AT(isa, soft_cap(x, count, cap, y)); }
 
 void rotate(Isa isa, const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos,
             const float* sin, float* y) {

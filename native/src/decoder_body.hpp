@@ -28,9 +28,40 @@ INLINE void in_steps(std::size_t count, Step step) {
 INLINE F get(const float* p, int lanes) { return lanes == V::width ? V::load(p) : V::load_some(p, lanes); }
 INLINE void put(float* p, F x, int lanes) { lanes == V::width ? V::store(p, x) : V::store_some(p, x, lanes); }
 
+// y = function(x) of `count` numbers.
+template <class Function>
+INLINE void mapped(const float* x, std::size_t count, float* y, Function function) {
+    in_steps(count, [&](std::size_t i, int lanes) { put(y + i, function(get(x + i, lanes)), lanes); });
+}
+
 template <class Function>
 INLINE void gated(const float* gate, const float* up, std::size_t count, float* y, Function function) {
     in_steps(count, [&](std::size_t i, int lanes) { put(y + i, V::mul(function(get(gate + i, lanes)), get(up + i, lanes)), lanes); });
+}
+
+// use(function) with the vector function of `activation`.
+template <class Use>
+INLINE void with_function(Activation activation, Use use) {
+    const auto positive = [](F x) { return V::max(V::set(0.0f), x); };
+    switch (activation) {
+        case Activation::relu:
+            return use(positive);
+        case Activation::relu_squared:
+            return use([&](F x) { return V::mul(positive(x), positive(x)); });
+        case Activation::gelu:
+            return use([](F x) { return V::mul(x, normal(x)); });
+        case Activation::gelu_tanh:  // ½(1 + tanh u) = sigmoid(2u)
+            return use([](F x) {
+                const F twice = V::mul(V::set(1.5957691216057308f), V::fma(V::mul(V::set(0.044715f), V::mul(x, x)), x, x));
+                return V::mul(x, sigmoid(twice));
+            });
+        case Activation::silu:
+            return use([](F x) { return V::mul(x, sigmoid(x)); });
+        case Activation::sigmoid:
+            return use([](F x) { return sigmoid(x); });
+        case Activation::tanh:
+            return use([](F x) { return tanh(x); });
+    }
 }
 
 }  // namespace
@@ -73,27 +104,41 @@ void add(const float* a, const float* b, std::size_t count, float* y) {
     in_steps(count, [&](std::size_t i, int lanes) { put(y + i, V::add(get(a + i, lanes), get(b + i, lanes)), lanes); });
 }
 
+void activate(Activation activation, const float* x, std::size_t count, float* y) {
+    with_function(activation, [&](auto function) { mapped(x, count, y, function); });
+}
+
 void gate(Activation activation, const float* gate, const float* up, std::size_t count, float* y) {
-    const auto positive = [](F x) { return V::max(V::set(0.0f), x); };
-    switch (activation) {
-        case Activation::relu:
-            return gated(gate, up, count, y, positive);
-        case Activation::relu_squared:
-            return gated(gate, up, count, y, [&](F x) { return V::mul(positive(x), positive(x)); });
-        case Activation::gelu:
-            return gated(gate, up, count, y, [](F x) { return V::mul(x, normal(x)); });
-        case Activation::gelu_tanh:  // ½(1 + tanh u) = sigmoid(2u)
-            return gated(gate, up, count, y, [](F x) {
-                const F twice = V::mul(V::set(1.5957691216057308f), V::fma(V::mul(V::set(0.044715f), V::mul(x, x)), x, x));
-                return V::mul(x, sigmoid(twice));
-            });
-        case Activation::silu:
-            return gated(gate, up, count, y, [](F x) { return V::mul(x, sigmoid(x)); });
-        case Activation::sigmoid:
-            return gated(gate, up, count, y, [](F x) { return sigmoid(x); });
-        case Activation::tanh:
-            return gated(gate, up, count, y, [](F x) { return tanh(x); });
-    }
+    with_function(activation, [&](auto function) { gated(gate, up, count, y, function); });
+}
+
+void gate_rows(Activation activation, const float* gate, const float* up, int rows, int n, float* y) {
+    with_function(activation, [&](auto function) {
+        for (int row = 0; row < rows; ++row, up += n, y += n) {
+            const F factor = function(V::set(gate[row]));
+            mapped(up, n, y, [&](F x) { return V::mul(factor, x); });
+        }
+    });
+}
+
+void clamped_swiglu(const float* gate, const float* up, std::size_t count, float alpha, float limit, float* y) {
+    const F most = V::set(limit), least = V::set(-limit);
+    in_steps(count, [&](std::size_t i, int lanes) {
+        const F g = V::min(most, get(gate + i, lanes)), u = V::min(most, V::max(least, get(up + i, lanes)));
+        put(y + i, V::mul(V::mul(g, sigmoid(V::mul(V::set(alpha), g))), V::add(u, V::set(1.0f))), lanes);
+    });
+}
+
+void scale(const float* x, std::size_t count, float factor, float* y) {
+    mapped(x, count, y, [&](F v) { return V::mul(v, V::set(factor)); });
+}
+
+void clip(const float* x, std::size_t count, float limit, float* y) {
+    mapped(x, count, y, [&](F v) { return V::min(V::set(limit), V::max(V::set(-limit), v)); });
+}
+
+void soft_cap(const float* x, std::size_t count, float cap, float* y) {
+    mapped(x, count, y, [&](F v) { return V::mul(V::set(cap), tanh(V::div(v, V::set(cap)))); });
 }
 
 void rotate(const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin,

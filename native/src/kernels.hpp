@@ -20,49 +20,71 @@ Isa best_isa(Isa limit = Isa::amx);
 
 // --- linear layers -------------------------------------------------------------------------------------------------------------
 
-enum class WeightFormat { bf16, int8, int4 };
+enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 
-// A weight [out, in] rearranged into panels of 16 output channels, each a run of 1 KiB tiles in the order a product reads them, so
-// that one path serves every instruction set. K is padded with zeros to whole tiles, out to whole panels.
-//   bf16: tile = 32 k × 16 channels, pairs of k adjacent.              No scales.
-//   int8: tile = 64 k × 16 channels, quadruples of k adjacent.         scales [panels·16], one per channel.
-//   int4: two int8 tiles (128 k) in the nibbles of one 1 KiB tile.     scales [panels][groups][16], one per channel and group of `group` k.
-//         The low nibbles are the first 64 k. `group` is 0, 32, 64 or a multiple of 128 up to 1024.
+// A weight [out, in] rearranged into panels of 16 output channels, each a run of tiles in the order a product reads them, so that one
+// path serves every instruction set. K is padded with zeros to whole tiles, out to whole panels. A tile is, of 16 channels,
+//   f32:  16 k, channel by channel.                              No scales.
+//   f16, bf16: 32 k, pairs of k adjacent.                        No scales.
+//   fp8:  64 k: e4m3 in the order of two tiles of bf16.          Scales.
+//   int8: 64 k, quadruples of k adjacent.                        Scales.
+//   int4: two int8 tiles (128 k) in the nibbles of 1 KiB, the first in the low ones.                                   Scales.
+//   int2: four int8 tiles (256 k) in the bit pairs of 1 KiB, the first in the lowest, as q + 2.                        Scales.
+//   int3: q + 4 of four int8 tiles: their lower bits as in int2, then 512 bytes whose bits 2j and 2j + 1 are the third bit of the
+//         first and second half of tile j.                                                                             Scales.
+// Scales [panels][groups][16] are one per channel and group of `group` k: 0 (one group), 32, 64 or a multiple of 128 up to 1024.
+// Zero points, where there are any (int4, int3, int2), have the same shape; an element stands for (q − zero) · scale.
+// A sparse weight (bf16, int8, int4) has no padding but masks: for each tile a bit per element in the tile's order, and its nonzero
+// elements one after the other; panel p's begin at byte starts[p] of `tiles`. Of int4 a tile's two halves lie beside each other in the
+// nibbles of as many bytes as the fuller half has nonzero elements. Up to 64 bytes beyond the last are read.
 // `in` is at most 131072, up to which no int32 sum overflows, activations of -128 included.
-// Quantization is round-to-nearest of w / scale with scale = max|w| / 127 (int8) or / 7 (int4), 1 where all are zero.
 struct PackedLinear {
   WeightFormat format;
   int out, in;
-  int group;  // k per scale of int4 (128); 0: one scale per channel
+  int group;  // k per scale; 0: one scale per channel
   const std::byte* tiles;
   const float* scales;
+  const std::int8_t* zeros = nullptr;       // null: symmetric
+  const std::uint64_t* masks = nullptr;     // null: dense
+  const std::uint64_t* starts = nullptr;    // [panels + 1], sparse only
 
   int panels() const { return (out + 15) / 16; }
-  int padded_in() const { return format == WeightFormat::bf16 ? (in + 31) / 32 * 32 : format == WeightFormat::int8 ? (in + 63) / 64 * 64 : (in + 127) / 128 * 128; }
+  int padded_in() const;  // k in whole tiles
 };
 
 std::size_t packed_tile_bytes(WeightFormat format, int out, int in);
 std::size_t packed_scale_count(WeightFormat format, int out, int in, int group);
 
-// Fill panels [first, last) of tiles and scales from rows of bf16 (`dense` [out, in]).
+// Fill panels [first, last) of tiles, scales and (unless null) zeros from the rows of `dense` [out, in], rounding to nearest, half to
+// even. Symmetric: q = w / scale with scale = max|w| / limit, limit 127, 7, 3, 1 for int8 to int2, 448 for fp8, and scale 1 where all are
+// zero. With zero points: scale = (max(w, 0) − min(w, 0)) / (2^bits − 1), q = w / scale + zero, clipped to the format's integers, where
+// zero is what 0 rounds to.
 void pack_linear(WeightFormat format, int out, int in, int group, const bf16* dense, int first, int last, std::byte* tiles, float* scales);
+void pack_linear(WeightFormat format, int out, int in, int group, const float* dense, int first, int last, std::byte* tiles, float* scales,
+                 std::int8_t* zeros);
+
+// The sparse form of a dense one: masks [panels · tiles][depth · 16 / 64], then where each panel's elements begin, then the elements.
+std::size_t sparse_mask_count(const PackedLinear& dense);
+void sparse_masks(const PackedLinear& dense, int first, int last, std::uint64_t* masks, std::uint64_t* panel_bytes);
+void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, const std::uint64_t* starts, int first, int last, std::byte* elements);
 
 // The value of each element as the product sees it (q · scale), float32 [out, in]: the meaning of the packed form, for tests.
 void unpack_linear(const PackedLinear& weight, float* dense);
 
 // Activations as a product reads them. bf16 rows, or int8 rows with one scale each. Rows are `stride` elements apart; the first
-// padded_in() elements of each are readable, zeros beyond `in`; rows beyond `count` are not touched. Fastest where rows begin at cache
+// padded_in() elements of each (of float32 rows `in`) are readable, zeros beyond `in`; rows beyond `count` are not touched. Fastest where rows begin at cache
 // lines, an odd number of lines apart: a stride that is a multiple of 4 KiB puts a tile's rows in one set of the cache.
 struct Activations {
-  const void* rows;      // bf16 or int8
+  const void* rows;      // bf16 or int8; float32 for weights in f32 and f16
   const float* scales;   // [rows] for int8, else null
   int count;
   std::ptrdiff_t stride;
 };
 
 // y[r, c] = x · wᵀ + bias for every row and the channels of panels [first, last). bias may be null. y row stride in elements.
-// bf16 weights take bf16 rows; int8 and int4 take int8 rows, and give the same bits at every isa: exact sums s, then per group in k order
-// t = fma(float(s), scale, t), then fma(t, row scale, bias). A bf16 product's bits depend on whether isa is amx; no bits on anything else.
+// f32 and f16 weights take float32 rows, bf16 and fp8 bf16 rows, integers int8 or bf16 rows. Integers on int8 give the same bits at every
+// isa: exact sums s, then per group in k order t = fma(float(s), scale, t), then fma(t, row scale, bias). Otherwise sums are float32 in k
+// order, with scales t = fma(s, scale, t) at the end of each group; their bits depend on whether isa is amx, and on nothing else.
 // y may hold partial sums until the call returns. `isa` must be one that runs here.
 void linear(Isa isa, const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride);
 
@@ -84,12 +106,22 @@ void layer_norm(Isa isa, const float* x, int rows, int n, int group, const float
 void add(Isa isa, const float* a, const float* b, std::size_t count, float* y);
 
 enum class Activation { relu, relu_squared, gelu, gelu_tanh, silu, sigmoid, tanh };
+void activate(Isa isa, Activation activation, const float* x, std::size_t count, float* y);
 void gate(Isa isa, Activation activation, const float* gate, const float* up, std::size_t count, float* y);  // activation(gate) · up
+// y[r, c] = activation(gate[r]) · up[r, c] of up [rows, n].
+void gate_rows(Isa isa, Activation activation, const float* gate, const float* up, int rows, int n, float* y);
+// g · sigmoid(alpha·g) · (u + 1) with g = min(gate, limit) and u = up clipped to ±limit.
+void clamped_swiglu(Isa isa, const float* gate, const float* up, std::size_t count, float alpha, float limit, float* y);
+
+void scale(Isa isa, const float* x, std::size_t count, float factor, float* y);   // x · factor
+void clip(Isa isa, const float* x, std::size_t count, float limit, float* y);     // min(max(x, −limit), limit)
+void soft_cap(Isa isa, const float* x, std::size_t count, float cap, float* y);   // cap · tanh(x / cap)
 
 // Rotary embedding: cos, sin [rows, dims / 2] of each row; `dims` features of every head from `start` are rotated, the others copied.
 void rotate(Isa isa, const float* x, int rows, int heads, int head_dim, int start, int dims, bool interleaved, const float* cos, const float* sin, float* y);
 
 // One layer of a paged cache: pages of `page` tokens, each [kv_heads][page][key_dim] bf16 keys, then [kv_heads][page][value_dim] bf16 values.
+// value_dim 0: latent rows, which are keys whose first features are the values.
 struct PagedLayer {
   bf16* base;              // of page 0 of this layer
   std::size_t page_stride; // elements from one page to the next

@@ -1,8 +1,10 @@
 // Linear layers with AMX tiles. Per element the order over k is that of the tiles, whatever the blocking:
 //   bf16: sum of tile products in k order.   Integers: exact sums, then one rounding per group in k order, then one for the row.
 // Few rows (a tile's worth) read each weight once, so four panels share one load of the activations; many rows keep a stretch of the
-// activations and of two panels in the second-level cache, and park their sums in y from one stretch of k to the next.
+// activations and of two panels in the second-level cache, and park their sums in y from one stretch of k to the next. That is for the
+// formats made at load; all others are decoded to tiles of int8 or bf16 first.
 #include "linear.hpp"
+#include "weight_decode.hpp"
 
 #if defined(__x86_64__)
 
@@ -12,6 +14,7 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512vl,avx512dq")))
@@ -131,10 +134,7 @@ struct Call {
     std::ptrdiff_t y_stride;
     Units units;
 
-    const std::byte* row(int r) const {
-        const auto size = weight.format == WeightFormat::bf16 ? sizeof(bf16) : sizeof(std::int8_t);
-        return static_cast<const std::byte*>(x.rows) + r * x.stride * static_cast<std::ptrdiff_t>(size);
-    }
+    const std::byte* row(int r) const { return static_cast<const std::byte*>(x.rows) + r * x.stride * element_bytes(feed_of(weight, x)); }
     std::ptrdiff_t row_bytes() const { return row(1) - row(0); }
     float* out(int r, int panel) const { return y + r * y_stride + panel * kChannels; }
     const float* bias_of(int panel) const { return bias ? bias + panel * kChannels : nullptr; }
@@ -420,6 +420,119 @@ AMX void many_rows(const Call& call, int first, int last) {
     }
 }
 
+// --- weights stored otherwise than they are multiplied
+
+// sums += exact · scale for the rows of a tile whose sums were float32 all along.
+AMX_INLINE void add_group(const float* exact, __m512 scale, int rows, float* sums) {
+    for (int r = 0; r < rows; ++r)
+        _mm512_store_ps(sums + r * kChannels, _mm512_fmadd_ps(_mm512_load_ps(exact + r * kChannels), scale, _mm512_load_ps(sums + r * kChannels)));
+}
+
+// The sums of a block of rows and two panels while k goes by: of the group so far (int32 or float32), and of the groups before.
+template <class Exact>
+struct Parked {
+    static constexpr int kTiles = kRowBlock / 16;
+    alignas(64) Exact exact[2][kTiles][256];
+    alignas(64) float sums[2][kTiles][256];
+};
+
+// Units [at, stop) of k for the row tiles [tile, tile + row_tiles) and `count` panels, decoded.
+template <Feed feed, int row_tiles, int count, class Exact>
+AMX_INLINE void decoded_block(const Call& call, Parked<Exact>& parked, const std::byte* const (&tiles)[2], int at, int stop, int row, int tile,
+                              const int (&rows)[2], int panel) {
+    constexpr WeightFormat kind = feed == Feed::int8 ? WeightFormat::int8 : WeightFormat::bf16;
+    constexpr std::make_integer_sequence<int, 4> each{};
+    const Units& units = call.units;
+    const std::ptrdiff_t row_bytes = call.row_bytes();
+    const int unit_bytes = units.depth * kChannels;
+    const std::byte* const x0 = call.row(row + tile * 16);
+    const std::byte* const x1 = x0 + 16 * row_bytes;
+    const auto for_each = [&](auto body) AMX __attribute__((always_inline)) {
+        unrolled(each, [&]<int sum>() AMX __attribute__((always_inline)) {
+            if constexpr ((sum < 2 || row_tiles == 2) && (sum % 2 == 0 || count == 2)) body.template operator()<sum>(parked.exact[sum % 2][tile + sum / 2]);
+        });
+    };
+    for_each([&]<int sum>(Exact* exact) AMX __attribute__((always_inline)) { load<sum>(exact, 64); });
+    for (int unit = at, step = 0; unit < stop; ++unit, ++step) {
+        load<4>(x0 + unit * units.depth, row_bytes);
+        load<6>(tiles[0] + step * unit_bytes, 64);
+        multiply<kind, 0, 4, 6>();
+        if constexpr (count == 2) {
+            load<7>(tiles[1] + step * unit_bytes, 64);
+            multiply<kind, 1, 4, 7>();
+        }
+        if constexpr (row_tiles == 2) {
+            load<5>(x1 + unit * units.depth, row_bytes);
+            multiply<kind, 2, 5, 6>();
+            if constexpr (count == 2) multiply<kind, 3, 5, 7>();
+        }
+        if ((unit + 1) % units.per_group != 0 && unit + 1 != units.count) continue;
+        const int group = unit / units.per_group;
+        for_each([&]<int sum>(Exact* exact) AMX __attribute__((always_inline)) {
+            store<sum>(exact, 64);
+            zero<sum>();
+            const __m512 scale = units.groups ? _mm512_loadu_ps(panel_scales(call.weight, panel + sum % 2) + group * kChannels) : _mm512_set1_ps(1.0f);
+            add_group(exact, _mm512_mul_ps(scale, _mm512_set1_ps(units.fold)), rows[sum / 2], parked.sums[sum % 2][tile + sum / 2]);
+        });
+    }
+    for_each([&]<int sum>(Exact* exact) AMX __attribute__((always_inline)) { store<sum>(exact, 64); });
+}
+
+template <Feed feed, int count>
+AMX void decoded_panels(const Call& call, int row, int rows, int panel, int channels) {
+    using Exact = std::conditional_t<feed == Feed::int8, std::int32_t, float>;
+    const Units& units = call.units;
+    const int unit = units.depth / element_bytes(feed), stretch = PanelReader::step(feed) / unit, row_tiles = (rows + 15) / 16;
+    alignas(64) std::byte scratch[2][PanelReader::kScratch];
+    PanelReader readers[2] = {{Isa::amx, call.weight, panel, feed, scratch[0]}, {Isa::amx, call.weight, panel + count - 1, feed, scratch[1]}};
+    Parked<Exact> parked;
+    for (int j = 0; j < count; ++j) {
+        std::memset(parked.exact[j], 0, static_cast<std::size_t>(row_tiles) * sizeof parked.exact[j][0]);
+        std::memset(parked.sums[j], 0, static_cast<std::size_t>(row_tiles) * sizeof parked.sums[j][0]);
+    }
+    for (int at = 0; at < units.count; at += stretch) {
+        const int stop = std::min(units.count, at + stretch);
+        const std::byte* tiles[2] = {};
+        for (int j = 0; j < count; ++j) tiles[j] = readers[j].next(stretch * unit);
+        int tile = 0;
+        if (rows >= 32) configure_many(16, 16, channels, units.depth);
+        for (; tile * 16 + 32 <= rows; tile += 2) decoded_block<feed, 2, count>(call, parked, tiles, at, stop, row, tile, {16, 16}, panel);
+        const int left = rows - tile * 16;
+        if (left > 16) {
+            configure_many(16, left - 16, channels, units.depth);
+            decoded_block<feed, 2, count>(call, parked, tiles, at, stop, row, tile, {16, left - 16}, panel);
+        } else if (left > 0) {
+            configure_many(left, 1, channels, units.depth);
+            decoded_block<feed, 1, count>(call, parked, tiles, at, stop, row, tile, {left, 0}, panel);
+        }
+    }
+    const __mmask16 mask = mask_of(channels);
+    for (int j = 0; j < count; ++j) {
+        const float* const bias = call.bias_of(panel + j);
+        for (int r = 0; r < rows; ++r) {
+            const __m512 sum = _mm512_load_ps(parked.sums[j][r / 16] + r % 16 * kChannels);
+            const __m512 y = feed == Feed::int8 ? finish(sum, call.x.scales[row + r], bias, mask)
+                             : bias             ? _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias))
+                                                : sum;
+            _mm512_mask_storeu_ps(call.out(row + r, panel + j), mask, y);
+        }
+    }
+}
+
+template <Feed feed>
+AMX void decoded_rows(const Call& call, int first, int last) {
+    const int full = std::min(last, call.weight.out / kChannels);
+    for (int row = 0; row < call.x.count; row += kRowBlock) {
+        const int rows = std::min(kRowBlock, call.x.count - row);
+        for (int panel = first; panel < last;) {
+            if (panel + 2 <= full)
+                decoded_panels<feed, 2>(call, row, rows, panel, kChannels), panel += 2;
+            else
+                decoded_panels<feed, 1>(call, row, rows, panel, panel_channels(call.weight, panel)), ++panel;
+        }
+    }
+}
+
 template <WeightFormat format>
 AMX void dispatch(const Call& call, int first, int last) {
     if (call.x.count <= 16) {
@@ -442,12 +555,20 @@ AMX void dispatch(const Call& call, int first, int last) {
 
 AMX void linear_amx(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y,
                     std::ptrdiff_t y_stride) {
-    Call call{weight, x, bias, y, y_stride, Units(weight)};
-    switch (weight.format) {
-        case WeightFormat::bf16: dispatch<WeightFormat::bf16>(call, first, last); break;
-        case WeightFormat::int8: dispatch<WeightFormat::int8>(call, first, last); break;
-        case WeightFormat::int4: dispatch<WeightFormat::int4>(call, first, last); break;
-    }
+    const Feed feed = feed_of(weight, x);
+    if (feed == Feed::f32) return linear_avx512(weight, x, first, last, bias, y, y_stride);  // there are no tiles of float32
+    Call call{weight, x, bias, y, y_stride, Units(weight, feed)};
+    const bool plain = !weight.masks && !weight.zeros;
+    if (plain && feed == Feed::bf16 && weight.format == WeightFormat::bf16)
+        dispatch<WeightFormat::bf16>(call, first, last);
+    else if (plain && feed == Feed::int8 && weight.format == WeightFormat::int8 && !weight.group)
+        dispatch<WeightFormat::int8>(call, first, last);
+    else if (plain && feed == Feed::int8 && weight.format == WeightFormat::int4)
+        dispatch<WeightFormat::int4>(call, first, last);
+    else if (feed == Feed::int8)
+        decoded_rows<Feed::int8>(call, first, last);
+    else
+        decoded_rows<Feed::bf16>(call, first, last);
     __asm__ volatile("tilerelease");
 }
 

@@ -119,4 +119,5 @@ NB_MODULE(_native, m) {
     bind_linear(m);
     bind_decoder(m);
     bind_executor(m);
+    bind_experts(m);
 }

@@ -2,15 +2,56 @@
 
 namespace hasten {
 
-WeightBuffer::WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense)
-    : tiles_(packed_tile_bytes(format, out, in)),
-      scales_(packed_scale_count(format, out, in, group) * sizeof(float)),
-      packed_{format, out, in, group, tiles_.data(), reinterpret_cast<const float*>(scales_.data())} {
-    const auto scales = reinterpret_cast<float*>(scales_.data());
+namespace {
+
+// body(first panel, last panel) for every thread's share.
+template <class Body>
+void by_panels(ThreadPool& pool, int panels, Body body) {
     pool.run([&](unsigned thread) {
-        const Share panels = share(packed_.panels(), thread, pool.size());
-        pack_linear(format, out, in, group, dense, static_cast<int>(panels.begin), static_cast<int>(panels.end), tiles_.data(), scales);
+        const Share part = share(static_cast<std::size_t>(panels), thread, pool.size());
+        body(static_cast<int>(part.begin), static_cast<int>(part.end));
     });
+}
+
+}  // namespace
+
+WeightBuffer::WeightBuffer(const WeightLayout& layout)
+    : sparse_(layout.sparse),
+      tiles_(packed_tile_bytes(layout.format, layout.out, layout.in)),
+      scales_(packed_scale_count(layout.format, layout.out, layout.in, layout.group) * sizeof(float)),
+      zeros_(layout.zero_points ? scales_.size() / sizeof(float) : 0),
+      packed_{layout.format, layout.out, layout.in, layout.group, tiles_.data(), reinterpret_cast<const float*>(scales_.data()),
+              reinterpret_cast<const std::int8_t*>(zeros_.data())} {}
+
+void WeightBuffer::pack(ThreadPool& pool, const bf16* dense) {
+    by_panels(pool, packed_.panels(), [&](int first, int last) {
+        pack_linear(packed_.format, packed_.out, packed_.in, packed_.group, dense, first, last, tiles_.data(), reinterpret_cast<float*>(scales_.data()));
+    });
+    if (sparse_) sparsify(pool);
+}
+
+void WeightBuffer::pack(ThreadPool& pool, const float* dense) {
+    by_panels(pool, packed_.panels(), [&](int first, int last) {
+        pack_linear(packed_.format, packed_.out, packed_.in, packed_.group, dense, first, last, tiles_.data(), reinterpret_cast<float*>(scales_.data()),
+                    reinterpret_cast<std::int8_t*>(zeros_.data()));
+    });
+    if (sparse_) sparsify(pool);
+}
+
+void WeightBuffer::sparsify(ThreadPool& pool) {
+    const int panels = packed_.panels();
+    masks_ = Buffer(sparse_mask_count(packed_) * sizeof(std::uint64_t));
+    starts_ = Buffer(static_cast<std::size_t>(panels + 1) * sizeof(std::uint64_t));
+    auto* const masks = reinterpret_cast<std::uint64_t*>(masks_.data());
+    auto* const starts = reinterpret_cast<std::uint64_t*>(starts_.data());
+    by_panels(pool, panels, [&](int first, int last) { sparse_masks(packed_, first, last, masks, starts + 1); });
+    for (int panel = 0; panel < panels; ++panel) starts[panel + 1] += starts[panel];
+    Buffer elements(starts[panels] + 64);  // a line may be read beyond the last
+    by_panels(pool, panels, [&](int first, int last) { sparse_elements(packed_, masks, starts, first, last, elements.data()); });
+    tiles_ = std::move(elements);
+    packed_.tiles = tiles_.data();
+    packed_.masks = masks;
+    packed_.starts = starts;
 }
 
 PagePool::PagePool(int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)
@@ -42,13 +83,23 @@ void Tape::need_scratch(std::size_t floats) {
     scratch_ = Buffer(scratch_floats_ * sizeof(float) * threads());
 }
 
-void Tape::run(const StepInput& step) const {
+std::size_t Tape::run(const StepInput& step) const {
+    std::size_t barriers = 0;
     pool_->run([&](unsigned thread) {
-        for (const auto& op : ops_) {
-            op->play(*this, step, thread);
-            pool_->barrier().wait();
+        std::size_t met = 0;
+        bool together = false;  // did every thread play since the last barrier, so that whoever comes next must wait?
+        for (std::size_t i = 0; i < ops_.size(); ++i) {
+            const bool alone = ops_[i]->alone(step);
+            if (i && (together || !alone)) {
+                pool_->barrier().wait();
+                ++met;
+            }
+            if (!alone || thread == 0) ops_[i]->play(*this, step, thread);
+            together = !alone;
         }
+        if (thread == 0) barriers = met;
     });
+    return barriers;
 }
 
 }  // namespace hasten

@@ -12,17 +12,30 @@
 
 namespace hasten {
 
-// A packed weight and its scales in memory of their own.
+// What a weight [out, in] is stored as; what each field may be is written at PackedLinear.
+struct WeightLayout {
+    WeightFormat format;
+    int out, in, group;
+    bool zero_points, sparse;
+};
+
+// A packed weight in memory of its own: reserved when made, filled by pack().
 class WeightBuffer {
    public:
-    // Packs rows of bf16 [out, in], every thread the panels it will read.
-    WeightBuffer(ThreadPool& pool, WeightFormat format, int out, int in, int group, const bf16* dense);
+    explicit WeightBuffer(const WeightLayout& layout);
+
+    // Packs rows of bf16 or float32 [out, in], every thread the panels it will read. Zero points need float32.
+    void pack(ThreadPool& pool, const bf16* dense);
+    void pack(ThreadPool& pool, const float* dense);
 
     const PackedLinear& packed() const { return packed_; }
-    std::size_t bytes() const { return tiles_.size() + scales_.size(); }
+    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + starts_.size(); }
 
    private:
-    Buffer tiles_, scales_;
+    void sparsify(ThreadPool& pool);
+
+    bool sparse_;
+    Buffer tiles_, scales_, zeros_, masks_, starts_;
     PackedLinear packed_;
 };
 
@@ -41,23 +54,30 @@ class PagePool {
     Buffer memory_;
 };
 
-// What one step is asked to do. Sequence s owns tokens offsets[s] … offsets[s + 1]; its pages are tables[group][s · width …].
+// The pages that hold one sequence, group by group, in the order of its positions.
+struct PageTable {
+    std::vector<std::vector<std::int32_t>> pages;
+};
+
+// What one step is asked to do. Sequence s owns tokens offsets[s] … offsets[s + 1].
 struct StepInput {
     int tokens, sequences, logit_rows;
     const std::int32_t* token_ids;
     const std::int32_t* positions;
     const std::int32_t* offsets;
     const std::int32_t* rows;
-    std::vector<const std::int64_t*> slots;    // per group: place of each token's keys and values
-    std::vector<const std::int32_t*> tables;   // per group: [sequences, widths[group]]
-    std::vector<int> widths;
+    std::vector<const std::int64_t*> slots;  // per group: place of each token's keys and values
+    std::vector<const PageTable*> tables;    // per sequence
     float* logits;  // [logit_rows, vocab]
 };
 
-// Where a value lies: bytes into the arena, or the caller's logits.
+// Where a value lies: bytes into the arena, or the caller's logits; or, inside a chain, bytes into the thread's own scratch, which holds
+// the rows of one block.
 struct Place {
-    static constexpr std::size_t kLogits = ~std::size_t{0};
+    static constexpr std::size_t kLogits = ~std::size_t{0}, kBlock = std::size_t{1} << 62;
     std::size_t offset;
+
+    bool in_block() const { return offset != kLogits && (offset & kBlock); }
 };
 
 enum class Rows { tokens, logits };
@@ -69,6 +89,9 @@ class TapeOp {
    public:
     virtual ~TapeOp() = default;
     virtual void play(const Tape& tape, const StepInput& step, unsigned thread) const = 0;
+
+    // Too little work to share: thread 0 plays it alone, and between two such ops nobody waits.
+    virtual bool alone(const StepInput&) const { return false; }
 };
 
 class Tape {
@@ -78,8 +101,8 @@ class Tape {
     void add(std::unique_ptr<TapeOp> op) { ops_.push_back(std::move(op)); }
     int add_group(std::shared_ptr<PagePool> pages);
 
-    // Plays every op on every thread, with a barrier after each.
-    void run(const StepInput& step) const;
+    // Plays the ops in order, with a barrier between two unless thread 0 plays both alone. Returns the number of barriers.
+    std::size_t run(const StepInput& step) const;
 
     template <class T>
     T* at(Place place, const StepInput& step) const {

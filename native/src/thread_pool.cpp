@@ -1,5 +1,7 @@
 #include "thread_pool.hpp"
 
+#include <chrono>
+
 #include "cpu.hpp"
 
 #if defined(__x86_64__)
@@ -14,7 +16,10 @@ namespace hasten {
 
 namespace {
 
-constexpr int kSpins = 2'000;  // some 100 µs: longer than an op's imbalance, shorter than anybody notices an idle core burn
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::microseconds kBetweenOps{100};   // longer than an op's imbalance
+constexpr std::chrono::microseconds kBetweenSteps{500};  // longer than picking a token takes, shorter than anybody notices an idle core burn
+constexpr int kPauses = 64;  // some 1 to 3 µs; then the clock is looked at, and whoever else wants this core goes first
 
 void pause() {
 #if defined(__x86_64__)
@@ -24,10 +29,16 @@ void pause() {
 
 // Until `value` is no longer `old`: spinning first, asleep after.
 template <class T>
-void await_change(std::atomic<T>& value, T old) {
-    for (int spin = 0; spin < kSpins; ++spin) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        pause();
+void await_change(std::atomic<T>& value, T old, Clock::duration spin) {
+    for (Clock::time_point end{};;) {
+        for (int i = 0; i < kPauses; ++i) {
+            if (value.load(std::memory_order_acquire) != old) return;
+            pause();
+        }
+        const auto now = Clock::now();
+        if (end == Clock::time_point{}) end = now + spin;
+        if (now >= end) break;
+        std::this_thread::yield();
     }
     while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
@@ -53,7 +64,7 @@ void Barrier::wait() {
         round_.store(round + 1, std::memory_order_release);
         round_.notify_all();
     } else {
-        await_change(round_, round);
+        await_change(round_, round, kBetweenOps);
     }
 }
 
@@ -76,13 +87,13 @@ void ThreadPool::run(const std::function<void(unsigned)>& work) {
     step_.fetch_add(1, std::memory_order_release);
     step_.notify_all();
     work(0);
-    for (unsigned left; (left = running_.load(std::memory_order_acquire)) != 0;) await_change(running_, left);
+    for (unsigned left; (left = running_.load(std::memory_order_acquire)) != 0;) await_change(running_, left, kBetweenOps);
 }
 
 void ThreadPool::loop(unsigned thread, int cpu) {
     if (cpu >= 0) pin(cpu);
     for (std::uint32_t seen = 0;;) {
-        await_change(step_, seen);
+        await_change(step_, seen, kBetweenSteps);
         ++seen;
         if (stop_) return;
         (*work_)(thread);

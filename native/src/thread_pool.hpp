@@ -47,12 +47,13 @@ class ThreadPool {
     alignas(64) std::atomic<unsigned> running_{0};
 };
 
-// Thread `thread`'s share of `count` equal pieces: contiguous, and the same every time.
+// Thread `thread`'s share of `count` equal pieces: contiguous, and the same every time. What cannot be split is thread 0's.
 struct Share {
     std::size_t begin, end;
 };
 inline Share share(std::size_t count, unsigned thread, unsigned threads) {
-    return {count * thread / threads, count * (thread + 1) / threads};
+    const auto before = [&](std::size_t others) { return (count * others + threads - 1) / threads; };
+    return {before(thread), before(thread + 1)};
 }
 
 }  // namespace hasten

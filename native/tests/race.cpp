@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../src/tape_ops.hpp"
+#include "../src/tape_fused.hpp"
 
 namespace {
 
@@ -37,7 +37,7 @@ struct Unwaited final : TapeOp {
 
 class Decoder {
    public:
-    Decoder(unsigned threads, Isa isa, WeightFormat format)
+    Decoder(unsigned threads, Isa isa, WeightFormat format, bool fused)
         : pool_(std::make_shared<ThreadPool>(threads)),
           table_(random_weight(kVocab, kWidth, 1)),
           pages_(std::make_shared<PagePool>(1, kPages, kPage, kKvHeads, kHeadDim, kHeadDim)),
@@ -48,36 +48,55 @@ class Decoder {
                     k = place(kKvHeads * kHeadDim), v = place(kKvHeads * kHeadDim), cos = place(kHeadDim / 2), sin = place(kHeadDim / 2),
                     mixed = place(kHeads * kHeadDim), y = place(kWidth), last = place(kWidth);
         const std::vector<float> ones(kWidth, 1.0f);
-        const auto product = [&](Rows which, Place from, Place to, int out, unsigned seed) {
+        const auto feed = [&](Rows which, Place from) {
+            return std::make_unique<FeedOp>(which, from, rows, scales, 1, kWidth, 128, kStride, quantized ? Feed::int8 : Feed::bf16);
+        };
+        const auto product = [&](Rows which, Place to, int out, unsigned seed) {
             const auto dense = random_weight(out, kWidth, seed);
-            auto weight = std::make_shared<WeightBuffer>(*pool_, format, out, kWidth, format == WeightFormat::int4 ? 32 : 0, dense.data());
-            tape_.add(std::make_unique<FeedOp>(which, from, rows, scales, kWidth, 128, kStride, quantized));
-            tape_.add(std::make_unique<LinearOp>(which, std::move(weight), rows, scales, to, kStride, std::vector<float>()));
+            auto weight = std::make_shared<WeightBuffer>(WeightLayout{format, out, kWidth, format == WeightFormat::int4 ? 32 : 0, false, false});
+            weight->pack(*pool_, dense.data());
+            return std::make_unique<LinearOp>(which, std::move(weight), rows, quantized ? std::optional(scales) : std::nullopt, to, kStride,
+                                              std::vector<float>());
         };
         tape_.add(std::make_unique<EmbedOp>(table_.data(), kWidth, 1.0f, x));
         tape_.add(std::make_unique<RotaryTableOp>(std::vector<float>{1, 0.5f, 0.25f, 0.12f, 0.06f, 0.03f, 0.01f, 0.005f}, 1.0f, cos, sin));
-        tape_.add(std::make_unique<RmsNormOp>(Rows::tokens, x, normed, kWidth, kWidth, ones, 1e-5f, 0.0f));
-        product(Rows::tokens, normed, q, kHeads * kHeadDim, 2);
-        product(Rows::tokens, normed, k, kKvHeads * kHeadDim, 3);
-        product(Rows::tokens, normed, v, kKvHeads * kHeadDim, 4);
+        auto norm = std::make_unique<RmsNormOp>(Rows::tokens, x, normed, kWidth, kWidth, ones, 1e-5f, 0.0f);
+        std::vector<std::unique_ptr<LinearOp>> products;
+        products.push_back(product(Rows::tokens, q, kHeads * kHeadDim, 2));
+        products.push_back(product(Rows::tokens, k, kKvHeads * kHeadDim, 3));
+        products.push_back(product(Rows::tokens, v, kKvHeads * kHeadDim, 4));
+        if (fused) {
+            std::vector<std::unique_ptr<RowOp>> chain;
+            chain.push_back(std::move(norm));
+            chain.push_back(feed(Rows::tokens, normed));
+            tape_.add(std::make_unique<ChainOp>(Rows::tokens, 3, std::move(chain)));
+            tape_.add(std::make_unique<ProductsOp>(std::move(products)));
+        } else {
+            tape_.add(std::move(norm));
+            tape_.add(feed(Rows::tokens, normed));
+            for (auto& each : products) tape_.add(std::move(each));
+        }
         tape_.add(std::make_unique<RotateOp>(q, q, cos, sin, kHeads, kHeadDim, 0, kHeadDim, false));
         tape_.add(std::make_unique<RotateOp>(k, k, cos, sin, kKvHeads, kHeadDim, 0, kHeadDim, true));
         tape_.add(std::make_unique<AppendOp>(group, 0, k, v));
         const AttendShape shape{kHeads, kKvHeads, kHeadDim, kHeadDim, 0.25f, 0, 0.0f, nullptr, nullptr};
         tape_.need_scratch(attend_scratch(shape, AttendOp::kQueryRows));
         tape_.add(std::make_unique<AttendOp>(group, 0, q, mixed, shape, std::vector<float>(), std::vector<float>()));
-        product(Rows::tokens, mixed, y, kWidth, 5);
+        tape_.add(feed(Rows::tokens, mixed));
+        tape_.add(product(Rows::tokens, y, kWidth, 5));
         tape_.add(std::make_unique<GateOp>(Activation::silu, y, normed, y, kWidth));
         tape_.add(std::make_unique<AddOp>(x, y, x, kWidth));
         tape_.add(std::make_unique<SelectRowsOp>(x, last, kWidth));
-        product(Rows::logits, last, Place{Place::kLogits}, kVocab, 6);
+        tape_.add(feed(Rows::logits, last));
+        tape_.add(product(Rows::logits, Place{Place::kLogits}, kVocab, 6));
     }
 
-    // Logits of a prompt of two sequences and of some tokens after it.
+    // Logits of two prompts, so long that attention is shared, of single tokens after them, and of one sequence alone, where most ops are too.
     std::vector<float> play() {
         std::vector<float> all;
-        step({5, 9, 2, 110, 7, 1, 3, 3, 90, 41, 42}, {0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3}, {0, 7, 11}, all);
-        for (int i = 0; i < 5; ++i) step({i + 1, 100 - i}, {7 + i, 4 + i}, {0, 1, 2}, all);
+        step({22, 9}, {0, 0}, all);
+        for (int i = 0; i < 4; ++i) step({1, 1}, {22 + i, 9 + i}, all);
+        for (int i = 0; i < 3; ++i) step({1}, {26 + i}, all);
         return all;
     }
 
@@ -90,28 +109,32 @@ class Decoder {
         return its;
     }
 
-    void step(std::vector<std::int32_t> tokens, std::vector<std::int32_t> positions, std::vector<std::int32_t> offsets,
-              std::vector<float>& all) {
-        const int sequences = static_cast<int>(offsets.size()) - 1;
-        const std::vector<std::int32_t> pages = {3, 1, 0, 2};  // two a sequence
-        std::vector<std::int32_t> rows;
+    // Sequence s goes on with counts[s] tokens at position starts[s].
+    void step(const std::vector<int>& counts, const std::vector<int>& starts, std::vector<float>& all) {
+        const std::vector<PageTable> tables = {{{{3, 1}}}, {{{0, 2}}}};
+        std::vector<std::int32_t> tokens, positions, offsets = {0}, rows;
         std::vector<std::int64_t> slots;
-        for (int s = 0; s < sequences; ++s) {
-            rows.push_back(offsets[s + 1] - 1);
-            for (int i = offsets[s]; i < offsets[s + 1]; ++i) slots.push_back(pages[2 * s + positions[i] / kPage] * kPage + positions[i] % kPage);
+        StepInput input{};
+        for (std::size_t s = 0; s < counts.size(); ++s) {
+            for (int i = 0; i < counts[s]; ++i) {
+                const int position = starts[s] + i;
+                tokens.push_back((7 * position + 31 * static_cast<int>(s)) % kVocab);
+                positions.push_back(position);
+                slots.push_back(tables[s].pages[0][position / kPage] * kPage + position % kPage);
+            }
+            offsets.push_back(static_cast<std::int32_t>(tokens.size()));
+            rows.push_back(offsets.back() - 1);
+            input.tables.push_back(&tables[s]);
         }
         std::vector<float> logits(rows.size() * kVocab);
-        StepInput input{};
         input.tokens = static_cast<int>(tokens.size());
-        input.sequences = sequences;
+        input.sequences = static_cast<int>(counts.size());
         input.logit_rows = static_cast<int>(rows.size());
         input.token_ids = tokens.data();
         input.positions = positions.data();
         input.offsets = offsets.data();
         input.rows = rows.data();
         input.slots = {slots.data()};
-        input.tables = {pages.data()};
-        input.widths = {2};
         input.logits = logits.data();
         tape_.run(input);
         all.insert(all.end(), logits.begin(), logits.end());
@@ -125,13 +148,14 @@ class Decoder {
 };
 
 int compare(Isa isa, WeightFormat format, unsigned threads) {
-    const std::vector<float> alone = Decoder(1, isa, format).play();
+    const std::vector<float> alone = Decoder(1, isa, format, false).play();
     for (int round = 0; round < 4; ++round) {
-        Decoder decoder(threads, isa, format);
+        Decoder decoder(threads, isa, format, round % 2 == 1);
         for (int repeat = 0; repeat < 3; ++repeat) {
             const std::vector<float> together = decoder.play();
             if (std::memcmp(together.data(), alone.data(), alone.size() * sizeof(float)) != 0) {
-                std::printf("isa %d, format %d: %u threads differ from one\n", static_cast<int>(isa), static_cast<int>(format), threads);
+                std::printf("isa %d, format %d, fused %d: %u threads differ from one\n", static_cast<int>(isa), static_cast<int>(format), round % 2,
+                            threads);
                 return 1;
             }
         }
@@ -143,7 +167,7 @@ int compare(Isa isa, WeightFormat format, unsigned threads) {
 
 int main(int count, char** arguments) {
     if (count > 1 && std::strcmp(arguments[1], "on-purpose") == 0) {
-        Decoder decoder(2, Isa::generic, WeightFormat::bf16);
+        Decoder decoder(2, Isa::generic, WeightFormat::bf16, false);
         decoder.race();
         decoder.play();
         return 0;

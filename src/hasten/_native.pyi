@@ -76,6 +76,26 @@ def add(isa: str, a: NDArray[np.float32], b: NDArray[np.float32], y: NDArray[np.
 def gate(isa: str, activation: str, gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32]) -> None:
     """y = activation(gate) · up, of vectors."""
 
+def activate(isa: str, activation: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    """y = activation(x), of vectors."""
+
+def gate_rows(isa: str, activation: str, gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    """y[r] = activation(gate[r]) · up[r]. gate [R], up [R, N]."""
+
+def clamped_swiglu(
+    isa: str, gate: NDArray[np.float32], up: NDArray[np.float32], alpha: float, limit: float, y: NDArray[np.float32]
+) -> None:
+    """y = g · sigmoid(alpha·g) · (u + 1), g = min(gate, limit), u = clip(up, ±limit), of vectors."""
+
+def scale(isa: str, x: NDArray[np.float32], factor: float, y: NDArray[np.float32]) -> None:
+    """y = x · factor, of vectors."""
+
+def clip(isa: str, x: NDArray[np.float32], limit: float, y: NDArray[np.float32]) -> None:
+    """y = min(max(x, −limit), limit), of vectors."""
+
+def soft_cap(isa: str, x: NDArray[np.float32], cap: float, y: NDArray[np.float32]) -> None:
+    """y = cap · tanh(x / cap), of vectors."""
+
 def rotate(
     isa: str,
     x: NDArray[np.float32],
@@ -117,15 +137,21 @@ def attend(
 def available_isas() -> list[str]:
     """The instruction-set levels of the kernels that this machine runs, best first: amx, avx512, avx2, generic."""
 
-class PackedWeight:
-    """A weight in panels of 16 output channels, as the linear kernels read it.
+class WeightBuffer:
+    """A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.
 
-    ``format`` is bf16, int8 or int4; ``dense`` [out, in] has the bits of bf16 numbers; ``group`` is the number of inputs that share a
-    scale in int4 (32, 64 or a multiple of 128 up to 1024), 0 for one scale per channel.
-    Raises ValueError for a format, group or array that cannot be packed, MemoryError if there is no room.
+    ``format`` is f32, f16, bf16, fp8, int8, int4, int3 or int2; ``group`` inputs share a scale (32, 64 or a multiple of 128 up to 1024),
+    0 for one per channel or none. Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse.
+    Raises ValueError for what cannot be packed, MemoryError if there is no room.
     """
 
-    def __init__(self, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    def __init__(self, format: str, out: int, in_: int, group: int = 0, zero_points: bool = False, sparse: bool = False) -> None: ...
+    def pack(self, pool: ThreadPool, dense: NDArray[np.uint16] | NDArray[np.float32]) -> None:
+        """Fill it from ``dense`` [out, in_], float32 or the bits of bf16 numbers. Raises ValueError for an array that does not fit."""
+
+    def unpack(self) -> NDArray[np.float32]:
+        """The value of each element as the product sees it: float32 [out, in_]."""
+
     @property
     def format(self) -> str: ...
     @property
@@ -135,25 +161,27 @@ class PackedWeight:
     @property
     def in_(self) -> int: ...
     @property
+    def padded_in(self) -> int: ...
+    @property
     def panels(self) -> int: ...
     @property
-    def bytes(self) -> int: ...
-    def unpack(self) -> NDArray[np.float32]:
-        """The value of each element as the product sees it: [out, in]."""
+    def nbytes(self) -> int: ...
 
 def linear(
     isa: str,
-    weight: PackedWeight,
+    weight: WeightBuffer,
     x: NDArray[np.float32] | NDArray[np.int8],
     bias: NDArray[np.float32] | None,
     first_panel: int,
     last_panel: int,
     out: NDArray[np.float32],
     scales: NDArray[np.float32] | None = None,
+    activations: str | None = None,
 ) -> None:
     """out[:, c] = x · weightᵀ + bias for the channels c of the panels [first_panel, last_panel); other channels stay.
 
-    x [rows, in] is rounded to bf16 or to int8 as the weight's format asks; or it is int8 with ``scales`` [rows].
+    x [rows, in] is rounded to bf16 or to int8 as the weight's format asks (integers take bf16 if ``activations`` says so; f32 and f16
+    take float32); or it is int8 with ``scales`` [rows].
     bias [out], out [rows, out]; all C-contiguous. Runs on this thread without the interpreter lock.
     Raises ValueError for an isa this machine does not run, or an array or panel that does not fit.
     """
@@ -180,17 +208,15 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
 
-class WeightBuffer:
-    """A linear layer's weight, packed from bf16 bits [out, in] for this machine's kernels; ``group`` is k per int4 scale, 0 per channel."""
+class ExpertWeights:
+    """The weights of a layer's experts, packed alike."""
 
-    def __init__(self, pool: ThreadPool, format: str, group: int, dense: NDArray[np.uint16]) -> None: ...
+    def __init__(self, experts: list[WeightBuffer]) -> None: ...
     @property
     def nbytes(self) -> int: ...
-    @property
-    def padded_in(self) -> int: ...
 
 class PagePool:
-    """Keys and values of a state group, bf16, in pages of ``page`` tokens."""
+    """Keys and values of a state group, bf16, in pages of ``page`` tokens; with ``value_dim`` 0 keys alone, which begin with the values."""
 
     def __init__(self, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
     @property
@@ -198,8 +224,16 @@ class PagePool:
     @property
     def page(self) -> int: ...
 
+class PageTable:
+    """The pages that hold one sequence, per state group in the order of its positions."""
+
+    def __init__(self, groups: int) -> None: ...
+    def append(self, group: int, page: int) -> None: ...
+    def pages(self, group: int) -> list[int]: ...
+
 class Tape:
-    """A compiled Program. Places are byte offsets into its arena; -1 is the caller's logits. Ops play in the order they were added."""
+    """A compiled Program. Places are byte offsets into its arena, -1 is the caller's logits, and -2 - n is byte n of a thread's own
+    block, inside a chain. Ops play in the order they were added; those between an open and ``close`` are played as one."""
 
     def __init__(self, pool: ThreadPool, isa: str, arena_bytes: int, most_tokens: int, vocab: int, context: int) -> None: ...
     @property
@@ -208,8 +242,12 @@ class Tape:
     def embed(self, table: NDArray[np.uint16], scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
-    def feed(self, logit_rows: bool, x: int, y: int, scales: int, n: int, padded: int, stride: int, to_int8: bool) -> None: ...
-    def linear(self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int, y: int, stride: int, bias: list[float]) -> None: ...
+    def feed(
+        self, logit_rows: bool, x: int, y: int, scales: int | None, runs: int, n: int, padded: int, stride: int
+    ) -> None: ...  # fmt: skip
+    def linear(
+        self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int | None, y: int, stride: int, bias: list[float]
+    ) -> None: ...
     def rotate(self, x: int, y: int, cos: int, sin: int, heads: int, head_dim: int, start: int, dims: int, interleaved: bool) -> None: ...
     def append_kv(self, group: int, slot: int, k: int, v: int) -> None: ...
     def attend(
@@ -218,9 +256,63 @@ class Tape:
     ) -> None: ...  # fmt: skip
     def add(self, a: int, b: int, y: int, n: int) -> None: ...
     def gate(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def route(
+        self, logits: int, experts: int, weights: int, count: int, top_k: int, sigmoid: bool, normalize: bool, scale: float, groups: int,
+        top_groups: int, correction: list[float],
+    ) -> None: ...  # fmt: skip
+    def group_by_expert(self, experts: int, starts: int, places: int, count: int, top_k: int) -> None: ...
+    def gather_rows(
+        self, x: int, scales: int, places: int, y: int, y_scales: int, top_k: int, row_bytes: int, scaled: bool
+    ) -> None: ...  # fmt: skip
+    def expert_linear(
+        self, weights: ExpertWeights, scaled: bool, x: int, scales: int, starts: int, y: int, stride: int, bias: list[float]
+    ) -> None: ...  # fmt: skip
+    def combine(self, x: int, weights: int, places: int, y: int, top_k: int, n: int) -> None: ...
+    def embed_positions(self, table: NDArray[np.float32], y: int) -> None:
+        """Row ``position`` of ``table``. Raises ValueError for a table of fewer rows than the context."""
+    def layer_norm(
+        self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], bias: list[float], eps: float
+    ) -> None: ...  # fmt: skip
+    def activate(self, logit_rows: bool, activation: str, x: int, y: int, n: int) -> None: ...
+    def scale(self, logit_rows: bool, x: int, y: int, n: int, factor: float) -> None: ...
+    def clip(self, logit_rows: bool, x: int, y: int, n: int, limit: float) -> None: ...
+    def soft_cap(self, logit_rows: bool, x: int, y: int, n: int, cap: float) -> None: ...
+    def gate_rows(self, activation: str, gate: int, up: int, y: int, n: int) -> None: ...
+    def clamped_swiglu(self, gate: int, up: int, y: int, n: int, alpha: float, limit: float) -> None: ...
+    def copy_features(self, logit_rows: bool, heads: int, parts: list[tuple[int, int, int, int, int, int, int]]) -> None:
+        """Each part is (x, y, size, x_head, x_at, y_head, y_at): of every head, ``size`` features from x_at of x to y_at of y."""
+    def feed_heads(self, x: int, y: int, heads: int, n: int, padded: int, stride: int) -> None: ...
+    def head_linear(self, weights: list[WeightBuffer], x: int, y: int, stride: int) -> None:
+        """One bf16 weight a head, of rows as ``feed_heads`` makes them. Raises ValueError for weights of different shapes."""
     def select_rows(self, x: int, y: int, n: int) -> None: ...
+    def open_chain(self, most_rows: int, block_bytes: int) -> None: ...
+    def open_products(self) -> None: ...
+    def close(self) -> None: ...
     def run(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
-        slots: list[NDArray[np.int64]], tables: list[NDArray[np.int32]], logits: NDArray[np.float32],
-    ) -> None:  # fmt: skip
-        """Play one step and fill ``logits`` [R, vocab]. Raises ValueError for ids, positions, rows or pages out of range."""
+        tables: list[PageTable], logits: NDArray[np.float32],
+    ) -> int:  # fmt: skip
+        """Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. ``rows`` must rise. Raises ValueError for ids,
+        positions, rows or pages out of range, and plays nothing then."""
+
+# Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
+
+def route(
+    logits: NDArray[np.float32], correction: NDArray[np.float32] | None, sigmoid: bool, normalize: bool, scale: float, groups: int,
+    top_groups: int, experts: NDArray[np.int32], weights: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Choose experts [rows, top_k] and their weights from logits [rows, experts], as program.ops.Route has it."""
+
+def group_by_expert(experts: NDArray[np.int32], count: int) -> tuple[list[int], list[int]]:
+    """(starts, places) of choices [tokens, top_k] out of ``count`` experts."""
+
+def expert_linear(
+    isa: str, threads: int, weights: ExpertWeights, x: NDArray[np.float32], experts: NDArray[np.int32], bias: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """y[t · top_k + a] = x · weightᵀ + bias of expert experts[t, a], cut as for ``threads`` threads, on this one.
+
+    x [tokens, in] or [tokens · top_k, in] is rounded as the weights' format asks."""
+
+def combine(x: NDArray[np.float32], weights: NDArray[np.float32], experts: NDArray[np.int32], count: int, y: NDArray[np.float32]) -> None:
+    """y[t] = the sum of weights[t, a] · x[t, a] in the order of choice; rows lie as choices ``experts`` out of ``count`` lay them."""

@@ -16,6 +16,7 @@ import transformers
 
 import hasten
 from hasten import load
+from hasten.backends.cpu import native_program
 from hasten.checkpoint import bundled_directory, save
 from hasten.cli.terminal import write
 from hasten.model import Provenance
@@ -88,6 +89,17 @@ def test_inspect_program_names_the_ops(hasten_main):
     assert out == lower(load("code-8m").spec, cache="bfloat16").text()
     for part in ("blocks.7.mixer.q", "rotate", "attend", "linear", "logits"):
         assert part in out.lower()
+
+
+def test_inspect_fused_shows_what_was_joined(hasten_main, monkeypatch, capsys):
+    out = hasten_main("inspect", "code-8m", "--fused", "--weights", "int8").out
+    assert out == native_program(load("code-8m").spec, weights="int8").text()
+    assert "= Products(" in out
+    assert "= RowChain(" in out
+    assert "weight_format=int8" in out
+    assert "weight_format" not in hasten_main("inspect", "code-8m", "--fused").out
+    assert_refused(main(monkeypatch, capsys, "inspect", "code-8m", "--weights", "int8"), "--fused")
+    assert_refused(main(monkeypatch, capsys, "inspect", "code-8m", "--fused", "--weights", "int5"), "int5", "int8")
 
 
 def test_inspect_spec_round_trips(hasten_main):

@@ -1,6 +1,6 @@
 """The native backend against the reference: same Programs, same numbers, and the same bits however a batch is cut."""
 
-import itertools
+import functools
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from hasten.backends.cpu.arena import Arena
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
-from hasten.program import Batch, lower
+from hasten.program import Batch, Formats, lower
+from tests.cuts import assert_the_same_bits_however_cut
 
 MODEL = load("code-8m")
 IDS = np.random.default_rng(0).integers(0, MODEL.spec.vocab, 150).tolist()
@@ -19,9 +20,9 @@ ORDER = ["generic", "avx2", "avx512", "amx"]
 LEVELS = ORDER[: ORDER.index(_native.isa_level("best")) + 1]
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return ReferenceBackend().session(MODEL, 256).score(Batch.of([IDS]))
+@functools.cache
+def reference(weights, activations):
+    return ReferenceBackend().session(MODEL, 256, Formats(weights, activations)).score(Batch.of([IDS]))
 
 
 def relative(a, b):
@@ -29,36 +30,36 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize(("weights", "tolerance"), [("bf16", 2e-2), ("int8", 6e-2), ("int4", 0.5)])
-def test_logits_are_near_the_reference(isa, weights, tolerance, reference):
-    logits = CpuBackend(isa=isa).session(MODEL, 256, weights).score(Batch.of([IDS]))
-    assert relative(logits, reference) <= tolerance
-    likeliest = (logits.argmax(-1) == reference.argmax(-1)).mean()
-    assert likeliest >= {"bf16": 0.97, "int8": 0.93, "int4": 0.7}[weights]
+@pytest.mark.parametrize(
+    ("weights", "activations", "tolerance"),
+    [
+        ("f32", None, 1e-2), ("f16", None, 1e-2), ("bf16", None, 2e-2), ("fp8", None, 2e-2), ("int8", None, 5e-2), ("int8", "bf16", 2e-2),
+        ("int8-g64", None, 5e-2), ("int4", None, 5e-2), ("int4", "bf16", 2e-2), ("int4-g32-zp", None, 5e-2), ("int3-g32", "bf16", 3e-2),
+        ("int2-g32-zp", None, 5e-2), ("bf16-sparse", None, 2e-2), ("int8-sparse", None, 5e-2), ("int4-sparse", None, 5e-2),
+    ],
+)  # fmt: skip
+def test_logits_are_near_the_reference(isa, weights, activations, tolerance):
+    """Both play the same formats; what is left is the cache in bf16, which moves some activations to the next int8."""
+    session = CpuBackend(isa=isa).session(MODEL, 256, Formats(weights, activations))
+    expected = reference(weights, activations)
+    logits = session.score(Batch.of([IDS]))
+    assert relative(logits, expected) <= tolerance
+    assert (logits.argmax(-1) == expected.argmax(-1)).mean() >= 0.93
+    assert any(f"weight_format={weights}" in line for line in session.program.text().splitlines()) or weights == "bf16"
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_formats_cost_what_they_should(weights):
+    plain = reference(None, None)
+    logits = CpuBackend().session(MODEL, 256, Formats(weights)).score(Batch.of([IDS]))
+    assert relative(logits, plain) <= {"bf16": 2e-2, "int8": 6e-2, "int4": 0.5}[weights]
+    assert (logits.argmax(-1) == plain.argmax(-1)).mean() >= {"bf16": 0.97, "int8": 0.93, "int4": 0.7}[weights]
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_the_same_bits_however_the_batch_is_cut(weights):
-    sessions = [CpuBackend(threads=threads).session(MODEL, 256, weights) for threads in (1, 2)]
-    whole = sessions[0].score(Batch.of([IDS]))
-    for session, seed in itertools.product(sessions, range(2)):
-        cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(IDS)), 5, replace=False).tolist())
-        state, rows = session.start(3), []
-        others = [IDS[7:19], IDS[50:51]]
-        for begin, end in zip([0, *cuts], [*cuts, len(IDS)]):
-            if begin == 0:  # the first piece beside two other prompts, the rest alone
-                logits, state = session.step(Batch.of([others[0], IDS[:end], others[1]], [0, 0, 0]), state)
-                rows.append(logits[12 : 12 + end])
-                state = state.select([1])
-            else:
-                logits, state = session.step(Batch.of([IDS[begin:end]], [begin]), state)
-                rows.append(logits)
-        assert np.array_equal(np.concatenate(rows), whole)
-        state, rows = session.start(1), []
-        for position in range(20):
-            logits, state = session.step(Batch.of([[IDS[position]]], [position]), state)
-            rows.append(logits)
-        assert np.array_equal(np.concatenate(rows), whole[:20])
+    sessions = [CpuBackend(threads=threads).session(MODEL, 256, Formats(weights)) for threads in (1, 2)]
+    assert_the_same_bits_however_cut(sessions, IDS)
 
 
 def test_pages_come_back():
@@ -100,7 +101,7 @@ def _at(session, length):
 
 def test_what_the_backend_refuses():
     with pytest.raises(UnsupportedError, match="int5"):
-        CpuBackend().session(MODEL, 64, "int5")
+        CpuBackend().session(MODEL, 64, Formats("int5"))
     with pytest.raises(ValueError, match="threads"):
         CpuBackend(threads=10_000).session(MODEL, 64)
     with pytest.raises(ValueError, match="isa"):

@@ -8,13 +8,21 @@ import pytest
 from hasten import _native
 from hasten.backends.cpu import CpuBackend
 from hasten.formats.weights import Weight, Weights
-from hasten.program import Batch
+from hasten.program import Batch, Formats
 from tests.pure.test_checkpoint import tiny
 
 MODEL = tiny()
 VOCAB, CONTEXT, PAGE = MODEL.spec.vocab, 48, 16
 every_isa = pytest.mark.parametrize("isa", _native.available_isas())
-every_format = pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+FORMATS = ["f32", "f16", "bf16", "fp8", "int8", "int8-g64", "int4", "int4-g32-zp", "int3", "int2-zp", "bf16-sparse", "int8-sparse"]
+every_format = pytest.mark.parametrize("weights", FORMATS)
+
+
+def table(*pages):
+    made = _native.PageTable(1)
+    for page in pages:
+        made.append(0, page)
+    return made
 
 
 @dataclasses.dataclass
@@ -25,27 +33,22 @@ class Step:
     positions: np.ndarray
     offsets: np.ndarray
     rows: np.ndarray
-    slots: list[np.ndarray]
-    tables: list[np.ndarray]
+    tables: list[_native.PageTable]
     logits: np.ndarray
 
     @classmethod
     def good(cls):
-        table = np.array([[4, 0], [2, 5]], np.int32)
-        positions = np.concatenate([np.arange(3), np.arange(18)]).astype(np.int32)
-        owner = np.repeat([0, 1], [3, 18])
         return cls(
             np.arange(1, 22, dtype=np.int32),
-            positions,
+            np.concatenate([np.arange(3), np.arange(18)]).astype(np.int32),
             np.array([0, 3, 21], np.int32),
             np.array([2, 20], np.int32),
-            [table[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE],
-            [table],
+            [table(4), table(2, 5)],
             np.full((2, VOCAB), np.nan, np.float32),
         )
 
     def run(self, session):
-        session.compiled.tape.run(self.tokens, self.positions, self.offsets, self.rows, self.slots, self.tables, self.logits)
+        session.compiled.tape.run(self.tokens, self.positions, self.offsets, self.rows, self.tables, self.logits)
         return self.logits
 
 
@@ -55,11 +58,10 @@ def session():
 
 
 def put(name, index, value):
-    """A step that is good but for one number. Arrays in lists: the only one."""
+    """A step that is good but for one number."""
 
     def change(step):
-        array = getattr(step, name)
-        (array[0] if isinstance(array, list) else array)[index] = value
+        getattr(step, name)[index] = value
 
     return change
 
@@ -79,17 +81,16 @@ def ints(*values):
 
 
 LARGE = np.iinfo(np.int32).max
+NOTHING = {"tokens": ints(), "positions": ints(), "offsets": ints(0), "rows": ints(), "logits": np.zeros((0, VOCAB), np.float32)}
 REFUSED = {
     "token id too large": (put("tokens", 20, VOCAB), f"token id {VOCAB} is outside the vocabulary"),
     "token id far too large": (put("tokens", 0, LARGE), "outside the vocabulary"),
     "token id negative": (put("tokens", 7, -1), "token id -1 is outside the vocabulary"),
-    "no tokens": (swap(tokens=ints(), positions=ints(), offsets=ints(0), rows=ints(), logits=np.zeros((0, VOCAB), np.float32)), "0 tokens"),
-    "no sequences": (swap(offsets=ints(0)), "offsets"),
-    "no offsets": (swap(offsets=ints()), "offsets"),
-    "a sequence without tokens": (
-        swap(offsets=ints(0, 3, 3, 21), tables=[np.array([[4, 0], [1, 1], [2, 5]], np.int32)]),
-        "sequence 1 has no tokens",
-    ),
+    "no tokens": (swap(tables=[], **NOTHING), "at least one token"),
+    "no tokens of a sequence": (swap(tables=[table(4)], **NOTHING | {"offsets": ints(0, 0)}), "at least one token"),
+    "no sequences": (swap(offsets=ints(0), tables=[]), "offsets"),
+    "no offsets": (swap(offsets=ints()), "page table"),
+    "a sequence without tokens": (swap(offsets=ints(0, 3, 3, 21), tables=[table(4), table(1), table(2, 5)]), "sequence 1 has no tokens"),
     "offsets that fall": (swap(offsets=ints(0, 22, 21)), "has no tokens"),
     "offsets from elsewhere": (put("offsets", 0, 1), "offsets"),
     "offsets beyond the tokens": (put("offsets", 2, 22), "offsets"),
@@ -100,18 +101,16 @@ REFUSED = {
     "positions with a gap": (put("positions", 20, 19), "do not follow one another"),
     "logit row negative": (put("rows", 0, -1), "logit row -1"),
     "logit row too large": (put("rows", 1, 21), "logit row 21"),
+    "logit rows that fall": (swap(rows=ints(20, 2)), "rise"),
     "logits of another width": (swap(logits=np.zeros((2, VOCAB - 1), np.float32)), "logits must be"),
     "logits of too few rows": (swap(logits=np.zeros((1, VOCAB), np.float32)), "logits must be"),
-    "page too large": (put("tables", (1, 1), 10**6), "page 1000000 is outside the cache"),
-    "page negative": (put("tables", (0, 0), -1), "page -1 is outside the cache"),
-    "page table too short": (swap(tables=[np.array([[4], [2]], np.int32)]), "too short for its positions"),
-    "page table without a sequence": (swap(tables=[np.array([[4, 0]], np.int32)]), "one row per sequence"),
-    "page table without columns": (swap(tables=[np.zeros((2, 0), np.int32)]), "too short"),
-    "no page table": (swap(tables=[]), "one page table"),
-    "slot too large": (put("slots", 20, 1 << 40), "outside the cache"),
-    "slot negative": (put("slots", 0, -1), "slot -1 is outside the cache"),
-    "fewer slots than tokens": (swap(slots=[np.zeros(3, np.int64)]), "as many slots"),
-    "no slots": (swap(slots=[]), "one array of slots"),
+    "page too large": (swap(tables=[table(4), table(2, 10**6)]), "page 1000000 is outside the cache"),
+    "page negative": (swap(tables=[table(-1), table(2, 5)]), "page -1 is outside the cache"),
+    "page table too short": (swap(tables=[table(4), table(2)]), "too short for its positions"),
+    "page table without pages": (swap(tables=[table(), table(2, 5)]), "too short"),
+    "page table of fewer groups": (swap(tables=[_native.PageTable(0), table(2, 5)]), "per state group"),
+    "fewer page tables than sequences": (swap(tables=[table(4)]), "one page table per sequence"),
+    "no page table": (swap(tables=[None, table(2, 5)]), "page table"),
 }
 
 
@@ -168,7 +167,7 @@ def test_activations_that_are_no_numbers_stay_in_their_sequence(isa, weights, va
     def spoil(table):
         table[7, 3] = value
 
-    session = CpuBackend(threads=1, isa=isa).session(changed(EMBEDDING, spoil), CONTEXT, weights)
+    session = CpuBackend(threads=1, isa=isa).session(changed(EMBEDDING, spoil), CONTEXT, Formats(weights=weights))
     clean, spoilt = list(range(20, 39)), [1, 2, 7, 3, 4]
     alone = session.score(Batch.of([clean]))
     assert np.isfinite(alone).all()
@@ -190,5 +189,7 @@ def test_weights_that_are_no_numbers(isa, weights, value, name):
     def spoil(weight):
         weight[5, 11] = value
 
-    logits = CpuBackend(threads=1, isa=isa).session(changed(name, spoil), CONTEXT, weights).score(Batch.of([list(range(9))]))
+    logits = (
+        CpuBackend(threads=1, isa=isa).session(changed(name, spoil), CONTEXT, Formats(weights=weights)).score(Batch.of([list(range(9))]))
+    )
     assert not np.isfinite(logits).all()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hasten import _native
+from tests.ops.packing import weight_buffer
 
 ISAS = _native.available_isas()
 FORMATS = [("bf16", 0), ("int8", 0), ("int4", 0), ("int4", 32), ("int4", 64), ("int4", 128), ("int4", 256)]
@@ -98,7 +99,7 @@ def test_levels():
 @pytest.mark.parametrize(("out", "size"), [(1, 1), (15, 31), (100, 64), (16, 100), (33, 129), (5, 257), (17, 1100)])
 def test_packing_keeps_what_the_format_can(form, group, out, size):
     dense = weights(1, out, size)
-    packed = _native.PackedWeight(form, group, dense)
+    packed = weight_buffer(form, group, dense)
     assert (packed.format, packed.group, packed.out, packed.in_, packed.panels) == (form, group, out, size, -(-out // 16))
     np.testing.assert_array_equal(packed.unpack(), packed_values(as_float(dense), form, group))
 
@@ -110,7 +111,7 @@ def test_packing_rounds_half_to_even(form, group):
     row[:: group or 257] = limit  # every group's scale is 1
     ties = [0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -3.5, 5.5, -6.5, 0.75, -limit]
     row[1 : 1 + len(ties)] = ties
-    packed = _native.PackedWeight(form, group, as_bf16(row[None]))
+    packed = weight_buffer(form, group, as_bf16(row[None]))
     np.testing.assert_array_equal(packed.unpack()[0], np.rint(row))
 
 
@@ -118,7 +119,7 @@ def test_packing_rounds_half_to_even(form, group):
 @every_format
 @pytest.mark.parametrize(("rows", "size", "out"), SHAPES)
 def test_against_numpy(isa, form, group, rows, size, out):
-    packed = _native.PackedWeight(form, group, weights(2, out, size))
+    packed = weight_buffer(form, group, weights(2, out, size))
     x = rows_of(3, rows, size)
     x[rows // 2] = 0
     if form == "bf16":
@@ -137,7 +138,7 @@ def test_zero_weights_and_rows(isa, form, group):
     dense = weights(5, 40, 200)
     dense[7] = 0
     dense[20:] = 0
-    packed = _native.PackedWeight(form, group, dense)
+    packed = weight_buffer(form, group, dense)
     for rows in (3, 20):
         y = product(isa, packed, rows_of(6, rows, 200))
         assert (y[:, 7] == 0).all()
@@ -154,7 +155,7 @@ def test_the_smallest_byte(isa, form, group, rows):
     """-128 has no positive counterpart, and -128 · ±127 twice over is what a saturating product of bytes cannot hold."""
     size = 700
     dense = as_bf16(np.where(np.arange(33)[:, None] % 2, -1.0, 1.0) * np.ones((33, size)))
-    packed = _native.PackedWeight(form, group, dense)
+    packed = weight_buffer(form, group, dense)
     q = np.full((rows, size), -128, np.int8)
     q[rows // 2, ::3] = 127
     scales = np.linspace(0.5, 2, rows).astype(np.float32)
@@ -165,7 +166,7 @@ def test_the_smallest_byte(isa, form, group, rows):
 @every_integer
 def test_the_longest_sum_is_exact(isa, form, group):
     size = 131072
-    packed = _native.PackedWeight(form, group, as_bf16(np.ones((2, size))))
+    packed = weight_buffer(form, group, as_bf16(np.ones((2, size))))
     q = np.full((17, size), -128, np.int8)
     y = product(isa, packed, q, scales=np.ones(17, np.float32))
     np.testing.assert_allclose(y, -128.0 * size, rtol=1e-4 if group else 1e-6)
@@ -176,7 +177,7 @@ def test_the_longest_sum_is_exact(isa, form, group):
 @every_format
 @pytest.mark.parametrize("size", [64, 129, 4300])
 def test_a_row_has_the_same_bits_whatever_the_batch(isa, form, group, size):
-    packed = _native.PackedWeight(form, group, weights(7, 87, size))
+    packed = weight_buffer(form, group, weights(7, 87, size))
     x = rows_of(8, 600, size)
     bias = np.linspace(-1, 1, 87).astype(np.float32)
     alone = np.concatenate([product(isa, packed, x[i : i + 1], bias) for i in range(40)])
@@ -193,7 +194,7 @@ def test_a_row_has_the_same_bits_whatever_the_batch(isa, form, group, size):
 @every_format
 @pytest.mark.parametrize("rows", [1, 3, 17, 40])
 def test_cutting_into_panels_keeps_the_bits_and_the_rest(isa, form, group, rows):
-    packed = _native.PackedWeight(form, group, weights(9, 150, 300))
+    packed = weight_buffer(form, group, weights(9, 150, 300))
     x = rows_of(10, rows, 300)
     bias = np.linspace(-1, 1, 150).astype(np.float32)
     whole = product(isa, packed, x, bias)
@@ -209,7 +210,7 @@ def test_cutting_into_panels_keeps_the_bits_and_the_rest(isa, form, group, rows)
 @every_integer
 @pytest.mark.parametrize(("rows", "size", "out"), SHAPES)
 def test_integers_have_the_same_bits_at_every_level(form, group, rows, size, out):
-    packed = _native.PackedWeight(form, group, weights(11, out, size))
+    packed = weight_buffer(form, group, weights(11, out, size))
     x = rows_of(12, rows, size)
     bias = np.random.default_rng(13).normal(size=out).astype(np.float32)
     for given in (None, bias):
@@ -255,20 +256,27 @@ def test_activations_round_half_to_even_and_keep_what_is_not_a_number(isa):
     for odd in (np.nan, np.inf):
         _, scales = _native.quantize_rows(isa, np.array([[1, odd, 2]], np.float32), 3)
         assert not np.isfinite(scales[0])
-        packed = _native.PackedWeight("int8", 0, as_bf16(np.ones((3, 3))))
+        packed = weight_buffer("int8", 0, as_bf16(np.ones((3, 3))))
         assert not np.isfinite(product(isa, packed, np.array([[1, odd, 2]], np.float32))).any()
 
 
 def test_what_does_not_fit_is_refused():
     dense = weights(16, 20, 50)
-    packed = _native.PackedWeight("int8", 0, dense)
+    packed = weight_buffer("int8", 0, dense)
     x, y = np.zeros((2, 50), np.float32), np.zeros((2, 20), np.float32)
-    for arguments in [("fp8", 0, dense), ("bf16", 128, dense), ("int4", 48, dense), ("int4", -128, dense), ("int4", 2048, dense)]:
+    for arguments in [
+        ("int5", 0, dense),
+        ("bf16", 128, dense),
+        ("f16", 32, dense),
+        ("int4", 48, dense),
+        ("int4", -128, dense),
+        ("int4", 2048, dense),
+    ]:
         with pytest.raises(ValueError, match="accepted"):
-            _native.PackedWeight(*arguments)
-    for wrong in (dense.astype(np.float32), dense[0], dense[:, ::2], np.zeros((0, 3), np.uint16), np.zeros((1, 131073), np.uint16)):
+            weight_buffer(*arguments)
+    for wrong in (dense.astype(np.float64), dense[:, ::2], np.zeros((0, 3), np.uint16), np.zeros((1, 131073), np.uint16)):
         with pytest.raises(ValueError):
-            _native.PackedWeight("int8", 0, wrong)
+            weight_buffer("int8", 0, wrong)
     good = {"isa": "generic", "weight": packed, "x": x, "bias": None, "first_panel": 0, "last_panel": 2, "out": y}
     _native.linear(**good)
     for wrong in [

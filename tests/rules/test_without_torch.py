@@ -4,7 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
+from hasten.families import find_family
+from tests.families.transformer_xl_oracle import random_checkpoint
 
 BLOCKED = "import sys; sys.modules['torch'] = None; from hasten.cli import main; main()"
 
@@ -34,7 +39,6 @@ def test_generates_and_evaluates_natively(weights):
     "arguments",
     [
         ("generate", "code-8m", "-p", "x", "--backend", "reference"),
-        ("generate", "random:gpt2", "--token-ids", "1", "-n", "1"),
         ("eval", "code-8m", "--limit", "10", "--backend", "reference"),
     ],
 )
@@ -45,3 +49,14 @@ def test_names_the_extra_to_install(arguments):
     line = result.stderr.splitlines()[-1]
     assert "hasten[torch]" in line
     assert "reference" in line
+
+
+def test_a_model_that_needs_reference_names_the_extra_too(tmp_path):
+    """Transformer-XL, whose relative attention has no native kernel, written without torch."""
+    full, weights = random_checkpoint(find_family("transfo-xl").examples[0], 0)
+    save_file({name: np.ascontiguousarray(weight, np.float32) for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(full))
+    result = hasten("generate", str(tmp_path), "--token-ids", "1", "-n", "1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "AttendRelative" in result.stderr
+    assert "hasten[torch]" in result.stderr.splitlines()[-1]

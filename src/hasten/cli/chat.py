@@ -22,12 +22,14 @@ def chat(
     seed: options.Seed = None,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    activations: options.ActivationsOption = None,
 ) -> None:
     """Chat in the terminal. /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."""
     from hasten.engine import LLM, SamplingParams
     from hasten.engine.chat import render_chat
+    from hasten.program import Formats
 
-    llm = LLM(model, backend=backend, weights=weights)
+    llm = LLM(model, backend=backend, formats=Formats(weights, activations))
     notify(llm.notice)
     tokenizer = llm.model.text_tokenizer()
     template = tokenizer.chat_template

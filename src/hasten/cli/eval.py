@@ -26,6 +26,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many tokens.")] = None,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    activations: options.ActivationsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Token loss (nats), perplexity and top-1 accuracy."""
@@ -35,9 +36,10 @@ def evaluate(
     from hasten.checkpoint import load
     from hasten.engine.llm import choose_backend
     from hasten.measure import Evaluation, cut_windows, held_out, read_corpus, score_windows
+    from hasten.program import Formats
 
-    loaded = load(model)
-    backend, notice = choose_backend(loaded, backend, weights)
+    loaded, formats = load(model), Formats(weights, activations)
+    backend, notice = choose_backend(loaded, backend, formats)
     notify(notice)
     window = min(512, loaded.spec.context) if window is None else window
     corpus = held_out() if text is None else read_corpus(text)
@@ -46,7 +48,7 @@ def evaluate(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"scoring {windows.tokens:,} tokens", total=windows.tokens)
-        for score in score_windows(loaded, windows, window=window, backend=backend, weights=weights):
+        for score in score_windows(loaded, windows, window=window, backend=backend, formats=formats):
             scores.append(score)
             progress.advance(task, score.tokens)
     seconds = time.perf_counter() - began
@@ -56,7 +58,7 @@ def evaluate(
         "skipped": corpus.skipped, "window": window, "loss": result.loss,
         "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,  # JSON has no infinity
         "top1": result.top1, "tokens": result.tokens, "seconds": seconds,
-        "backend": backend, "weights": weights,
+        "backend": backend, "weights": weights, "activations": activations,
     }  # fmt: skip
     if text is None and limit is None:
         facts |= compare_with_card(model, corpus.sha256, result.loss)

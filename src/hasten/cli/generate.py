@@ -33,12 +33,14 @@ def generate(
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
+    activations: options.ActivationsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it comes."""
     if (prompt is None) == (token_ids is None):
         raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, or --token-ids 1,2,3")
     from hasten.engine import LLM, SamplingParams
+    from hasten.program import Formats
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -47,7 +49,7 @@ def generate(
     )  # fmt: skip
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
-    llm = LLM(model, backend=backend, weights=weights)
+    llm = LLM(model, backend=backend, formats=Formats(weights, activations))
     notify(llm.notice)
     if text is not None:
         given = llm.encode(text)

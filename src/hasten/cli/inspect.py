@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.base.errors import one_line
-from hasten.cli.options import JsonOption, ModelArgument
+from hasten.base.errors import ConfigError, one_line
+from hasten.cli.options import ActivationsOption, JsonOption, ModelArgument, WeightsOption
 from hasten.cli.terminal import visible_line
 
 if TYPE_CHECKING:
@@ -19,16 +19,27 @@ if TYPE_CHECKING:
 def inspect(
     model: ModelArgument,
     program: Annotated[bool, typer.Option("--program", help="Print the ops the model lowers to.")] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Print the ops as the native backend plays them, joined.")] = False,
+    weights: WeightsOption = None,
+    activations: ActivationsOption = None,
     spec: Annotated[bool, typer.Option("--spec", help="Print the Spec as JSON.")] = False,
     load_all: Annotated[bool, typer.Option("--load", help="Read (or make) every weight, and say how long that took.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Spec, bytes by part, cache cost, provenance."""
     from hasten.checkpoint import load
-    from hasten.program import lower
+    from hasten.program import Formats, lower
 
+    formats = Formats(weights, activations)
+    if formats != Formats() and not fused:
+        raise ConfigError("--weights and --activations choose formats of the native backend's program; give --fused to print that")
     loaded = load(model)
     lowered = lower(loaded.spec, cache="bfloat16")
+    if fused:
+        from hasten.backends.cpu import native_program
+
+        typer.echo(native_program(loaded.spec, formats=formats).text(), nl=False)
+        return
     if program:
         typer.echo(lowered.text(), nl=False)
         return

@@ -9,7 +9,14 @@ ModelArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model: cpu (native), reference (torch), or auto.")]
-WeightsOption = Annotated[str | None, typer.Option("--weights", help="How the native backend stores linear layers: bf16, int8 or int4.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="How linear layers are stored: bf16, int8, int4, int3, int2, fp8, f16, f32, or a variant: int4-g64."),
+]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option("--activations", help="What linear layers are fed: bf16, or int8 per token; int8 for weights of integers unless given."),
+]
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own distribution.")]

@@ -14,7 +14,7 @@ from hasten.engine.detokenize import Detokenizer, byte_token_ids
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
 from hasten.model import Model, find_backend, load_backend
-from hasten.program import Batch, lowering_contexts, token_array
+from hasten.program import Batch, Formats, lowering_contexts, token_array
 
 Prompt = str | Sequence[int]
 
@@ -51,14 +51,14 @@ class LLM:
 
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
     own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a user should know of the choice;
-    ``weights`` is how the native backend stores linear layers: bf16, int8 or int4."""
+    ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless given."""
 
     def __init__(
         self,
         model: str | Path | Model,
         *,
         backend: str = AUTO,
-        weights: str | None = None,
+        formats: Formats | None = None,
         context: int | None = None,
         max_sequences: int = 16,
     ) -> None:
@@ -70,8 +70,8 @@ class LLM:
         if max_sequences < 1:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
-        self.backend, self.notice = choose_backend(self.model, backend, weights)
-        self._weights = weights
+        self.backend, self.notice = choose_backend(self.model, backend, formats)
+        self._formats = formats
         self._contexts = lowering_contexts(self.model.spec, self.context)
         self._sessions: dict[int, Session] = {}
 
@@ -143,7 +143,7 @@ class LLM:
 
     def _session(self, context: int) -> Session:
         if context not in self._sessions:
-            self._sessions[context] = open_session(self.model, self.backend, context, self._weights)
+            self._sessions[context] = open_session(self.model, self.backend, context, self._formats)
         return self._sessions[context]
 
     def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
@@ -175,7 +175,7 @@ class Scorer(Protocol):
         ...
 
 
-def choose_backend(model: Model, backend: str = AUTO, weights: str | None = None) -> tuple[str, str]:
+def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = None) -> tuple[str, str]:
     """The backend to take, and what to tell the user about it ('' where there is nothing to tell).
 
     'auto' takes the native backend where it has every kernel, else the reference. Raises UnsupportedError for an unknown name, or for
@@ -186,26 +186,29 @@ def choose_backend(model: Model, backend: str = AUTO, weights: str | None = None
     missing = load_backend("cpu").refusals(model)
     if not missing:
         return "cpu", ""
-    if weights is not None:
-        raise UnsupportedError(f"weights {weights} need the native backend, which has no kernel for {', '.join(missing)} of {model.name}")
+    if formats is not None and formats.weights is not None:
+        raise UnsupportedError(
+            f"weights {formats.weights} pay on the native backend, which has no kernel for {', '.join(missing)} of {model.name}; "
+            "--backend reference plays what they mean, no faster"
+        )
     return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
 
 
-def open_session(model: Model, backend: str, context: int, weights: str | None = None) -> Session:
+def open_session(model: Model, backend: str, context: int, formats: Formats | None = None) -> Session:
     """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
-    session: Session = _open(model, backend, context, weights)
+    session: Session = _open(model, backend, context, formats)
     return session
 
 
-def open_scorer(model: Model, backend: str, context: int, weights: str | None = None) -> Scorer:
+def open_scorer(model: Model, backend: str, context: int, formats: Formats | None = None) -> Scorer:
     """The same, for scoring."""
-    scorer: Scorer = _open(model, backend, context, weights)
+    scorer: Scorer = _open(model, backend, context, formats)
     return scorer
 
 
-def _open(model: Model, backend: str, context: int, weights: str | None) -> Any:
+def _open(model: Model, backend: str, context: int, formats: Formats | None) -> Any:
     try:
-        return load_backend(backend).session(model, context, weights)
+        return load_backend(backend).session(model, context, formats)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

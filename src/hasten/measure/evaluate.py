@@ -10,7 +10,7 @@ from hasten.base.errors import ConfigError, UserError
 from hasten.engine.llm import open_scorer
 from hasten.measure.text import Corpus
 from hasten.model import Model
-from hasten.program import Batch
+from hasten.program import Batch, Formats
 
 _LOGITS_BYTES = 256 << 20  # of float32 logits that one batch of windows may take
 
@@ -81,12 +81,12 @@ def cut_windows(model: Model, corpus: Corpus, window: int = 512, limit: int | No
 
 
 def score_windows(
-    model: Model, windows: Windows, *, window: int = 512, backend: str = "reference", weights: str | None = None
+    model: Model, windows: Windows, *, window: int = 512, backend: str = "reference", formats: Formats | None = None
 ) -> Iterator[Score]:
     """Score the windows, a batch at a time; a batch takes as many windows as fit a fixed budget of logits.
 
     Raises UserError naming the model where its logits are not finite."""
-    scorer = open_scorer(model, backend, window, weights)
+    scorer = open_scorer(model, backend, window, formats)
     together = max(1, _LOGITS_BYTES // (4 * model.spec.vocab * window))
     ordered = sorted(windows.windows, key=len, reverse=True)  # equal lengths run together
     for begin in range(0, len(ordered), together):

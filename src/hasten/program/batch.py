@@ -15,8 +15,8 @@ Int32 = NDArray[np.int32]
 class Batch:
     """Sequences laid end to end.
 
-    tokens, positions [T]; offsets [S + 1], where sequence s owns rows offsets[s] to offsets[s + 1]; rows [R], the rows whose logits are
-    wanted. Positions of one sequence are consecutive, and continue what its state already holds."""
+    tokens, positions [T]; offsets [S + 1], where sequence s owns rows offsets[s] to offsets[s + 1]; rows [R], rising, the rows whose
+    logits are wanted. Positions of one sequence are consecutive, and continue what its state already holds."""
 
     tokens: Int32
     positions: Int32

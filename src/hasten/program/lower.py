@@ -178,12 +178,14 @@ class _Builder:
         return y
 
     def fed(self, x: str, weight: Param) -> tuple[str, In | None]:
-        """x as the product with ``weight`` reads it: in the compute dtype, or rounded to int8 with the rows' scales."""
+        """x as the product with ``weight`` reads it: in the compute dtype, rounded to bfloat16, or to int8 with the rows' scales."""
         form = self.formats.activations.get(weight, "none")
         if form == "none":
             return self.cast(x, self.precision.compute), None
+        if form == "bf16":
+            return self.cast(x, "bfloat16"), None
         if form != "int8":
-            raise UnsupportedError(f"{weight}: activation format {one_line(form)} is not supported; accepted are none, int8")
+            raise UnsupportedError(f"{weight}: activation format {one_line(form)} is not supported; accepted are none, bf16, int8")
         name = f"{x}.int8"
         if name not in self.values:  # several products may read one rounding
             features = self.values[x].features

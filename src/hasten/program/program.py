@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.program.fused import Fused
 from hasten.program.ops import Attend, AttendRelative, AttentionMap, AttentionMapRelative, Op, Out, Param, StateRef
 from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
 
@@ -199,7 +200,7 @@ class Program:
         return first, second
 
     def text(self) -> str:
-        """The Program for people: sizes, state, then one line per op."""
+        """The Program for people: sizes, state, then one line per op; under a fused op, one per part."""
         lines = [
             "# T tokens, S sequences, R logit rows, C context",
             f"# {len(self.ops)} ops, {len(self.params)} weights, context {self.context}",
@@ -208,12 +209,16 @@ class Program:
         ]
         for layer in self.layers:
             lines.append(f"{layer.label}:")
-            lines.extend("  " + self._op_text(op) for op in self.ops[layer.start : layer.stop])
+            for op in self.ops[layer.start : layer.stop]:
+                lines.append("  " + self._op_text(op, self.values))
+                if isinstance(op, Fused):
+                    types = {**self.values, **dict(op.inner)}
+                    lines.extend("    " + self._op_text(part, types) for part in op.parts)
         lines.append(f"return {', '.join(self.outputs)}")
         return "\n".join(lines) + "\n"
 
-    def _op_text(self, op: Op) -> str:
-        made = ", ".join(f"{name}: {self.values[name]}" for name in op.outputs)
+    def _op_text(self, op: Op, types: Mapping[str, Value]) -> str:
+        made = ", ".join(f"{name}: {types[name]}" for name in op.outputs)
         weights = [f"{name}{list(self.params[name])}" for name in op.params]
         states = [f"@{ref.group}[{ref.slot}]" for ref in op.state_refs]
         defaults = {f.name: f.default for f in dataclasses.fields(op)}

@@ -1,5 +1,6 @@
 """The native backend as an engine sees it."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,15 +8,15 @@ from numpy.typing import NDArray
 
 from hasten import _native
 from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator
-from hasten.backends.cpu.compile import Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
 from hasten.base import hardware
-from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError
 from hasten.model import Model
-from hasten.program import Batch, LinearFormats, Program, lower, ops
+from hasten.program import Batch, Formats, Program, fuse, linear_formats, lower
+from hasten.spec import Spec
 
 PAGE = 16  # tokens
 STEP_TOKENS = 512  # most tokens of one native step; longer batches are played in several
-FORMATS = ("bf16", "int8", "int4")
 
 
 class CpuBackend:
@@ -32,15 +33,9 @@ class CpuBackend:
         formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
         return (*unsupported_ops(lower(model.spec)), *formats)
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None) -> "CpuSession":
-        """The model packed for this machine, for sequences of up to ``context`` tokens.
-
-        ``weights`` is how linear layers are stored: bf16 (unless given), or int8 or int4 with activations rounded to int8 per token."""
-        weights = weights or "bf16"
-        if weights not in FORMATS:
-            raise UnsupportedError(f"weights {one_line(weights)} are not supported; accepted are {', '.join(FORMATS)}")
-        formats = choose_formats(lower(model.spec, context=context), weights)
-        program = lower(model.spec, context=context, formats=formats, cache="bfloat16")
+    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "CpuSession":
+        """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise."""
+        program = native_program(model.spec, context, formats)
         pages = _page_counts(program)
         compiled = compile_program(
             program, model.weights, _native.ThreadPool(self.threads), isa=self.isa,
@@ -56,14 +51,11 @@ class CpuBackend:
         return self.session(model, len(batch.tokens)).score(batch)
 
 
-def choose_formats(program: Program, weights: str) -> LinearFormats:
-    """Every linear layer in ``weights``, the head in int8 where that is narrower, the embedding as it is."""
-    if weights == "bf16":
-        return LinearFormats()
-    linear = [op for op in program.ops if isinstance(op, ops.Linear)]
-    return LinearFormats(
-        weights={op.weight: "int8" if op.y == "logits" else weights for op in linear}, activations={op.weight: "int8" for op in linear}
-    )
+def native_program(spec: Spec, context: int | None = None, formats: Formats | None = None) -> Program:
+    """What a session compiles: the Program with formats chosen and ops fused. Raises UnsupportedError for formats nobody has."""
+    formats = formats or Formats()
+    linear = linear_formats(lower(spec, context=context), dataclasses.replace(formats, weights=formats.weights or "bf16"))
+    return fuse(lower(spec, context=context, formats=linear, cache=formats.cache or "bfloat16"), IN_CHAINS)
 
 
 def _page_counts(program: Program) -> Mapping[str, int]:
@@ -81,7 +73,6 @@ class CpuSession:
         self.program, self.compiled = program, compiled
         self.allocators = [PageAllocator(pool.pages) for pool in compiled.pools]
         self.vocab = program.values["logits"].features[-1]
-        self.most_tokens = min(STEP_TOKENS, program.context)
 
     def start(self, sequences: int) -> CpuState:
         """The state of sequences that have seen nothing."""
@@ -92,56 +83,30 @@ class CpuSession:
         return self.step(batch, self.start(len(batch.offsets) - 1))[0]
 
     def step(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState]:
-        """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer)."""
-        self._check(batch)
-        offsets = batch.offsets
-        starts = batch.positions[offsets[:-1]] if len(batch.tokens) else batch.positions[:0]
-        for index, (sequence, start) in enumerate(zip(state.sequences, starts, strict=True)):
-            if sequence.length != start:
-                raise ConfigError(f"sequence {index} goes on at position {start}, but {sequence.length} of its tokens are cached")
+        """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer).
+
+        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed then."""
+        sequences, bounds = state.sequences, batch.offsets.tolist()
+        if len(bounds) - 1 != len(sequences):
+            raise ConfigError(f"a batch of {len(bounds) - 1} sequences does not go on from a state of {len(sequences)}")
+        lengths = []
+        for index, sequence in enumerate(sequences):
+            start, stop = sequence.length, sequence.length + bounds[index + 1] - bounds[index]
+            if batch.positions[bounds[index]] != start:
+                said = int(batch.positions[bounds[index]])
+                raise ConfigError(f"sequence {index} goes on at position {said}, but {start} of its tokens are cached")
+            if stop > self.program.context:
+                longest = self.program.context
+                raise ConfigError(f"position {stop - 1} is beyond the context of {longest} tokens; shorten the input")
+            lengths.append(stop)
+        for sequence, length in zip(sequences, lengths):
+            sequence.grow(length)
         logits = np.empty((len(batch.rows), self.vocab), np.float32)
-        for begin in range(0, len(batch.tokens), self.most_tokens):
-            self._play(batch, state, begin, min(begin + self.most_tokens, len(batch.tokens)), logits)
+        tables = [sequence.table for sequence in sequences]
+        try:
+            self.compiled.tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for sequence, length in zip(sequences, lengths):
+            sequence.length = length
         return logits, state
-
-    def _check(self, batch: Batch) -> None:
-        """The native step refuses these too, but not in words for a user."""
-        if len(batch.tokens) and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < self.vocab:
-            raise ConfigError(f"token id {int(batch.tokens.max())} is outside the vocabulary; accepted are 0 to {self.vocab - 1}")
-        if len(batch.positions) and int(batch.positions.max()) >= self.program.context:
-            longest = self.program.context
-            raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {longest} tokens; shorten the input")
-
-    def _play(self, batch: Batch, state: CpuState, begin: int, end: int, logits: NDArray[np.float32]) -> None:
-        """One native step over rows [begin, end) of the batch."""
-        first = int(np.searchsorted(batch.offsets, begin, side="right")) - 1
-        last = int(np.searchsorted(batch.offsets, end, side="left"))
-        offsets = np.clip(batch.offsets[first : last + 1], begin, end) - begin
-        positions = batch.positions[begin:end]
-        sequences = state.sequences[first:last]
-        for sequence, stop in zip(sequences, offsets[1:]):
-            sequence.grow(int(positions[stop - 1]) + 1)
-        owner = np.repeat(np.arange(len(sequences)), np.diff(offsets))
-        slots, tables = [], []
-        for group in range(len(self.allocators)):
-            width = max(len(sequence.pages[group]) for sequence in sequences)
-            table = np.zeros((len(sequences), width), np.int32)
-            for row, sequence in enumerate(sequences):
-                table[row, : len(sequence.pages[group])] = sequence.pages[group]
-            tables.append(table)
-            slots.append(table[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE)
-        wanted = np.flatnonzero((batch.rows >= begin) & (batch.rows < end))
-        made = np.empty((len(wanted), self.vocab), np.float32)
-        rows = (batch.rows[wanted] - begin).astype(np.int32)
-        self.compiled.tape.run(
-            np.ascontiguousarray(batch.tokens[begin:end]),
-            np.ascontiguousarray(positions),
-            offsets.astype(np.int32),
-            rows,
-            slots,
-            tables,
-            made,
-        )
-        logits[wanted] = made
-        for sequence, stop in zip(sequences, offsets[1:]):
-            sequence.length = int(positions[stop - 1]) + 1

@@ -4,6 +4,7 @@ import dataclasses
 import weakref
 from collections.abc import Sequence
 
+from hasten import _native
 from hasten.base.errors import UserError
 
 
@@ -34,20 +35,22 @@ class CachedSequence:
     """One sequence's pages in every group, and how many of its tokens are there. Its pages go back when nobody refers to it."""
 
     def __init__(self, allocators: Sequence[PageAllocator], page: int) -> None:
-        self.length, self._page, self._allocators = 0, page, tuple(allocators)
-        self.pages: tuple[list[int], ...] = tuple([] for _ in allocators)
-        weakref.finalize(self, _give_back, self._allocators, self.pages)
+        self.length, self._room, self._page, self._allocators = 0, 0, page, tuple(allocators)
+        self.table = _native.PageTable(len(self._allocators))
+        weakref.finalize(self, _give_back, self._allocators, self.table)
 
     def grow(self, length: int) -> None:
         """Hold pages for ``length`` tokens."""
-        for pages, allocator in zip(self.pages, self._allocators):
-            while len(pages) * self._page < length:
-                pages.append(allocator.take())
+        while self._room < length:
+            for group, allocator in enumerate(self._allocators):
+                if len(self.table.pages(group)) * self._page == self._room:  # not yet taken before another pool ran out
+                    self.table.append(group, allocator.take())
+            self._room += self._page
 
 
-def _give_back(allocators: tuple[PageAllocator, ...], pages: tuple[list[int], ...]) -> None:
-    for allocator, held in zip(allocators, pages):
-        allocator.give_back(held)
+def _give_back(allocators: tuple[PageAllocator, ...], table: _native.PageTable) -> None:
+    for group, allocator in enumerate(allocators):
+        allocator.give_back(table.pages(group))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,29 +1,44 @@
 """Compiling: a Program and its weights → a native tape. Kernels resolved, places fixed, weights packed, once."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
 from hasten import _native
-from hasten.backends.cpu.arena import Arena
-from hasten.base.errors import UnsupportedError
+from hasten.backends.cpu.arena import ALIGNMENT, Arena
+from hasten.backends.cpu.experts import ExpertPlaces
+from hasten.backends.cpu.rows import ELEMENT_BYTES, FEEDS, format_of, padded_width, row_stride
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.weights import Array, Weights
-from hasten.program import KvGroup, Program, ops
-from hasten.spec import Causal, SlidingWindow
+from hasten.program import KvGroup, LatentGroup, Products, Program, RowChain, Value, ops, unfuse
+from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
+FED = ".fed"  # beside the values of an op: its own copy of what it reads
 LOGITS = -1  # the place that is the caller's array
-GROUP = 128  # k per int4 scale
+BLOCK = -2  # and down: places in a thread's own block, inside a chain
 KERNELS = (
-    ops.Embed, ops.RmsNorm, ops.QuantizeRows, ops.Linear, ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Gate, ops.SelectRows,
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.HeadLinear, ops.Rotate, ops.AppendKv,
+    ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast,
+    ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine,
 )  # fmt: skip
+IN_CHAINS = (
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Cast, ops.Rotate, ops.AppendKv, ops.Add, ops.Scale,
+    ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.SelectRows,
+)  # fmt: skip
+"""Ops that the tape can play on a block of rows (RowOp in native/src/row_op.hpp)."""
+CHAIN_BYTES = 64 << 10  # of a block's inner values: they and the rows around them stay in a core's second-level cache
+CHAIN_ROWS = 16  # most rows of a block
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
 
 def unsupported_ops(program: Program) -> tuple[str, ...]:
     """What ``program`` needs and no native kernel does, each once, with the reason; empty where it can be compiled."""
-    reasons = dict.fromkeys(reason for op in program.ops if (reason := _refusal(program, op)))
+    plain = unfuse(program)
+    reasons = dict.fromkeys(reason for op in plain.ops if (reason := _refusal(plain, op)))
     return tuple(reasons)
 
 
@@ -32,22 +47,20 @@ def _refusal(program: Program, op: ops.Op) -> str:
     if not isinstance(op, KERNELS):
         return name
     match op:
-        case ops.Gate(activation=activation) if not isinstance(activation, str):
-            return f"Gate with {type(activation).__name__}"
-        case ops.Gate() if program.values[op.gate].features != program.values[op.up].features:
-            return "Gate with one number a row"
+        case ops.Gate(activation=ClampedSwiglu()) if program.values[op.gate].features != program.values[op.up].features:
+            return "Gate with ClampedSwiglu of one number a row"
+        case ops.Cast() if program.values[op.x].dtype != "float32" or op.dtype not in {"float32", "bfloat16"}:
+            return f"Cast from {program.values[op.x].dtype} to {op.dtype}"
         case ops.Attend(visible=visible) if not isinstance(visible, Causal | SlidingWindow):
             return f"Attend under {type(visible).__name__}"
-        case ops.Attend() | ops.AppendKv() if not isinstance(program.state(op.state.group), KvGroup):
-            return f"{name} over latent rows"
-    if any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
+    if not isinstance(op, ops.Cast) and any(program.values[value].dtype not in NATIVE_DTYPES for value in op.outputs):
         return f"{name} in {program.values[op.outputs[0]].dtype}"
     return ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step."""
+    """A tape and the page pools it writes to, in the order of the Program's state groups; a one-token step reads ``weight_bytes``."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]
@@ -71,28 +84,27 @@ class _Compiler:
 
     def __init__(self, program: Program, weights: Weights, pool: _native.ThreadPool, most_tokens: int) -> None:
         self.program, self.weights, self.pool, self.most_tokens = program, weights, pool, most_tokens
+        self.plain = unfuse(program)
+        self.values = self.plain.values  # those inside chains too
         self.arena = Arena()
-        self.places: dict[str, int] = {"logits": LOGITS}
-        self.fed: dict[str, int] = {}  # value → where its bf16 rows lie
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
+        self.places = dict.fromkeys(self._become_logits(), LOGITS)
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
-        self.done: set[str] = set()  # values whose bf16 rows are on the tape
+        self.experts = ExpertPlaces(program, self.arena, most_tokens)
         self.weight_bytes = 0
 
     def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
         program = self.program
-        for op in program.ops:  # tables are written before the first op, so nothing may have lain where they lie
+        for op in self.plain.ops:  # tables are written before the first op, so nothing may have lain where they lie
             if isinstance(op, ops.Rotate) and (key := (op.frequencies, op.magnitude)) not in self.tables:
                 size = self.most_tokens * (op.dims // 2) * 4
                 self.tables[key] = self.arena.take(size), self.arena.take(size)
         places = [self._plan(index, op) for index, op in enumerate(program.ops)]
         vocab = program.values["logits"].features[-1]
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
-        groups = [group for group in program.states if isinstance(group, KvGroup)]
-        pools = tuple(
-            _native.PagePool(group.layers, pages[group.name], page, group.kv_heads, group.key_dim, group.value_dim) for group in groups
-        )
+        groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
+        pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
         self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
         for (frequencies, magnitude), (cos, sin) in self.tables.items():
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
@@ -102,27 +114,39 @@ class _Compiler:
 
     # --- first: where everything lies
 
+    def _become_logits(self) -> list[str]:
+        """The logits, and what they are made from in place: a row of them may be a megabyte."""
+        names, last_use = ["logits"], {name: index for index, op in enumerate(self.plain.ops) for name in op.inputs}
+        for index, op in reversed([*enumerate(self.plain.ops)]):
+            if isinstance(op, ops.Scale | ops.SoftCap) and op.y == names[-1] and last_use[op.x] == index:
+                names.append(op.x)
+        return names
+
     def _plan(self, index: int, op: ops.Op) -> dict[str, int]:
         """Take places for what ``op`` makes; give back those of values nobody reads any more."""
         made = {name: self._take(name) for name in op.outputs if name not in self.places}
         self.places.update(made)
-        if isinstance(op, ops.Linear) and op.scale is None and op.x not in self.fed:
-            self.fed[op.x] = self.arena.take(self._tile_rows() * _stride(self._width(op.x), 2) * 2)
+        self.experts.plan(op)
         where = {name: self.places[name] for name in (*op.inputs, *op.outputs)}
+        if isinstance(op, RowChain):
+            where |= _block(op).places
+        if isinstance(op, ops.HeadLinear):  # its bf16 rows are padded head by head, so nobody else reads them
+            where[FED] = self.arena.take(self._tile_rows() * op.heads * row_stride(self._width(op.x) // op.heads, 2) * 2)
+            self.arena.give_back(where[FED])
         for name in {*op.inputs, *op.outputs}:
             if self.last_use[name] == index and self.places[name] != LOGITS:
                 self.arena.give_back(self.places[name])
-                if name in self.fed:
-                    self.arena.give_back(self.fed[name])
+                self.experts.give_back(name)
         return where
 
     def _take(self, name: str) -> int:
-        if self.program.values[name].dtype == "int8":
-            return self.arena.take(self._tile_rows() * _stride(self._width(name), 1))
-        return self.arena.take(self._tile_rows() * self._width(name) * 4)
+        return self.arena.take(self._tile_rows() * _row_bytes(self.values[name]))
 
     def _width(self, name: str) -> int:
-        return self.program.values[name].features[-1]
+        return self.values[name].features[-1]
+
+    def _numbers(self, name: str) -> int:
+        return math.prod(self.values[name].features)
 
     def _tile_rows(self) -> int:
         """A tile reads 16 rows, whatever the batch."""
@@ -131,8 +155,18 @@ class _Compiler:
     # --- then: the ops
 
     def _emit(self, tape: _native.Tape, op: ops.Op, at: dict[str, int]) -> None:
-        values, params = self.program.values, self.program.params
+        values, params = self.values, self.program.params
         match op:
+            case RowChain():
+                tape.open_chain(_block(op).rows, _block(op).size)
+                for part in op.parts:
+                    self._emit(tape, part, at)
+                tape.close()
+            case Products():
+                tape.open_products()
+                for part in op.parts:
+                    self._emit(tape, part, at)
+                tape.close()
             case ops.Embed():
                 tape.embed(_bf16(self.weights.array(op.weight)), op.scale, at[op.y])
             case ops.RmsNorm():
@@ -140,11 +174,21 @@ class _Compiler:
                 tape.rms_norm(
                     values[op.x].rows == "R", at[op.x], at[op.y], n, op.group, _floats(self.weights.array(op.weight)), op.eps, op.offset
                 )
+            case ops.EmbedPositions():
+                tape.embed_positions(self._positions(op), at[op.y])
+            case ops.LayerNorm():
+                weight, bias = _floats(self.weights.array(op.weight)), [] if op.bias is None else _floats(self.weights.array(op.bias))
+                tape.layer_norm(values[op.x].rows == "R", at[op.x], at[op.y], self._width(op.x), op.group, weight, bias, op.eps)
             case ops.QuantizeRows():
-                n = self._width(op.x)
-                tape.feed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], n, _padded(n), _stride(n, 1), True)
+                self._emit_feed(tape, op.x, at[op.x], at[op.q], at[op.scale])
+            case ops.Cast(dtype="bfloat16"):
+                self._emit_feed(tape, op.x, at[op.x], at[op.y], None)
             case ops.Linear():
                 self._emit_linear(tape, op, at)
+            case ops.HeadLinear():
+                n = self._width(op.x) // op.heads
+                tape.feed_heads(at[op.x], at[FED], op.heads, n, padded_width(n), row_stride(n, 2))
+                tape.head_linear(self._head_weights(op), at[FED], at[op.y], row_stride(n, 2))
             case ops.Rotate():
                 cos, sin = self.tables[op.frequencies, op.magnitude]
                 head_dim = values[op.x].features[-1] // op.heads
@@ -159,47 +203,135 @@ class _Compiler:
                 )  # fmt: skip
             case ops.Add():
                 tape.add(at[op.a], at[op.b], at[op.y], values[op.y].features[-1])
+            case ops.Scale():
+                tape.scale(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.factor)
+            case ops.Clip():
+                tape.clip(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.limit)
+            case ops.SoftCap():
+                tape.soft_cap(values[op.x].rows == "R", at[op.x], at[op.y], self._numbers(op.x), op.cap)
+            case ops.Activate():
+                tape.activate(values[op.x].rows == "R", op.activation, at[op.x], at[op.y], self._numbers(op.x))
+            case ops.Gate(activation=ClampedSwiglu() as swiglu):
+                tape.clamped_swiglu(at[op.gate], at[op.up], at[op.y], self._numbers(op.y), swiglu.alpha, swiglu.limit)
+            case ops.Gate() if values[op.gate].features != values[op.up].features:
+                tape.gate_rows(str(op.activation), at[op.gate], at[op.up], at[op.y], self._numbers(op.y))
             case ops.Gate():
-                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], values[op.y].features[-1])
+                tape.gate(str(op.activation), at[op.gate], at[op.up], at[op.y], self._numbers(op.y))
+            case ops.Split() | ops.HeadSplit():
+                starts = itertools.accumulate(op.sizes, initial=0)
+                parts = [(at[op.x], at[y], size, sum(op.sizes), start, size, 0) for y, size, start in zip(op.ys, op.sizes, starts)]
+                tape.copy_features(values[op.x].rows == "R", op.heads if isinstance(op, ops.HeadSplit) else 1, parts)
+            case ops.Concat():
+                sizes = [self._width(x) // op.heads for x in op.xs]
+                starts = itertools.accumulate(sizes, initial=0)
+                parts = [(at[x], at[op.y], size, size, 0, sum(sizes), start) for x, size, start in zip(op.xs, sizes, starts)]
+                tape.copy_features(values[op.y].rows == "R", op.heads, parts)
+            case ops.Cast():  # to the float32 that it is in
+                n = self._numbers(op.x)
+                tape.copy_features(values[op.x].rows == "R", 1, [(at[op.x], at[op.y], n, n, 0, n, 0)])
             case ops.SelectRows():
                 tape.select_rows(at[op.x], at[op.y], values[op.y].features[-1])
+            case ops.Route():
+                correction = [] if op.correction is None else _floats(self.weights.array(op.correction))
+                self.experts.emit_route(tape, op, at, correction)
+            case ops.ExpertLinear():
+                self._check_feed(op)
+                bias, scales = [] if op.bias is None else _floats(self.weights.array(op.bias)), None if op.scale is None else at[op.scale]
+                self.experts.emit_linear(tape, op, self._expert_weights(op), at[op.x], scales, at[op.y], bias)
+            case ops.Combine():
+                self.experts.emit_combine(tape, op, at)
             case _:
                 raise TypeError(f"{type(op).__name__} for {params} was let through by unsupported_ops")
 
     def _emit_linear(self, tape: _native.Tape, op: ops.Linear, at: dict[str, int]) -> None:
-        logit_rows = self.program.values[op.x].rows == "R"
-        width = self._width(op.x)
-        rows, scales = (self.fed[op.x], 0) if op.scale is None else (at[op.x], at[op.scale])
-        if op.scale is None and op.x not in self.done:  # products that read one value share its bf16 rows
-            self.done.add(op.x)
-            tape.feed(logit_rows, at[op.x], rows, 0, width, _padded(width), _stride(width, 2), False)
-        bias = [] if op.bias is None else _floats(self.weights.array(op.bias))
-        tape.linear(logit_rows, self._weight(op), rows, scales, at[op.y], _stride(width, 2 if op.scale is None else 1), bias)
+        self._check_feed(op)
+        bias, scales = [] if op.bias is None else _floats(self.weights.array(op.bias)), None if op.scale is None else at[op.scale]
+        stride = _stride(self.values[op.x])
+        tape.linear(self.values[op.x].rows == "R", self._weight(op), at[op.x], scales, at[op.y], stride, bias)
+
+    def _check_feed(self, op: ops.Linear | ops.ExpertLinear) -> None:
+        """Raises UnsupportedError where the Program feeds a product what its weight's format is not multiplied with."""
+        fed, accepted = FEEDS[self.values[op.x].dtype], format_of(op).activations
+        if fed not in accepted:
+            raise UnsupportedError(
+                f"{op.weight}: weights in {format_of(op)} are not multiplied with activations in {fed}; accepted are {', '.join(accepted)}"
+            )
+
+    def _emit_feed(self, tape: _native.Tape, x: str, at: int, rows: int, scales: int | None) -> None:
+        """float32 rows of ``x`` → rows as products read them: int8 where there are ``scales``, else bf16."""
+        value, width = self.values[x], self._width(x)
+        stride = row_stride(width, 2 if scales is None else 1)
+        tape.feed(value.rows == "R", at, rows, scales, math.prod(value.features[:-1]), width, padded_width(width), stride)
+
+    def _head_weights(self, op: ops.HeadLinear) -> list[_native.WeightBuffer]:
+        if op.weight_format != "dense":
+            raise UnsupportedError(f"{op.weight}: products head by head have weights in bf16 only, not {op.weight_format}")
+        packed = [self._pack(op, head.shape, head) for head in self.weights.array(op.weight)]
+        self.weight_bytes += sum(weight.nbytes for weight in packed)
+        return packed
+
+    def _positions(self, op: ops.EmbedPositions) -> Array:
+        """The rows of positions that can come, float32: exact, and one row a token costs nothing."""
+        rows = self.weights.array(op.weight)[op.offset : op.offset + self.program.context]
+        if len(rows) < self.program.context:
+            raise ConfigError(
+                f"{op.weight} has {len(rows)} positions, fewer than the context of {self.program.context}; choose a shorter one"
+            )
+        return np.ascontiguousarray(rows, np.float32)
 
     def _weight(self, op: ops.Linear) -> _native.WeightBuffer:
         key = op.weight, op.weight_format
         if key not in self.packed:
-            form = "bf16" if op.weight_format == "dense" else op.weight_format
-            if (form == "bf16") != (op.scale is None):
-                raise UnsupportedError(
-                    f"{op.weight}: no kernel has weights in {form} with activations {'as they come' if op.scale is None else 'in int8'}; "
-                    "bf16 takes activations as they come, int8 and int4 take int8"
-                )
-            packed = _native.WeightBuffer(self.pool, form, GROUP if form == "int4" else 0, _bf16(self.weights.array(op.weight)))
-            self.packed[key] = packed
-            self.weight_bytes += packed.nbytes
+            self.packed[key] = self._pack(op, self.program.params[op.weight], self.weights.array(op.weight))
+            self.weight_bytes += self.packed[key].nbytes
         return self.packed[key]
 
+    def _expert_weights(self, op: ops.ExpertLinear) -> _native.ExpertWeights:
+        experts, *shape = self.program.params[op.weight]
+        packed = _native.ExpertWeights([self._pack(op, shape, dense) for dense in self.weights.array(op.weight)])
+        self.weight_bytes += packed.nbytes * self._width(op.experts) // experts
+        return packed
 
-def _padded(width: int) -> int:
-    """The row length every packed weight can read: whole tiles of the widest kind."""
-    return -(-width // GROUP) * GROUP
+    def _pack(self, op: ops.Linear | ops.HeadLinear | ops.ExpertLinear, shape: Sequence[int], dense: Array) -> _native.WeightBuffer:
+        form = format_of(op)
+        packed = _native.WeightBuffer(form.number, shape[0], shape[1], form.group, form.zero_points, form.sparse)
+        exact = form.zero_points or form.number in {"f32", "f16"}
+        packed.pack(self.pool, np.ascontiguousarray(dense, np.float32) if exact else _bf16(dense))
+        return packed
 
 
-def _stride(width: int, element: int) -> int:
-    """Elements from one row to the next: an odd number of cache lines, so that the 16 rows of a tile do not fall into one cache set."""
-    lines = _padded(width) * element // 64
-    return (lines + 1 - lines % 2) * 64 // element
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Block:
+    """``rows`` that a thread takes through a chain at a time, and where the inner values of so many lie in its ``size`` bytes."""
+
+    rows: int
+    places: dict[str, int]
+    size: int
+
+
+def _block(chain: RowChain) -> _Block:
+    rows = max(1, min(CHAIN_ROWS, CHAIN_BYTES // max(1, sum(_row_bytes(value) for _, value in chain.inner))))
+    places, size = {}, 0
+    for name, value in chain.inner:
+        places[name] = BLOCK - size
+        size += -(-rows * _row_bytes(value) // ALIGNMENT) * ALIGNMENT
+    return _Block(rows, places, size)
+
+
+def _stride(value: Value) -> int:
+    """Elements from one run of a value's last features to the next: what products read narrower than float32 is padded."""
+    return row_stride(value.features[-1], ELEMENT_BYTES[value.dtype]) if value.dtype in {"int8", "bfloat16"} else value.features[-1]
+
+
+def _row_bytes(value: Value) -> int:
+    """Bytes from one row of a value to the next."""
+    return math.prod(value.features[:-1]) * _stride(value) * ELEMENT_BYTES.get(value.dtype, 4)
+
+
+def _page_pool(group: KvGroup | LatentGroup, pages: int, page: int) -> _native.PagePool:
+    if isinstance(group, LatentGroup):  # one row a token, which begins with the values
+        return _native.PagePool(group.layers, pages, page, 1, group.width, 0)
+    return _native.PagePool(group.layers, pages, page, group.kv_heads, group.key_dim, group.value_dim)
 
 
 def _bf16(array: Array) -> Array:

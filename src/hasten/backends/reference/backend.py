@@ -10,9 +10,9 @@ from torch import Tensor
 from hasten.backends.reference.kernels import TORCH_DTYPES
 from hasten.backends.reference.play import play, weights_of
 from hasten.backends.reference.state import State
-from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError
 from hasten.model import Model
-from hasten.program import Batch, Precision, Program, lower
+from hasten.program import Batch, Formats, Precision, Program, linear_formats, lower
 
 
 class ReferenceBackend:
@@ -23,12 +23,11 @@ class ReferenceBackend:
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
         self.device, self.precision = device, precision
 
-    def session(self, model: Model, context: int | None = None, weights: str | None = None) -> "ReferenceSession":
-        """Weights made ready once, for steps of sequences of up to ``context`` tokens; played as they are, so ``weights`` is None."""
-        if weights is not None:
-            raise UnsupportedError(f"weights {one_line(weights)} are for backend 'cpu'; reference plays a model's weights as they are")
-        precision = self.precision or Precision(residual=model.spec.residual)
-        program = lower(model.spec, context=context, precision=precision)
+    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "ReferenceSession":
+        """Weights made ready once, for steps of sequences of up to ``context`` tokens. Other ``formats`` are computed as what they mean."""
+        formats, precision = formats or Formats(), self.precision or Precision(residual=model.spec.residual)
+        linear = linear_formats(lower(model.spec, context=context), formats)
+        program = lower(model.spec, context=context, precision=precision, formats=linear, cache=formats.cache)
         return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[precision.compute]))
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from hasten.backends.reference import attention, scans
 from hasten.backends.reference.step import Step
-from hasten.base.errors import UnsupportedError
-from hasten.program import ops
+from hasten.program import Fused, ops
 from hasten.program.ops import Op
 from hasten.spec import Activation, ClampedSwiglu
 
@@ -23,6 +22,14 @@ Outputs = tuple[Tensor, ...]
 def compute(op: Op, step: Step, *inputs: Tensor) -> Outputs:
     """The outputs of ``op``, in the order its class declares them."""
     raise TypeError(f"reference has no kernel for {type(op).__name__}")
+
+
+@compute.register
+def _(op: Fused, step: Step, *inputs: Tensor) -> Outputs:
+    values = dict(zip(op.inputs, inputs, strict=True))
+    for part in op.parts:
+        values.update(zip(part.outputs, compute(part, step, *(values[name] for name in part.inputs)), strict=True))
+    return tuple(values[name] for name in op.outputs)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -98,22 +105,20 @@ def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
 # --- linear
 
 
-def as_fed(x: Tensor, scale: Tensor | None) -> Tensor:
-    """What a product's input stands for: x as it is, or int8 rows times their scales."""
-    return x if scale is None else x.to(scale.dtype) * scale
+def as_fed(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a product's input stands for, as wide as the product is: x as it is, or int8 rows times their scales."""
+    return x.to(torch.promote_types(x.dtype, dtype)) if scale is None else x.to(scale.dtype) * scale
 
 
-def dense(step: Step, name: str, weight_format: str) -> Tensor:
-    """A weight as plain numbers."""
-    if weight_format != "dense":
-        raise UnsupportedError(f"weight format {weight_format!r} of {name} is not one the reference backend knows; accepted is dense")
-    return step.weight(name)
+def stored_name(name: str, weight_format: str) -> str:
+    """Where a linear weight in that format is found; the embedding may be the same weight as it came."""
+    return name if weight_format == "dense" else f"{name} as {weight_format}"
 
 
 @compute.register
 def _(op: ops.Linear, step: Step, x: Tensor, scale: Tensor | None = None) -> Outputs:
-    bias, x = step.optional(op.bias), as_fed(x, scale)
-    y = F.linear(x, dense(step, op.weight, op.weight_format).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    bias, x = step.optional(op.bias), as_fed(x, scale, TORCH_DTYPES[op.dtype])
+    y = F.linear(x, step.weight(stored_name(op.weight, op.weight_format)).to(x.dtype), None if bias is None else bias.to(x.dtype))
     adapter = step.adapters.get(op.adapter or "")
     if adapter is not None:
         y = y + F.linear(F.linear(x, adapter.down.to(x.dtype)), adapter.up.to(x.dtype)) * adapter.scale
@@ -122,15 +127,15 @@ def _(op: ops.Linear, step: Step, x: Tensor, scale: Tensor | None = None) -> Out
 
 @compute.register
 def _(op: ops.HeadLinear, step: Step, x: Tensor) -> Outputs:
-    weight = dense(step, op.weight, op.weight_format).to(x.dtype)
+    weight = step.weight(stored_name(op.weight, op.weight_format)).to(x.dtype)
     y = torch.einsum("thi,hoi->tho", x.unflatten(-1, (op.heads, -1)), weight).flatten(-2)
     return (y.to(TORCH_DTYPES[op.dtype]),)
 
 
 @compute.register
 def _(op: ops.ExpertLinear, step: Step, x: Tensor, experts: Tensor, scale: Tensor | None = None) -> Outputs:
-    weight, bias = dense(step, op.weight, op.weight_format), step.optional(op.bias)
-    x = as_fed(x, scale)
+    weight, bias = step.weight(stored_name(op.weight, op.weight_format)), step.optional(op.bias)
+    x = as_fed(x, scale, TORCH_DTYPES[op.dtype])
     chosen = experts.shape[-1]
     flat = experts.flatten()
     order = torch.argsort(flat, stable=True)  # assignments expert by expert

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hasten.backends.reference.kernels import compute
+from hasten.backends.reference.kernels import compute, stored_name
 from hasten.backends.reference.state import State
 from hasten.backends.reference.step import Adapter, Step
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.formats.linear import LinearFormat
 from hasten.formats.weights import Array, Weights
-from hasten.program import Batch, Program, ops
+from hasten.program import Batch, Program, ops, parts_of
 
 
 def play(
@@ -46,14 +47,23 @@ def play(
 
 
 def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The program's weights as tensors, mapped without a copy where dtype, device and layout allow. Floats become ``dtype`` where given."""
+    """The program's weights as tensors, mapped without a copy where dtype, device and layout allow. Floats become ``dtype`` where given.
+
+    A linear weight that the program has in another format is there a second time, as what the format makes of it (``stored_name``)."""
     tensors = {}
+    stored: dict[str, str] = {
+        op.weight: op.weight_format for op in program.ops if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear)
+    }
     for name in program.params:
         if weights[name].format != "dense":
             raise UnsupportedError(f"weight {name} is in format {one_line(weights[name].format)}; the reference backend plays dense ones")
     for name, array in weights.arrays(program.params):
         tensor = as_tensor(array).to(device).contiguous()  # rounding must not depend on how a checkpoint lays a weight out
-        tensors[name] = tensor if dtype is None else tensor.to(dtype)
+        tensors[str(name)] = tensor if dtype is None else tensor.to(dtype)
+        if (form := stored.get(name, "dense")) != "dense":
+            rows = array.reshape(-1, array.shape[-1])  # experts lie one after the other
+            meant = as_tensor(LinearFormat.parse(form).quantize(rows).dense().reshape(array.shape)).to(device)
+            tensors[stored_name(name, form)] = meant if dtype is None else meant.to(dtype)
     return tensors
 
 
@@ -67,13 +77,13 @@ def as_tensor(array: Array) -> Tensor:
 def _check_names(program: Program, given: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
     if set(given) != set(program.inputs):
         raise ConfigError(f"the program's inputs are {list(program.inputs)}, given are {sorted(given)}; give exactly those")
-    slots = {op.adapter for op in program.ops if isinstance(op, ops.Linear)}
+    slots = {part.adapter for op in program.ops for part in parts_of(op) if isinstance(part, ops.Linear)}
     if unknown := adapters.keys() - slots:
         raise ConfigError(f"no linear layer has the adapter slot {sorted(unknown)[0]!r}; see the program's text for slots")
 
 
 def _check_ids(program: Program, batch: Batch) -> None:
-    for op in program.ops:
+    for op in (part for whole in program.ops for part in parts_of(whole)):
         if isinstance(op, ops.Embed):
             vocab = program.params[op.weight][0]
             if batch.tokens.size and int(batch.tokens.max()) >= vocab:

@@ -1,0 +1,145 @@
+"""How the weight of a linear layer is stored: every format by its name, and its plain meaning in numpy.
+
+A name is a number format, then what differs from the usual, with hyphens: ``int4``, ``int4-g32``, ``int4-channel``, ``int3-g64-zp``,
+``int8-g128``, ``bf16-sparse``. Formats with scales share one per output channel (fp8, int8) or per channel and 128 inputs (int4, int3,
+int2) unless the name says ``-gN`` or ``-channel``; ``-zp`` adds zero points; ``-sparse`` stores what is not zero, and a mask."""
+
+import dataclasses
+from typing import Self
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import UnsupportedError, one_line
+
+Floats = NDArray[np.float32]
+
+# number → bits, the largest value of the symmetric form (0: no scales), inputs per scale unless named
+NUMBERS = {
+    "f32": (32, 0.0, 0), "f16": (16, 0.0, 0), "bf16": (16, 0.0, 0), "fp8": (8, 448.0, 0),
+    "int8": (8, 127.0, 0), "int4": (4, 7.0, 128), "int3": (3, 3.0, 128), "int2": (2, 1.0, 128),
+}  # fmt: skip
+WITH_ZERO_POINTS = ("int4", "int3", "int2")
+SPARSE = ("bf16", "int8", "int4")
+GROUPS = (32, 64, *range(128, 1025, 128))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """``group`` inputs share a scale; 0: one scale per output channel, or none where the number has no scales."""
+
+    number: str
+    group: int = 0
+    zero_points: bool = False
+    sparse: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The format of that name. Raises UnsupportedError, saying what is accepted."""
+        number, *rest = name.split("-")
+        if number not in NUMBERS:
+            raise UnsupportedError(
+                f"weights {one_line(name)} are not supported; accepted are {', '.join(NUMBERS)}, and variants such as int4-g64"
+            )
+        _, limit, group = NUMBERS[number]
+        zero_points = sparse = False
+        for part in rest:
+            if part == "zp" and number in WITH_ZERO_POINTS and not zero_points:
+                zero_points = True
+            elif part == "sparse" and number in SPARSE and not sparse:
+                sparse = True
+            elif part == "channel" and limit:
+                group = 0
+            elif part.startswith("g") and part[1:].isdecimal() and int(part[1:]) in GROUPS and limit:
+                group = int(part[1:])
+            else:
+                raise UnsupportedError(
+                    f"weights {one_line(name)} are not supported: {number} has no variant {part!r}; it has {_variants(number)}"
+                )
+        if sparse and zero_points:
+            raise UnsupportedError(
+                f"weights {one_line(name)} are not supported: what a sparse weight leaves out is 0, so it has no zero points"
+            )
+        return cls(number, group, zero_points, sparse)
+
+    def __str__(self) -> str:
+        usual = NUMBERS[self.number][2]
+        group = "" if self.group == usual else "-channel" if self.group == 0 else f"-g{self.group}"
+        return self.number + group + "-zp" * self.zero_points + "-sparse" * self.sparse
+
+    @property
+    def bits(self) -> int:
+        """Of a stored number, its share of scales not counted."""
+        return NUMBERS[self.number][0]
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether products with int8 activations are exact sums of integers."""
+        return self.number.startswith("int")
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """What the format can be multiplied with, the usual first."""
+        return ("int8", "bf16") if self.is_integer else ("f32",) if self.number in {"f32", "f16"} else ("bf16",)
+
+    def quantize(self, dense: NDArray[np.generic]) -> "QuantizedLinear":
+        """``dense`` [out, in] rounded to nearest, half to even, in float32.
+
+        Symmetric: scale = max|w| / limit. With zero points: scale = (max(w, 0) − min(w, 0)) / (2^bits − 1), zero = what 0 rounds to.
+        A group of zeros has scale 1."""
+        weight = dense.astype(np.float32)
+        out, size = weight.shape
+        bits, limit, _ = NUMBERS[self.number]
+        if not limit:
+            return QuantizedLinear(_rounded(weight, self.number), None, None, 0)
+        group = self.group or size
+        count = -(-size // group)
+        scales, zeros, q = np.ones((out, count), np.float32), np.zeros((out, count), np.int32), np.empty_like(weight)
+        for index in range(count):
+            part = weight[:, index * group : (index + 1) * group]
+            high, low = part.max(1, initial=0), part.min(1, initial=0)
+            span = (high - low) / np.float32(2**bits - 1) if self.zero_points else np.maximum(high, -low) / np.float32(limit)
+            scale = scales[:, index] = np.where(span > 0, span, np.float32(1))
+            steps = part / scale[:, None]
+            if self.number == "fp8":
+                rounded = _rounded(np.clip(steps, -limit, limit), "fp8")
+            elif self.zero_points:
+                least = -(2 ** (bits - 1))
+                zero = zeros[:, index] = np.clip(np.rint(-low / scale).astype(np.int32) + least, least, -least - 1)
+                rounded = np.clip(np.rint(steps) + zero[:, None], least, -least - 1)
+            else:
+                rounded = np.clip(np.rint(steps), -limit, limit)
+            q[:, index * group : (index + 1) * group] = rounded
+        return QuantizedLinear(q, scales, zeros if self.zero_points else None, group)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """``q`` float32 [out, in] are the stored numbers; ``scales`` float32 and ``zeros`` int32 [out, groups] go with ``group`` inputs."""
+
+    q: Floats
+    scales: Floats | None
+    zeros: NDArray[np.int32] | None
+    group: int
+
+    def dense(self) -> Floats:
+        """What the stored numbers stand for: (q − zero) · scale, float32 [out, in]."""
+        if self.scales is None:
+            return self.q
+        q = self.q if self.zeros is None else self.q - self._spread(self.zeros.astype(np.float32))
+        return q * self._spread(self.scales)
+
+    def _spread(self, each: Floats) -> Floats:
+        return np.repeat(each, self.group, axis=1)[:, : self.q.shape[1]]
+
+
+def _rounded(values: Floats, number: str) -> Floats:
+    kinds = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "fp8": ml_dtypes.float8_e4m3fn}
+    with np.errstate(over="ignore"):
+        return values.astype(kinds[number]).astype(np.float32)
+
+
+def _variants(number: str) -> str:
+    scaled = ["-channel", "-gN with N of 32, 64, 128, 256 … 1024"] if NUMBERS[number][1] else []
+    return ", ".join([*scaled, *["-zp"] * (number in WITH_ZERO_POINTS), *["-sparse"] * (number in SPARSE)]) or "none"
