@@ -17,7 +17,7 @@ class Point:
 endef
 export DEMO
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize soak clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
@@ -33,6 +33,39 @@ lint: $(VENV)/.tested
 # The table of measured figures; needs a quiet machine.
 bench: $(VENV)/.tested
 	@$(BIN)/python benchmarks/training_step.py
+
+# The native tests with every read, write and overflow checked, the pool's threads with every hand-over checked. Goes on where it stopped.
+CHECKED        := build/sanitize
+CHECKED_TESTS  := $(wildcard tests/ops/test_native*.py) tests/ops/test_cpu_backend.py tests/families/test_native.py
+library         = $(shell $(or $(CXX),c++) -print-file-name=$(1))
+CHECKED_PYTHON  = LD_PRELOAD=$(call library,libasan.so):$(call library,libubsan.so):$(call library,libstdc++.so.6) \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	HASTEN_SANITIZED="$$(echo $(CHECKED)/_native*.so)" $(BIN)/python
+
+sanitize: $(CHECKED)/.fires $(CHECKED)/.threads $(CHECKED_TESTS:%=$(CHECKED)/%.passed)
+
+# What takes too long for every change, each part once until what it reads changes.
+soak: sanitize
+
+$(CHECKED)/.built: $(VENV)/.tested $(NATIVE)
+	@$(PIP) cmake ninja nanobind
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S native -B $(CHECKED) -G Ninja -DHASTEN_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DPython_EXECUTABLE="$(abspath $(BIN)/python)" > /dev/null
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(CHECKED) && touch $@
+
+# A planted fault of each kind must be found, or silence would mean nothing.
+$(CHECKED)/.fires: $(CHECKED)/.built tests/sanitized.py
+	@$(CHECKED_PYTHON) -m tests.sanitized 2>&1 | grep -q 'AddressSanitizer: use-after-poison'
+	@setarch --addr-no-randomize $(CHECKED)/race on-purpose 2>&1 | grep -q 'ThreadSanitizer: data race'
+	@touch $@
+
+$(CHECKED)/.threads: $(CHECKED)/.built
+	@TSAN_OPTIONS=halt_on_error=1 setarch --addr-no-randomize $(CHECKED)/race && touch $@
+
+# Rates are not what they are elsewhere; what measures them is left out.
+$(CHECKED)/%.passed: % $(CHECKED)/.built
+	@mkdir -p $(@D)
+	@$(CHECKED_PYTHON) -m pytest -p tests.sanitized -k 'not sane and not worth and not give_the_total' $< && touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

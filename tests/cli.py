@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -60,10 +61,17 @@ def run(
     return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode(), seconds, peak)
 
 
+def _heed_interrupts() -> None:
+    """Tests started in the background inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.Popen:
     """``hasten ARGUMENTS`` as a running process with pipes."""
     pipe = subprocess.PIPE
-    return subprocess.Popen([*_command(), *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(env))
+    return subprocess.Popen(
+        [*_command(), *map(str, arguments)], stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(env), preexec_fn=_heed_interrupts
+    )
 
 
 def peak_bytes() -> int:

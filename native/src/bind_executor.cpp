@@ -170,7 +170,7 @@ class Player {
         if (logits.shape(0) != rows.size() || logits.shape(1) != static_cast<std::size_t>(vocab_))
             refuse("logits must be [" + std::to_string(rows.size()) + ", " + std::to_string(vocab_) + "]");
         if (positions.size() != tokens.size()) refuse("as many positions as tokens are needed");
-        if (tables.size() + 1 != offsets.size()) refuse("one page table per sequence is needed");
+        if (tables.size() + 1 != offsets.size() || std::count(tables.begin(), tables.end(), nullptr)) refuse("one page table per sequence is needed");
         return {static_cast<int>(tokens.size()), static_cast<int>(tables.size()), static_cast<int>(rows.size()), tokens.data(),
                 positions.data(), offsets.data(), rows.data(), tables.data(), logits.data()};
     }
@@ -509,7 +509,7 @@ void bind_executor(nb::module_& module) {
         .def("open_chain", &Player::open_chain, "most_rows"_a, "block_bytes"_a)
         .def("open_products", &Player::open_products)
         .def("close", &Player::close)
-        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a,
+        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a.noconvert(),
              "Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. Raises ValueError for ids, positions, rows or\n"
              "pages out of range, and plays nothing then.")
         .def("profile", &Player::profile, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a,

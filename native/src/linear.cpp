@@ -186,7 +186,7 @@ void pack_linear(WeightFormat format, int out, int in, int group, const bf16* de
             const bf16* const row = channel < out ? dense + static_cast<std::ptrdiff_t>(channel) * in : nullptr;
             for (int g = 0; g < groups; ++g) {
                 const float scale = row ? largest(row, g * per_scale, std::min(in, (g + 1) * per_scale)) / limit : 0.0f;
-                panel_scale[g * kChannels + c] = scale > 0 ? scale : 1.0f;
+                panel_scale[g * kChannels + c] = scale == 0 ? 1.0f : scale;  // not a number stays one
             }
             for (int t = 0; t < tile_count; ++t) {
                 std::int8_t q[128] = {};

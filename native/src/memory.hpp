@@ -10,6 +10,8 @@
 #include <cstdlib>
 #endif
 
+#include "guard.hpp"
+
 namespace hasten {
 
 // Zeroed bytes, 64-byte aligned at least; reserved at once, taken from the system page by page as they are touched.
@@ -19,8 +21,9 @@ class Buffer {
     explicit Buffer(std::size_t bytes) : bytes_(bytes) {
         if (bytes == 0) return;
 #if defined(__linux__)
-        data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (data_ == MAP_FAILED) throw std::bad_alloc();
+        void* const map = mmap(nullptr, guarded(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (map == MAP_FAILED) throw std::bad_alloc();
+        data_ = guard(map, bytes);
         madvise(data_, bytes, MADV_HUGEPAGE);  // small ones too: neighbours become one map, whose huge pages span them
 #else
         data_ = std::calloc(1, bytes + 64);
@@ -46,7 +49,7 @@ class Buffer {
     void release() {
         if (!data_) return;
 #if defined(__linux__)
-        munmap(data_, bytes_);
+        munmap(unguard(data_, bytes_), guarded(bytes_));
 #else
         std::free(data_);
 #endif

@@ -2,6 +2,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "weight_decode.hpp"
@@ -104,17 +105,19 @@ void pack_linear(WeightFormat format, int out, int in, int group, const float* d
             const auto group_of = [&](int k) { return groups > 1 ? k / group : 0; };
             for (int g = 0; g < groups; ++g) {
                 float low = 0, high = 0;
+                bool numbers = true;
                 for (int k = groups > 1 ? g * group : 0; row && k < (groups > 1 ? std::min(in, (g + 1) * group) : in); ++k) {
-                    if (!(row[k] >= low)) low = row[k];
-                    if (!(row[k] <= high)) high = row[k];
+                    low = std::min(low, row[k]);
+                    high = std::max(high, row[k]);
+                    numbers = numbers && std::isfinite(row[k]);
                 }
                 const auto at = static_cast<std::size_t>(g);
                 const std::ptrdiff_t place_of = (static_cast<std::ptrdiff_t>(panel) * groups + g) * kChannels + c;
                 const float range = zeros ? (high - low) / static_cast<float>((1 << bits_of(format)) - 1) : std::max(high, -low) / limit;
-                scale[at] = range > 0 || std::isnan(range) ? range : 1.0f;
+                scale[at] = !numbers ? std::numeric_limits<float>::quiet_NaN() : range > 0 ? range : 1.0f;  // so that all products show it
                 scales[place_of] = scale[at];
                 if (!zeros) continue;
-                zero[at] = std::clamp(static_cast<int>(std::nearbyint(-low / scale[at])) + lowest, lowest, -lowest - 1);
+                zero[at] = numbers ? std::clamp(static_cast<int>(std::nearbyint(-low / scale[at])) + lowest, lowest, -lowest - 1) : 0;
                 zeros[place_of] = static_cast<std::int8_t>(zero[at]);
             }
             // Padding of formats that store q with an offset must be written too.

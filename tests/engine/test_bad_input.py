@@ -137,6 +137,22 @@ def test_weights_of_nan(copy, monkeypatch, capsys):
         assert_refused(outcome, str(copy), "the model's logits are not finite")
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_weight_that_is_no_number(weights, value, copy, monkeypatch, capsys):
+    """The native backend plays it, and the engine refuses what comes out, in every format."""
+
+    def spoil(tensors):
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        tensor = tensors[name].copy()
+        tensor[3, 5] = value
+        return tensors | {name: tensor}
+
+    rewrite(copy, spoil)
+    arguments = ["generate", copy, "--token-ids", "1,2", "--backend", "cpu", "--weights", weights]
+    assert_refused(main(monkeypatch, capsys, *arguments), "logits hold NaN", "weights")
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_loss_is_of_finite_logits(value, monkeypatch):

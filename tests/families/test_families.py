@@ -120,7 +120,10 @@ def test_written_back(checkpoint, tmp_path):
 def test_written_in_hastens_own_layout(checkpoint, tmp_path):
     model, ids, _, _ = checkpoint
     save(dataclasses.replace(model, source=None), tmp_path / "own")
-    assert difference(load(tmp_path / "own").logits(ids), model.logits(ids)) == 0
+    again = load(tmp_path / "own")
+    for name, array in model.weights.arrays():
+        assert np.array_equal(again.weights.array(name), array), name
+    assert difference(again.logits(ids), model.logits(ids)) <= 1e-6  # torch's sums may depend on where a weight lies
 
 
 def test_spec_round_trips(checkpoint):
