@@ -32,6 +32,7 @@ std::vector<bf16> random_weight(int out, int in, unsigned seed) {
 struct Unwaited final : TapeOp {
     Place place;
     explicit Unwaited(Place place) : place(place) {}
+    std::string name() const override { return "unwaited"; }
     void play(const Tape& tape, const StepInput& step, unsigned) const override { tape.at<float>(place, step)[0] += 1.0f; }
 };
 
@@ -40,7 +41,7 @@ class Decoder {
     Decoder(unsigned threads, Isa isa, WeightFormat format, bool fused)
         : pool_(std::make_shared<ThreadPool>(threads)),
           table_(random_weight(kVocab, kWidth, 1)),
-          pages_(std::make_shared<PagePool>(1, kPages, kPage, kKvHeads, kHeadDim, kHeadDim)),
+          pages_(std::make_shared<PagePool>(CacheFormat::bf16, 1, kPages, kPage, kKvHeads, kHeadDim, kHeadDim)),
           tape_(pool_, isa, 1 << 20, kMostTokens) {
         const int group = tape_.add_group(pages_);
         const bool quantized = format != WeightFormat::bf16;
