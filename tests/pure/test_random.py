@@ -118,3 +118,25 @@ def test_shapes_may_be_spelt_as_their_authors_do(spelt):
 def test_unknown_shape_lists_the_known():
     with pytest.raises(UnsupportedError, match="'gpt5'.*tinyllama-1.1b.*mamba2-1.3b"):
         load("random:gpt5")
+
+
+@pytest.mark.parametrize("zeros", ["2:4", "50%"])
+def test_zeros_where_they_are_asked_for(zeros):
+    dense, sparse = random_model("smollm2-135m"), random_model(f"smollm2-135m@{zeros}")
+    name = "blocks.3.feed_forward.down.weight"
+    array, other = dense.weights.array(name), sparse.weights.array(name)
+    kept = other != 0
+    assert abs(kept.mean() - 0.5) < 0.01
+    sizes = np.abs(array.astype(np.float32))
+    assert sizes.min() <= np.abs(other[kept].astype(np.float32)).min() <= np.abs(other.astype(np.float32)).max() <= sizes.max()
+    if zeros == "2:4":
+        assert (kept.reshape(-1, 4).sum(axis=1) == 2).all()
+        assert (kept.reshape(-1, 4).mean(axis=0) > 0.49).all()
+    assert np.array_equal(sparse.weights.array("embedding.weight"), dense.weights.array("embedding.weight"))
+    assert sparse.weights.origin != dense.weights.origin
+
+
+def test_zeros_nobody_has_are_refused():
+    for shape in ("smollm2-135m@", "smollm2-135m@3:4", "smollm2-135m@0.5"):
+        with pytest.raises(UnsupportedError, match="2:4, 50%"):
+            random_model(shape)

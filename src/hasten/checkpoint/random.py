@@ -1,12 +1,16 @@
-"""``random:SHAPE``: models of well-known shapes with random weights, for speed work without a download."""
+"""``random:SHAPE``: models of well-known shapes with random weights, for speed work without a download.
+
+``random:SHAPE@2:4`` has two zeros among every four inputs of its matrices, ``random:SHAPE@50%`` zeros anywhere, half of all."""
 
 import functools
+import itertools
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.families import find_family
@@ -81,20 +85,36 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """Published shapes, as the configs their authors ship."""
 
+_FOURS = np.array([sum(0xFFFF << (16 * i) for i in pair) for pair in itertools.combinations(range(4), 2)], np.uint64)
+ZEROS: Mapping[str, Any] = {
+    "2:4": lambda generator, words: np.bitwise_and(words, _FOURS[generator.integers(0, len(_FOURS), len(words))], out=words),
+    "50%": lambda generator, words: np.bitwise_and(words, _kept(generator, 4 * len(words)).view(np.uint64), out=words),
+}
+"""What leaves zeros among words of four weights, by the name that says how many."""
+
+
+def _kept(generator: np.random.Generator, count: int) -> NDArray[np.uint16]:
+    """All bits of about half the elements."""
+    bits = np.unpackbits(generator.integers(0, 256, -(-count // 8), np.uint8))[:count]
+    return np.negative(bits.astype(np.int16)).view(np.uint16)
+
 
 def random_model(shape: str, seed: int = 0) -> Model:
     """A model of that shape whose bfloat16 weights are made when first asked for, from ``seed`` and their name, on pages of their own.
 
     Capitals are as good as small letters: authors write TinyLlama-1.1B. Raises UnsupportedError listing the shapes."""
     given, shape = shape, shape.lower()
-    if shape not in SHAPES:
+    plain, _, zeros = shape.partition("@")
+    if plain not in SHAPES:
         raise UnsupportedError(f"no shape {one_line(given)} for {PREFIX}SHAPE; shapes are {', '.join(SHAPES)}")
-    config = SHAPES[shape]
+    if "@" in shape and zeros not in ZEROS:
+        raise UnsupportedError(f"no zeros {one_line(zeros)} in {PREFIX}{one_line(given)}; accepted after @ are {', '.join(ZEROS)}")
+    config = SHAPES[plain]
     family = find_family(config["model_type"])
     spec = family.spec(config)
     offset = spec.norm.offset if isinstance(spec.norm, RMSNorm) else 0.0
     weights = {
-        name: Weight(size, np.dtype(ml_dtypes.bfloat16), functools.partial(_make, name, size, seed, 1.0 - offset))
+        name: Weight(size, np.dtype(ml_dtypes.bfloat16), functools.partial(_make, name, size, seed, 1.0 - offset, zeros))
         for name, size in lower(spec).params.items()
     }
     return Model(
@@ -107,7 +127,7 @@ def random_model(shape: str, seed: int = 0) -> Model:
     )
 
 
-def _make(name: str, shape: tuple[int, ...], seed: int, norm_weight: float) -> Array:
+def _make(name: str, shape: tuple[int, ...], seed: int, norm_weight: float, zeros: str) -> Array:
     """Random signs and mantissas at one exponent, which gives a spread of about fan_in^−½ at the speed of memory."""
     if len(shape) == 1 and "norm" in name:
         return np.full(shape, norm_weight if name.endswith("weight") else 0.0, ml_dtypes.bfloat16)
@@ -117,7 +137,11 @@ def _make(name: str, shape: tuple[int, ...], seed: int, norm_weight: float) -> A
     bits = np.empty(count, np.uint16)
     for begin in range(0, count, _BLOCK):
         block = bits[begin : begin + _BLOCK]
-        words = generator.integers(0, 1 << 64, size=-(-len(block) // 4), dtype=np.uint64).view(np.uint16)[: len(block)]
-        np.bitwise_or(np.bitwise_and(words, 0x807F, out=words), exponent << 7, out=block)
+        words = generator.integers(0, 1 << 64, size=-(-len(block) // 4), dtype=np.uint64)
+        halves = words.view(np.uint16)
+        np.bitwise_or(np.bitwise_and(halves, 0x807F, out=halves), exponent << 7, out=halves)
+        if zeros and len(shape) > 1 and "embedding" not in name:
+            ZEROS[zeros](generator, words)
+        block[:] = halves[: len(block)]
     weight: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
     return weight
