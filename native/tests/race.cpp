@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "../src/tape_fused.hpp"
@@ -32,6 +33,7 @@ std::vector<bf16> random_weight(int out, int in, unsigned seed) {
 struct Unwaited final : TapeOp {
     Place place;
     explicit Unwaited(Place place) : place(place) {}
+    std::string name() const override { return "unwaited"; }
     void play(const Tape& tape, const StepInput& step, unsigned) const override { tape.at<float>(place, step)[0] += 1.0f; }
 };
 
