@@ -36,7 +36,7 @@ bench: $(VENV)/.tested
 
 # The native tests with every read, write and overflow checked, the pool's threads with every hand-over checked. Goes on where it stopped.
 CHECKED        := build/sanitize
-CHECKED_TESTS  := $(wildcard tests/ops/test_native*.py) tests/ops/test_cpu_backend.py tests/families/test_native.py
+CHECKED_TESTS  := $(wildcard tests/ops/test_native*.py) $(addprefix tests/,ops/test_stored.py ops/test_cpu_backend.py engine/test_sampler.py families/test_native.py)
 library         = $(shell $(or $(CXX),c++) -print-file-name=$(1))
 CHECKED_PYTHON  = LD_PRELOAD=$(call library,libasan.so):$(call library,libubsan.so):$(call library,libstdc++.so.6) \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
