@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -114,6 +115,7 @@ class Player {
     std::size_t run(Ints tokens, Ints positions, Ints offsets, Ints rows, const std::vector<const PageTable*>& tables, Logits logits) {
         const Batch batch = batch_of(tokens, positions, offsets, rows, tables, logits);
         nb::gil_scoped_release unlocked;
+        const std::lock_guard one_at_a_time(playing_);
         check(batch);
         std::size_t barriers = 0;
         by_steps(batch, [&] { barriers += tape.run(step_); });
@@ -126,6 +128,7 @@ class Player {
         auto made = std::make_unique<StepProfile>(StepProfile{std::vector<std::int64_t>(tape.ops() * tape.threads()), 0});
         {
             nb::gil_scoped_release unlocked;
+            const std::lock_guard one_at_a_time(playing_);
             check(batch);
             by_steps(batch, [&] {
                 const StepProfile each = tape.profile(step_);
@@ -160,6 +163,7 @@ class Player {
     int context_;
     std::optional<Chain> chain_;
     std::optional<std::vector<std::unique_ptr<LinearOp>>> products_;
+    std::mutex playing_;  // callers on other threads wait for their turn
     // Of the step being played; kept, so that a step allocates nothing.
     StepInput step_;
     std::vector<std::int32_t> offsets_, rows_;

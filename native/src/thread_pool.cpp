@@ -82,6 +82,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(const std::function<void(unsigned)>& work) {
+    const std::lock_guard one_at_a_time(busy_);
     work_ = &work;
     running_.store(static_cast<unsigned>(workers_.size()), std::memory_order_relaxed);
     step_.fetch_add(1, std::memory_order_release);

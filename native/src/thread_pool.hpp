@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -31,7 +32,7 @@ class ThreadPool {
 
     unsigned size() const { return static_cast<unsigned>(workers_.size()) + 1; }
 
-    // Calls work(thread) on every thread and returns when all are done. One step at a time.
+    // Calls work(thread) on every thread and returns when all are done. One at a time: other callers wait.
     void run(const std::function<void(unsigned)>& work);
 
     Barrier& barrier() { return barrier_; }
@@ -39,6 +40,7 @@ class ThreadPool {
    private:
     void loop(unsigned thread, int cpu);
 
+    std::mutex busy_;
     Barrier barrier_;
     std::vector<std::thread> workers_;
     const std::function<void(unsigned)>* work_ = nullptr;

@@ -1,5 +1,6 @@
 """The native backend against the reference: same Programs, same numbers, and the same bits however a batch is cut."""
 
+import concurrent.futures
 import functools
 
 import numpy as np
@@ -128,3 +129,13 @@ def test_arena_never_gives_two_values_one_place():
             assert all(offset + count <= other or other + size <= offset for other, size in taken.items())
             taken[offset] = count
     assert arena.size >= max(offset + count for offset, count in taken.items())
+
+
+def test_steps_from_two_python_threads_wait_for_each_other():
+    session = CpuBackend(threads=2).session(MODEL, 256)
+    prompts = [IDS[:40], IDS[60:100]]
+    alone = [session.score(Batch.of([prompt])) for prompt in prompts]
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        for _ in range(5):
+            for made, expected in zip(executor.map(lambda prompt: session.score(Batch.of([prompt])), prompts), alone, strict=True):
+                assert np.array_equal(made, expected)
