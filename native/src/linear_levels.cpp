@@ -64,7 +64,6 @@ struct Generic {
 
 #if defined(__x86_64__)
 
-#define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
 
 // Inlines all of a level's pieces, which have its target, through the templates between, which have none.
@@ -78,94 +77,6 @@ HASTEN_INLINE std::int32_t quad(const void* x) {
     std::memcpy(&bits, x, sizeof bits);
     return bits;
 }
-
-struct Avx2 {
-    static constexpr int kRows = 4;
-
-    template <int rows>
-    AVX2 static void add_f32(const std::byte* tiles, int k, const float* x, std::ptrdiff_t stride, Floats sums) {
-        __m256 total[rows][2];
-        load<rows>(total, sums);
-        const auto* w = reinterpret_cast<const float*>(tiles);
-        for (int i = 0; i < k; ++i, w += kChannels) {
-            _mm_prefetch(reinterpret_cast<const char*>(w) + kAheadBytes, _MM_HINT_T0);
-            const __m256 low = _mm256_loadu_ps(w), high = _mm256_loadu_ps(w + 8);
-            for (int r = 0; r < rows; ++r) {
-                const __m256 each = _mm256_broadcast_ss(x + r * stride + i);
-                total[r][0] = _mm256_fmadd_ps(each, low, total[r][0]);
-                total[r][1] = _mm256_fmadd_ps(each, high, total[r][1]);
-            }
-        }
-        store<rows>(total, sums);
-    }
-
-    template <int rows>
-    AVX2 static void add_bf16(const std::byte* tiles, int k, const bf16* x, std::ptrdiff_t stride, Floats sums) {
-        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-        __m256 total[rows][2];
-        load<rows>(total, sums);
-        for (int i = 0; i < k; i += 2, tiles += 64) {
-            _mm_prefetch(reinterpret_cast<const char*>(tiles) + kAheadBytes, _MM_HINT_T0);
-            __m256 even[2], odd[2];
-            for (int half = 0; half < 2; ++half) {
-                const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tiles + 32 * half));
-                even[half] = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
-                odd[half] = _mm256_castsi256_ps(_mm256_and_si256(w, upper));
-            }
-            for (int r = 0; r < rows; ++r) {
-                const __m256i two = _mm256_set1_epi32(quad(x + r * stride + i));
-                const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), second = _mm256_castsi256_ps(_mm256_and_si256(two, upper));
-                for (int half = 0; half < 2; ++half) {
-                    total[r][half] = _mm256_fmadd_ps(first, even[half], total[r][half]);
-                    total[r][half] = _mm256_fmadd_ps(second, odd[half], total[r][half]);
-                }
-            }
-        }
-        store<rows>(total, sums);
-    }
-
-    // Bytes are widened to 16 bits, whose products' pairs add up in 32 bits: the product of bytes would saturate. Each sum is two
-    // neighbours until the end.
-    template <int rows>
-    AVX2 static void add_int8(const std::byte* tiles, int k, const std::int8_t* x, std::ptrdiff_t stride, Exacts sums) {
-        if constexpr (rows > 2) {  // more sums than registers
-            add_int8<2>(tiles, k, x, stride, sums);
-            add_int8<rows - 2>(tiles, k, x + 2 * stride, stride, sums + 2);
-        } else {
-            __m256i total[rows][4];
-            for (auto& row : total)
-                for (auto& sum : row) sum = _mm256_setzero_si256();
-            for (int i = 0; i < k; i += 4, tiles += 64) {
-                _mm_prefetch(reinterpret_cast<const char*>(tiles) + kAheadBytes, _MM_HINT_T0);
-                __m256i w[4];
-                for (int j = 0; j < 4; ++j) w[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tiles + 16 * j)));
-                for (int r = 0; r < rows; ++r) {
-                    const __m256i four = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(quad(x + r * stride + i))));
-                    for (int j = 0; j < 4; ++j) total[r][j] = _mm256_add_epi32(total[r][j], _mm256_madd_epi16(w[j], four));
-                }
-            }
-            for (int r = 0; r < rows; ++r)
-                for (int half = 0; half < 2; ++half) {
-                    // Channels 0 1 4 5 2 3 6 7 of the half.
-                    const __m256i mixed = _mm256_hadd_epi32(total[r][2 * half], total[r][2 * half + 1]);
-                    auto* const to = reinterpret_cast<__m256i*>(sums[r] + 8 * half);
-                    _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_permute4x64_epi64(mixed, 0xd8)));
-                }
-        }
-    }
-
-   private:
-    template <int rows>
-    AVX2 static void load(__m256 (&total)[rows][2], Floats sums) {
-        for (int r = 0; r < rows; ++r)
-            for (int half = 0; half < 2; ++half) total[r][half] = _mm256_loadu_ps(sums[r] + 8 * half);
-    }
-    template <int rows>
-    AVX2 static void store(const __m256 (&total)[rows][2], Floats sums) {
-        for (int r = 0; r < rows; ++r)
-            for (int half = 0; half < 2; ++half) _mm256_storeu_ps(sums[r] + 8 * half, total[r][half]);
-    }
-};
 
 struct Avx512 {
     static constexpr int kRows = 8;
@@ -307,10 +218,6 @@ void linear_generic(const PackedLinear& weight, const Activations& x, int first,
 }
 
 #if defined(__x86_64__)
-
-AVX2 FLATTEN void linear_avx2(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
-    linear_body<Avx2>(Isa::avx2, weight, x, first, last, bias, y, y_stride);
-}
 
 AVX512 FLATTEN void linear_avx512(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y,
                                   std::ptrdiff_t y_stride) {

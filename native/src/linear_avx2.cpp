@@ -1,0 +1,380 @@
+// Linear layers at AVX2, which has neither tiles nor products of bytes that hold their sums. Rows of activations are widened a stretch of
+// k at a time, for several panels; weights are widened in registers, for up to five rows. The blocking is that of Goto & van de Geijn 2008.
+// The order of sums is written at linear_levels.cpp: it does not depend on how rows and panels are blocked.
+#include <cstring>
+#include <optional>
+
+#include "linear.hpp"
+#include "weight_decode.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the headers' undefined vectors (gcc bug 105593)
+#endif
+
+#define AVX2 __attribute__((target("avx2,fma")))
+#define UNROLLED _Pragma("GCC unroll 8")  // early, or sums in arrays would go through memory
+
+namespace hasten {
+namespace {
+
+constexpr int kStretch = 256;      // k of activations widened at a time
+constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
+constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
+constexpr int kPanels = 4;         // panels that share a widening of activations
+constexpr int kFew = 4;            // up to so many rows memory is the limit: a panel at a time is read in one run
+constexpr int kAheadBytes = 4096;  // of weights, prefetched
+
+template <class Sum>
+using Sums = Sum (*)[kChannels];
+
+AVX2 inline __m256i words(const std::byte* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+AVX2 inline void ahead(const std::byte* at) { _mm_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, _MM_HINT_T0); }
+AVX2 inline __m256i broadcast(const void* at) {
+    std::int32_t bits;
+    std::memcpy(&bits, at, sizeof bits);
+    return _mm256_set1_epi32(bits);
+}
+
+AVX2 inline __m256 load(const float* at) { return _mm256_loadu_ps(at); }
+AVX2 inline __m256i load(const std::int32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+AVX2 inline void store(float* at, __m256 value) { _mm256_storeu_ps(at, value); }
+AVX2 inline void store(std::int32_t* at, __m256i value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value); }
+
+template <int rows, class Sum, class Vector>
+AVX2 inline void load_sums(Vector (&total)[rows][2], Sums<Sum> sums) {
+    UNROLLED for (int r = 0; r < rows; ++r)
+        UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = load(sums[r] + 8 * half);
+}
+template <int rows, class Sum, class Vector>
+AVX2 inline void store_sums(const Vector (&total)[rows][2], Sums<Sum> sums) {
+    UNROLLED for (int r = 0; r < rows; ++r)
+        UNROLLED for (int half = 0; half < 2; ++half) store(sums[r] + 8 * half, total[r][half]);
+}
+
+// What a product multiplies: X, activations as widened; Sum, what sums are; widen(), k of one row; add(), what `k` of some rows
+// contribute to their sums, with weights as PanelReader gives them.
+
+struct F32 {
+    using X = float;
+    using Sum = float;
+    static constexpr Feed kFeed = Feed::f32;
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { std::memcpy(to, static_cast<const float*>(row) + at, static_cast<std::size_t>(k) * sizeof(X)); }
+
+    template <int rows>
+    AVX2 static void add(const std::byte* w, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        __m256 total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int i = 0; i < k; ++i, w += 64) {
+            ahead(w);
+            const __m256 low = _mm256_castsi256_ps(words(w)), high = _mm256_castsi256_ps(words(w + 32));
+            UNROLLED for (int r = 0; r < rows; ++r) {
+                const __m256 each = _mm256_broadcast_ss(x + r * stride + i);
+                total[r][0] = _mm256_fmadd_ps(each, low, total[r][0]);
+                total[r][1] = _mm256_fmadd_ps(each, high, total[r][1]);
+            }
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+};
+
+struct Bf16 {
+    using X = float;
+    using Sum = float;
+    static constexpr Feed kFeed = Feed::bf16;
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) {
+        const bf16* const from = static_cast<const bf16*>(row) + at;
+        for (int i = 0; i < k; i += 8) {
+            const __m256i eight = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+            store(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(eight, 16)));
+        }
+    }
+
+    template <int rows>
+    AVX2 static void add(const std::byte* w, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+        __m256 total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int i = 0; i < k; i += 2, w += 64) {
+            ahead(w);
+            const __m256 even[2] = {_mm256_castsi256_ps(_mm256_slli_epi32(words(w), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(words(w + 32), 16))};
+            UNROLLED for (int r = 0; r < rows; ++r)
+                UNROLLED for (int half = 0; half < 2; ++half)
+                    total[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * stride + i), even[half], total[r][half]);
+            const __m256 odd[2] = {_mm256_castsi256_ps(_mm256_and_si256(words(w), upper)), _mm256_castsi256_ps(_mm256_and_si256(words(w + 32), upper))};
+            UNROLLED for (int r = 0; r < rows; ++r)
+                UNROLLED for (int half = 0; half < 2; ++half)
+                    total[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * stride + i + 1), odd[half], total[r][half]);
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+};
+
+// Bytes are widened to 16 bits, whose products' pairs add up in 32: the first and third of four, then the second and fourth.
+struct Int8 {
+    using X = std::int16_t;
+    using Sum = std::int32_t;
+    static constexpr Feed kFeed = Feed::int8;
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) {
+        const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+        const std::int8_t* const from = static_cast<const std::int8_t*>(row) + at;
+        for (int i = 0; i < k; i += 16) {
+            const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)), order);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepi8_epi16(bytes));
+        }
+    }
+
+    template <int rows>
+    AVX2 static void add(const std::byte* w, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        __m256i total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int i = 0; i < k; i += 4, w += 64) {
+            ahead(w);
+            const __m256i even[2] = {_mm256_srai_epi16(_mm256_slli_epi16(words(w), 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(words(w + 32), 8), 8)};
+            UNROLLED for (int r = 0; r < rows; ++r) {
+                const __m256i two = broadcast(x + r * stride + i);
+                UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(even[half], two));
+            }
+            const __m256i odd[2] = {_mm256_srai_epi16(words(w), 8), _mm256_srai_epi16(words(w + 32), 8)};
+            UNROLLED for (int r = 0; r < rows; ++r) {
+                const __m256i two = broadcast(x + r * stride + i + 2);
+                UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(odd[half], two));
+            }
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+};
+
+// Nibbles as they are stored, q + 8: without a sign, their products with bytes hold in 16 bits over 32 k (8 · 2 · 15 · 128 < 2¹⁵). What
+// is too much, (8 + zero) · the sum of the row, comes off once a group.
+struct Int4 {
+    using X = std::int8_t;
+    using Sum = std::int32_t;
+    static constexpr Feed kFeed = Feed::int8;
+    static constexpr int kUnit = 32;  // k
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { std::memcpy(to, static_cast<const std::int8_t*>(row) + at, static_cast<std::size_t>(k)); }
+
+    // Σ x of k of one row.
+    AVX2 static std::int32_t sum(const X* x, int k) {
+        const __m256i ones = _mm256_set1_epi8(1), one = _mm256_set1_epi16(1);
+        __m256i total = _mm256_setzero_si256();
+        for (int i = 0; i < k; i += kUnit)
+            total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i))), one));
+        __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+        four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+    }
+
+    // `w` is the panel, `at` where in it the k begin.
+    template <int rows>
+    AVX2 static void add(const std::byte* panel, int at, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        for (int i = 0; i < k; i += kUnit) {
+            const int unit = (at + i) / kUnit;
+            const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
+            if (unit & 2)
+                add_unit<rows, 4>(w, x + i, stride, sums);
+            else
+                add_unit<rows, 0>(w, x + i, stride, sums);
+        }
+    }
+
+   private:
+    template <int rows, int shift>
+    AVX2 static void add_unit(const std::byte* w, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i low = _mm256_set1_epi8(0x0f), eight = _mm256_set1_epi8(0x08), one = _mm256_set1_epi16(1);
+        __m256i total[rows][2];
+        for (auto& row : total) row[0] = row[1] = _mm256_setzero_si256();
+        for (int i = 0; i < kUnit; i += 4, w += 64) {
+            if (shift == 0) ahead(w);
+            __m256i q[2];
+            UNROLLED for (int half = 0; half < 2; ++half) q[half] = _mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(words(w + 32 * half), shift), low), eight);
+            UNROLLED for (int r = 0; r < rows; ++r) {
+                const __m256i four = broadcast(x + r * stride + i);
+                UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_add_epi16(total[r][half], _mm256_maddubs_epi16(q[half], four));
+            }
+        }
+        UNROLLED for (int r = 0; r < rows; ++r)
+            UNROLLED for (int half = 0; half < 2; ++half)
+                store(sums[r] + 8 * half, _mm256_add_epi32(load(sums[r] + 8 * half), _mm256_madd_epi16(total[r][half], one)));
+    }
+};
+
+// body.operator()<count>(row) for all rows, in blocks as even as can be.
+template <class Body>
+AVX2 inline void by_rows(int rows, const Body& body) {
+    const int blocks = (rows + kRows - 1) / kRows;
+    for (int block = 0, row = 0; block < blocks; ++block) {
+        const int end = rows * (block + 1) / blocks;
+        switch (end - row) {
+            case 1: body.template operator()<1>(row); break;
+            case 2: body.template operator()<2>(row); break;
+            case 3: body.template operator()<3>(row); break;
+            case 4: body.template operator()<4>(row); break;
+            default: body.template operator()<kRows>(row);
+        }
+        row = end;
+    }
+}
+
+// Some rows of activations, a stretch of k widened.
+template <class Product>
+struct Stretch {
+    alignas(64) typename Product::X x[kBlock * kStretch];
+    std::int32_t sums[kStretch / Int4::kUnit][kBlock];  // of Int4: by part of a group
+};
+
+// The sums of one panel with a block of rows.
+template <class Product>
+struct PanelSums {
+    alignas(64) typename Product::Sum group[kBlock][kChannels];  // of the group so far
+    alignas(64) float total[kBlock][kChannels];                  // of the groups before, scaled
+    std::optional<PanelReader> reader;
+    alignas(64) std::byte scratch[PanelReader::kScratch];
+};
+
+// total = fma(group sum, scale, total); the group begins anew.
+template <class Sum>
+AVX2 void fold(Sums<Sum> group, Sums<float> total, int rows, const float* scales, float factor) {
+    const __m256 by[2] = {_mm256_mul_ps(load(scales), _mm256_set1_ps(factor)), _mm256_mul_ps(load(scales + 8), _mm256_set1_ps(factor))};
+    for (int r = 0; r < rows; ++r)
+        UNROLLED for (int half = 0; half < 2; ++half) {
+            __m256 sum;
+            if constexpr (std::is_same_v<Sum, float>)
+                sum = load(group[r] + 8 * half);
+            else
+                sum = _mm256_cvtepi32_ps(load(group[r] + 8 * half));
+            store(total[r] + 8 * half, _mm256_fmadd_ps(sum, by[half], load(total[r] + 8 * half)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(group[r] + 8 * half), _mm256_setzero_si256());
+        }
+}
+
+// group −= (8 + zero) · sums, row by row.
+AVX2 void take_off(Sums<std::int32_t> group, int rows, const std::int8_t* zeros, const std::int32_t* sums) {
+    __m256i excess[2];
+    UNROLLED for (int half = 0; half < 2; ++half) {
+        excess[half] = _mm256_set1_epi32(8);
+        if (zeros) excess[half] = _mm256_add_epi32(excess[half], _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * half))));
+    }
+    for (int r = 0; r < rows; ++r)
+        UNROLLED for (int half = 0; half < 2; ++half)
+            store(group[r] + 8 * half, _mm256_sub_epi32(load(group[r] + 8 * half), _mm256_mullo_epi32(excess[half], _mm256_set1_epi32(sums[r]))));
+}
+
+template <class Product>
+struct Body {
+    const PackedLinear& weight;
+    const Activations& x;
+    const float* bias;
+    float* y;
+    std::ptrdiff_t y_stride;
+    const int groups = scale_groups(weight);
+    const int depth = Product::kFeed == Feed::f32 ? weight.in : weight.group && groups ? std::min(weight.padded_in(), groups * weight.group) : weight.padded_in();
+    const int per_group = groups && weight.group ? weight.group : depth;
+    static constexpr bool kNibbles = std::is_same_v<Product, Int4>;
+    const float factor = !kNibbles && shifted(weight) ? 0.0625f : 1.0f;
+
+    // Panels [first, first + count), rows [row, row + rows).
+    AVX2 void play(int first, int count, int row, int rows, Stretch<Product>& stretch, PanelSums<Product>* panels) const {
+        for (int p = 0; p < count; ++p) {
+            std::memset(panels[p].group, 0, static_cast<std::size_t>(rows) * sizeof panels[p].group[0]);
+            std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
+            if (!kNibbles) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
+        }
+        for (int at = 0; at < depth; at += kStretch) {
+            const int end = std::min(at + kStretch, depth);
+            widen(row, rows, at, end, stretch);
+            for (int p = 0; p < count; ++p) add_stretch(first + p, rows, at, end, stretch, panels[p]);
+        }
+        for (int p = 0; p < count; ++p) finish(first + p, row, rows, panels[p]);
+    }
+
+   private:
+    AVX2 void widen(int row, int rows, int at, int end, Stretch<Product>& stretch) const {
+        const int element = element_bytes(Product::kFeed);
+        for (int r = 0; r < rows; ++r) {
+            typename Product::X* const to = stretch.x + r * kStretch;
+            Product::widen(static_cast<const std::byte*>(x.rows) + (row + r) * x.stride * element, at, end - at, to);
+            if constexpr (kNibbles)
+                for (int part = 0, from = at; from < end; ++part) {
+                    const int until = group_end(from, end);
+                    stretch.sums[part][r] = Product::sum(to + (from - at), until - from);
+                    from = until;
+                }
+        }
+    }
+
+    // Where the part of a group that begins at `from` ends.
+    int group_end(int from, int end) const { return std::min(end, (from / per_group + 1) * per_group); }
+
+    AVX2 void add_stretch(int panel, int rows, int at, int end, const Stretch<Product>& stretch, PanelSums<Product>& sums) const {
+        const std::byte* tiles = kNibbles ? panel_tiles(weight, panel) : sums.reader->next(kStretch);
+        for (int part = 0, from = at; from < end; ++part) {
+            const int until = group_end(from, end), k = until - from, group = from / per_group;
+            const auto* const begin = stretch.x + (from - at);
+            by_rows(rows, [&]<int some>(int r) {
+                if constexpr (kNibbles)
+                    Product::template add<some>(tiles, from, k, begin + r * kStretch, kStretch, sums.group + r);
+                else
+                    Product::template add<some>(tiles, k, begin + r * kStretch, kStretch, sums.group + r);
+            });
+            if constexpr (kNibbles)
+                take_off(sums.group, rows, weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr, stretch.sums[part]);
+            else
+                tiles += static_cast<std::ptrdiff_t>(k) * kChannels * element_bytes(Product::kFeed);
+            if (groups && (until % per_group == 0 || until == depth))
+                fold<typename Product::Sum>(sums.group, sums.total, rows, panel_scales(weight, panel) + group * kChannels, factor);
+            from = until;
+        }
+    }
+
+    AVX2 void finish(int panel, int row, int rows, const PanelSums<Product>& sums) const {
+        const int channels = panel_channels(weight, panel);
+        alignas(32) float b[kChannels] = {};
+        if (bias) std::memcpy(b, bias + panel * kChannels, static_cast<std::size_t>(channels) * sizeof(float));
+        for (int r = 0; r < rows; ++r) {
+            alignas(32) float line[kChannels];
+            UNROLLED for (int half = 0; half < 2; ++half) {
+                const __m256 plus = load(b + 8 * half), total = load(sums.total[r] + 8 * half);
+                if constexpr (Product::kFeed == Feed::int8) {
+                    const __m256 by = _mm256_set1_ps(x.scales[row + r]);
+                    store(line + 8 * half, bias ? _mm256_fmadd_ps(total, by, plus) : _mm256_mul_ps(total, by));
+                } else {
+                    store(line + 8 * half, _mm256_add_ps(groups ? total : load(sums.group[r] + 8 * half), plus));
+                }
+            }
+            std::memcpy(y + (row + r) * y_stride + panel * kChannels, line, static_cast<std::size_t>(channels) * sizeof(float));
+        }
+    }
+};
+
+template <class Product>
+AVX2 void play(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    const Body<Product> body{weight, x, bias, y, y_stride};
+    Stretch<Product> stretch;
+    PanelSums<Product> panels[kPanels];
+    const int together = x.count <= kFew ? 1 : kPanels;
+    for (int panel = first; panel < last; panel += together)
+        for (int row = 0; row < x.count; row += kBlock)
+            body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), stretch, panels);
+}
+
+}  // namespace
+
+AVX2 void linear_avx2(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    switch (feed_of(weight, x)) {
+        case Feed::f32: return play<F32>(weight, x, first, last, bias, y, y_stride);
+        case Feed::bf16: return play<Bf16>(weight, x, first, last, bias, y, y_stride);
+        default:
+            if (weight.format == WeightFormat::int4 && !weight.masks) return play<Int4>(weight, x, first, last, bias, y, y_stride);
+            return play<Int8>(weight, x, first, last, bias, y, y_stride);
+    }
+}
+
+}  // namespace hasten
+
+#endif
