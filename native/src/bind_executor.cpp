@@ -89,10 +89,15 @@ class Player {
                 chain_->rows = op->rows();
                 return chain_->parts.push_back(std::move(op));
             }
-        if constexpr (std::is_same_v<Op, LinearOp>)
+        if constexpr (std::is_same_v<Op, LinearOp>) {
             if (products_) return products_->push_back(std::move(op));
-        if (chain_ || products_) refuse("an op that cannot be joined came between open and close");
-        tape.add(std::move(op));
+            open_products();
+            products_->push_back(std::move(op));
+            close();
+        } else {
+            if (chain_ || products_) refuse("an op that cannot be joined came between open and close");
+            tape.add(std::move(op));
+        }
     }
     void open_chain(int most, std::size_t bytes) {
         if (chain_ || products_) refuse("close comes before another open");
@@ -106,7 +111,7 @@ class Player {
     }
     void close() {
         if (chain_) tape.add(std::make_unique<ChainOp>(chain_->rows, chain_->most, std::move(chain_->parts)));
-        if (products_) tape.add(std::make_unique<ProductsOp>(std::move(*products_)));
+        if (products_) tape.add(std::make_unique<ProductsOp>(std::move(*products_), tape.threads()));
         chain_.reset();
         products_.reset();
     }

@@ -86,7 +86,8 @@ struct FeedOp final : RowOp {
     }
 };
 
-struct LinearOp final : TapeOp {
+// Played by a ProductsOp, which shares panels between threads.
+struct LinearOp {
     Rows rows;
     std::shared_ptr<WeightBuffer> weight;
     Place x;
@@ -97,11 +98,7 @@ struct LinearOp final : TapeOp {
 
     LinearOp(Rows rows, std::shared_ptr<WeightBuffer> weight, Place x, std::optional<Place> scales, Place y, int stride, std::vector<float> bias)
         : rows(rows), weight(std::move(weight)), x(x), scales(scales), y(y), stride(stride), bias(std::move(bias)) {}
-    std::string name() const override { return "linear " + std::to_string(weight->packed().out) + "x" + std::to_string(weight->packed().in); }
-    void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        const Share panels = share(weight->packed().panels(), thread, tape.threads());
-        play_panels(tape, step, static_cast<int>(panels.begin), static_cast<int>(panels.end));
-    }
+    std::string name() const { return "linear " + std::to_string(weight->packed().out) + "x" + std::to_string(weight->packed().in); }
     void play_panels(const Tape& tape, const StepInput& step, int first, int last) const {
         const PackedLinear& w = weight->packed();
         const Activations fed{tape.at<std::byte>(x, step), scales ? tape.at<float>(*scales, step) : nullptr, row_count(rows, step), stride};

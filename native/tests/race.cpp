@@ -60,6 +60,13 @@ class Decoder {
             return std::make_unique<LinearOp>(which, std::move(weight), rows, quantized ? std::optional(scales) : std::nullopt, to, kStride,
                                               std::vector<float>());
         };
+        // Pieces as small as can be, so that threads take each other's.
+        const auto add = [&](std::vector<std::unique_ptr<LinearOp>> parts) { tape_.add(std::make_unique<ProductsOp>(std::move(parts), threads, 1)); };
+        const auto add_one = [&](std::unique_ptr<LinearOp> part) {
+            std::vector<std::unique_ptr<LinearOp>> parts;
+            parts.push_back(std::move(part));
+            add(std::move(parts));
+        };
         tape_.add(std::make_unique<EmbedOp>(table_.data(), kWidth, 1.0f, x));
         tape_.add(std::make_unique<RotaryTableOp>(std::vector<float>{1, 0.5f, 0.25f, 0.12f, 0.06f, 0.03f, 0.01f, 0.005f}, 1.0f, cos, sin));
         auto norm = std::make_unique<RmsNormOp>(Rows::tokens, x, normed, kWidth, kWidth, ones, 1e-5f, 0.0f);
@@ -72,11 +79,11 @@ class Decoder {
             chain.push_back(std::move(norm));
             chain.push_back(feed(Rows::tokens, normed));
             tape_.add(std::make_unique<ChainOp>(Rows::tokens, 3, std::move(chain)));
-            tape_.add(std::make_unique<ProductsOp>(std::move(products)));
+            add(std::move(products));
         } else {
             tape_.add(std::move(norm));
             tape_.add(feed(Rows::tokens, normed));
-            for (auto& each : products) tape_.add(std::move(each));
+            for (auto& each : products) add_one(std::move(each));
         }
         tape_.add(std::make_unique<RotateOp>(q, q, cos, sin, kHeads, kHeadDim, 0, kHeadDim, false));
         tape_.add(std::make_unique<RotateOp>(k, k, cos, sin, kKvHeads, kHeadDim, 0, kHeadDim, true));
@@ -85,12 +92,12 @@ class Decoder {
         tape_.need_scratch(attend_scratch(shape, AttendOp::kQueryRows));
         tape_.add(std::make_unique<AttendOp>(group, 0, q, mixed, shape, std::vector<float>(), std::vector<float>()));
         tape_.add(feed(Rows::tokens, mixed));
-        tape_.add(product(Rows::tokens, y, kWidth, 5));
+        add_one(product(Rows::tokens, y, kWidth, 5));
         tape_.add(std::make_unique<GateOp>(Activation::silu, y, normed, y, kWidth));
         tape_.add(std::make_unique<AddOp>(x, y, x, kWidth));
         tape_.add(std::make_unique<SelectRowsOp>(x, last, kWidth));
         tape_.add(feed(Rows::logits, last));
-        tape_.add(product(Rows::logits, Place{Place::kLogits}, kVocab, 6));
+        add_one(product(Rows::logits, Place{Place::kLogits}, kVocab, 6));
     }
 
     // Logits of two prompts, so long that attention is shared, of single tokens after them, and of one sequence alone, where most ops are too.
