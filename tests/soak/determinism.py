@@ -132,6 +132,8 @@ class Player:
             one.known.append(token)
             one.tokens.append(token)
             one.digests.append(hashlib.blake2b(bits.tobytes(), digest_size=8).digest())
+            if one.done:
+                one.sequence = None  # its pages are for others
 
     def alone(self, prompts: list[Prompt]) -> list[Making]:
         """Each by itself: the prompt whole, then token by token."""
@@ -144,18 +146,19 @@ class Player:
         return made
 
     def together(self, prompts: list[Prompt], seed: int) -> list[Making]:
-        """In batches of 2 to 32 that prompts join and leave, in an order, in chunks and with pauses drawn from ``seed``."""
+        """In batches of 2 to 32 that prompts join and leave, in an order, in chunks and with pauses drawn from ``seed``; the first is
+        large and uncut, so that it is longer than one native step."""
         rng = np.random.default_rng(seed)
         making = [Making.of(prompt, self.session) for prompt in prompts]
-        waiting, running = rng.permutation(len(prompts)).tolist(), []
+        waiting, running, room, whole = rng.permutation(len(prompts)).tolist(), [], MOST_TOGETHER, 1.0
         while waiting or running:
-            room = int(rng.integers(2, MOST_TOGETHER + 1))
             while waiting and len(running) < room:
                 running.append(waiting.pop())
             chosen = rng.permutation(running)[: max(2, room)].tolist()
             taken = [making[index] for index in chosen]
-            self._step(taken, [_piece(one.pending, rng) for one in taken])
+            self._step(taken, [_piece(one.pending, whole, rng) for one in taken])
             running = [index for index in running if not making[index].done]
+            room, whole = int(rng.integers(2, MOST_TOGETHER + 1)), 0.3
         return making
 
     def cut(self, prompts: list[Prompt], seed: int) -> list[Making]:
@@ -164,13 +167,13 @@ class Player:
         made = [Making.of(prompt, self.session) for prompt in prompts]
         for one in made:
             while not one.done:
-                self._step([one], [_piece(one.pending, rng)])
+                self._step([one], [_piece(one.pending, 0.3, rng)])
         return made
 
 
-def _piece(pending: int, rng) -> int:
-    """All of what is pending, or a part of it."""
-    return pending if rng.random() < 0.4 else int(rng.integers(1, pending + 1))
+def _piece(pending: int, whole: float, rng) -> int:
+    """All of what is pending, with probability ``whole``, or a part of it."""
+    return pending if rng.random() < whole else int(rng.integers(1, pending + 1))
 
 
 class Difference(Exception):
