@@ -18,7 +18,7 @@ class Point:
 endef
 export DEMO
 
-.PHONY: demo test lint bench sanitize determinism soak clean
+.PHONY: demo test lint bench evidence sanitize determinism soak clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
@@ -34,6 +34,11 @@ lint: $(VENV)/.tested
 # The table of measured figures; needs a quiet machine.
 bench: $(VENV)/.tested
 	@$(BIN)/python benchmarks/training_step.py
+
+# The measured tables: all that this machine can show, each line once until what runs changes. ARGS=--help says how to run some of it.
+evidence: $(VENV)/.tested
+	@$(PIP) cmake ninja nanobind
+	@$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 # The native tests with every read, write and overflow checked, the pool's threads with every hand-over checked. Goes on where it stopped.
 CHECKED        := build/sanitize
@@ -84,4 +89,4 @@ $(VENV)/.tested: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build .soak .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .soak .evidence .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -150,7 +150,8 @@ class Player:
         large and uncut, so that it is longer than one native step."""
         rng = np.random.default_rng(seed)
         making = [Making.of(prompt, self.session) for prompt in prompts]
-        waiting, running, room, whole = rng.permutation(len(prompts)).tolist(), [], MOST_TOGETHER, 1.0
+        waiting, running = rng.permutation(len(prompts)).tolist(), []
+        room, whole = min(MOST_TOGETHER, len(prompts) // 2), 1.0
         while waiting or running:
             while waiting and len(running) < room:
                 running.append(waiting.pop())
