@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(shell find native -type f)
+PLAYED := $(shell find src/hasten/backends/cpu src/hasten/program src/hasten/formats -name '*.py')
 # torch comes first and from the constraints file: any looser requirement may pull gigabytes of CUDA.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -17,7 +18,7 @@ class Point:
 endef
 export DEMO
 
-.PHONY: demo test lint bench sanitize soak clean
+.PHONY: demo test lint bench evidence sanitize determinism soak clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
@@ -34,9 +35,15 @@ lint: $(VENV)/.tested
 bench: $(VENV)/.tested
 	@$(BIN)/python benchmarks/training_step.py
 
+# The measured tables: all that this machine can show, each line once until what runs changes. ARGS=--help says how to run some of it.
+evidence: $(VENV)/.tested
+	@$(PIP) cmake ninja nanobind
+	@$(BIN)/python -m benchmarks.evidence $(ARGS)
+
 # The native tests with every read, write and overflow checked, the pool's threads with every hand-over checked. Goes on where it stopped.
 CHECKED        := build/sanitize
-CHECKED_TESTS  := $(wildcard tests/ops/test_native*.py) $(addprefix tests/,ops/test_stored.py ops/test_cpu_backend.py engine/test_sampler.py families/test_native.py)
+CHECKED_TESTS  := $(wildcard tests/ops/test_native*.py) $(addprefix tests/,ops/test_stored.py ops/test_cpu_backend.py engine/test_sampler.py \
+	engine/test_determinism.py families/test_native.py)
 library         = $(shell $(or $(CXX),c++) -print-file-name=$(1))
 CHECKED_PYTHON  = LD_PRELOAD=$(call library,libasan.so):$(call library,libubsan.so):$(call library,libstdc++.so.6) \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -44,8 +51,12 @@ CHECKED_PYTHON  = LD_PRELOAD=$(call library,libasan.so):$(call library,libubsan.
 
 sanitize: $(CHECKED)/.fires $(CHECKED)/.threads $(CHECKED_TESTS:%=$(CHECKED)/%.passed)
 
-# What takes too long for every change, each part once until what it reads changes.
-soak: sanitize
+# What takes too long for every change, each part once until what it reads changes; a run that was stopped goes on where it was.
+soak: determinism sanitize
+
+# The determinism contract over {bf16, W8A8, W4A8} x {grouped-query, multi-query, window, MoE} x {bf16, int8 cache}, 200 prompts each.
+determinism: $(VENV)/.tested
+	@$(BIN)/python -m tests.soak determinism
 
 $(CHECKED)/.built: $(VENV)/.tested $(NATIVE)
 	@$(PIP) cmake ninja nanobind
@@ -63,7 +74,7 @@ $(CHECKED)/.threads: $(CHECKED)/.built
 	@TSAN_OPTIONS=halt_on_error=1 setarch --addr-no-randomize $(CHECKED)/race && touch $@
 
 # Rates are not what they are elsewhere; what measures them is left out.
-$(CHECKED)/%.passed: % $(CHECKED)/.built
+$(CHECKED)/%.passed: % $(CHECKED)/.built $(PLAYED)
 	@mkdir -p $(@D)
 	@$(CHECKED_PYTHON) -m pytest -p tests.sanitized -k 'not sane and not worth and not give_the_total' $< && touch $@
 
@@ -78,4 +89,4 @@ $(VENV)/.tested: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .soak .evidence .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -163,6 +163,7 @@ def table(runners: list[Runner], rounds: dict[str, list[dict[str, float]]]) -> l
         base = None if runner.name == "hasten" else rounds.get(f"hasten {BITS[runner.form]}")
         rows.append({
             "runner": runner.label,
+            "bits": BITS[runner.form],
             "version": runner.version,
             "tokens_per_s": {what: median([each[what] for each in mine]) for what in mine[0]},
             "hasten_over_it": None if base is None else {what: median([h[what] / p[what] for h, p in zip(base, mine)]) for what in mine[0]},

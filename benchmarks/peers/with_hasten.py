@@ -10,10 +10,11 @@ FORMATS = ("bf16", "int8", "int4")
 def load(checkpoint: Path, work: Path, form: str, threads: int, context: int, batch: int) -> tuple[str, worker.Generate]:
     from hasten import LLM, SamplingParams, __version__
     from hasten.base import hardware
+    from hasten.program import Formats
 
     if threads != hardware.detect().cpu.cores:
         raise SystemExit(f"hasten takes all {hardware.detect().cpu.cores} cores granted; give the comparison a CPU affinity of {threads}")
-    llm = LLM(checkpoint, backend="cpu", weights=form, context=context, max_sequences=batch)
+    llm = LLM(checkpoint, backend="cpu", formats=Formats(form), context=context, max_sequences=batch)
     llm.generate([[3]], SamplingParams(max_tokens=1))  # weights are packed for the first prompt
 
     def generate(prompts: list[list[int]], new: int) -> list[int]:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 
 from hasten import _native
@@ -11,13 +13,15 @@ from hasten.backends.cpu.levels import LEVELS, kernels
 from hasten.base.errors import UserError
 from hasten.checkpoint import SHAPES, load
 from hasten.formats.linear import NUMBERS, LinearFormat
+from hasten.measure.context import Line, context_points
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
 from hasten.measure.kernels import WEIGHTS
 from hasten.measure.latency import PROFILED, Case, Latency, Repetition, open_runner, repetitions
 from hasten.measure.roofline import LEVELS as LADDER
 from hasten.measure.roofline import Limits, Slice, instruction
-from hasten.program import lower
+from hasten.program import Batch, lower
 from tests.cli import assert_refused, main
+from tests.soak.models import model_of
 
 PROMISED = {
     "prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "tpot_ms", "bytes_per_step", "mbu", "mfu", "weights", "activations",
@@ -185,6 +189,60 @@ def test_random_weights_may_run_past_their_context_unless_positions_are_a_table(
         open_runner(load("random:gpt2"), [Case(1, 1024, 1)], backend="reference")
 
 
+# --- context
+
+
+def test_context(hasten):
+    rows = rows_of(hasten("bench", "context", "code-8m", "--context", "700,9,100,1000", "--steps", 1, "--weights", "int8", "--json"))
+    assert [row["context"] for row in rows] == [9, 100, 700, 1000]
+    (group,) = lower(MODEL.spec, cache="bfloat16").states
+    for row in rows:
+        assert row["cache_bytes"] == group.bytes_per_token() * 16 * -(-(row["context"] + 1) // 16)
+        assert row["planned_bytes"] == row["weight_bytes"] + row["arena_bytes"] + row["cache_bytes"]
+        assert row["resident_bytes"] > 0
+        assert row["tpot_ms"] > 0
+    assert len({row["weight_bytes"] for row in rows}) == len({row["arena_bytes"] for row in rows}) == 1
+    table = hasten("bench", "context", "code-8m", "--context", "5,6,7", "--steps", 1).out
+    assert "a step takes" in table
+    assert "R² " in table
+
+
+def test_a_grown_sequence_has_keys_everywhere():
+    """A page left out would hold zeros, or nothing of its own to read."""
+    runner = open_runner(MODEL, [Case(1, 900, 1)], threads=1)
+    session = runner.session
+    taken = {}
+    start = session.start
+    session.start = lambda sequences: taken.setdefault("state", start(sequences))
+    assert len([*context_points(runner, [20, 600, 900], 1, None)]) == 3
+    pages = taken["state"].sequences[0].pages(0)
+    assert len(pages) == -(-901 // 16) == len({*pages})
+    logits, _ = session.step(Batch.of([[1]], [901]), taken["state"])
+    assert np.isfinite(logits).all()
+
+
+def test_a_window_does_not_grow():
+    with pytest.raises(UserError, match="random window: .* sees all positions"):
+        next(context_points(open_runner(model_of("window"), [Case(1, 50, 1)], threads=1), [5, 20, 40], 1, None))
+
+
+def test_a_line_through_points():
+    line = Line.through([1, 2, 4], [3.0, 5.0, 9.0])
+    assert (line.at_zero, line.slope, line.r2) == (pytest.approx(1), pytest.approx(2), pytest.approx(1))
+    assert line.worst == pytest.approx(0, abs=1e-12)
+    bent = Line.through([1, 2, 3, 4], [1.0, 4.0, 9.0, 16.0])
+    assert bent.r2 < 0.99
+    assert bent.worst == pytest.approx(1.0)  # 0 where 1 was measured
+    with pytest.raises(UserError, match="three points"):
+        Line.through([1, 2, 2], [3.0, 5.0, 9.0])
+
+
+def test_wrong_arguments_to_context(hasten):
+    assert_refused(hasten("bench", "context", "code-8m", "--context", "5,6"), "context is '5,6'", "three")
+    assert_refused(hasten("bench", "context", "code-8m", "--context", "1,2,99999"), "code-8m accepts up to")
+    assert_refused(hasten("bench", "context", "random:gemma-3-1b", "--context", "1,2,3", "--weights", "int9"), "int9")
+
+
 # --- what is counted
 
 
@@ -261,8 +319,12 @@ def test_doctor_tells_the_kernel_of_every_op_and_format(hasten):
             assert LADDER.index(level) > LADDER.index(fact["level"])
             assert reason == refusals[level] != ""
     lines = hasten("doctor", "--no-measure").out.splitlines()
-    assert sum(line.startswith("kernel ") for line in lines) == len(facts)
-    assert f"kernel    Linear int8: {best}" in "\n".join(lines)
+    told = [line for line in lines if line.startswith("kernel ")]
+    assert len(told) == len({(fact["level"], *fact["refused"].items()) for fact in facts})
+    for fact in facts:  # each once, on a line of its own level and reasons
+        (line,) = (line for line in told if re.search(rf"\b{fact['op']} (\S+\|)?{re.escape(fact['format'])}(\||,|$)", line))
+        assert line.startswith(f"kernel    {fact['level']}")
+        assert all(reason in line for reason in fact["refused"].values())
 
 
 def test_a_forced_level_is_named_as_the_reason():

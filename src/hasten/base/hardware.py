@@ -131,6 +131,12 @@ def memory(root: Path = ROOT) -> Memory:
     )
 
 
+def resident_bytes(root: Path = ROOT) -> int | None:
+    """Main memory that this process takes now; None where it is not known."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", _read(root / "proc/self/status") or "", re.MULTILINE)
+    return 1024 * int(found.group(1)) if found else None
+
+
 def cpu_quota(root: Path = ROOT) -> float | None:
     """CPU seconds a second that the control group of this process grants: the least of it and its ancestors; None for no limit."""
     quotas = []

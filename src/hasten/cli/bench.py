@@ -108,6 +108,55 @@ def latency(
         _print_latency(rows)
 
 
+@bench.command("context")
+def context(
+    model: options.ModelArgument,
+    contexts: Annotated[str, typer.Option("--context", help="Contexts, three or more, separated by commas.")] = "128,2048,8192,16384,32768",
+    weights: options.WeightsOption = None,
+    activations: options.ActivationsOption = None,
+    cache: options.CacheOption = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps timed at each context, three times over; medians count.")] = 5,
+    threads: ThreadsOption = None,
+    isa: IsaOption = "best",
+    as_json: options.JsonOption = False,
+) -> None:
+    """Step time and memory of one sequence as its context grows, and how straight a line they make. --json prints one object a row."""
+    from rich.console import Console
+
+    from hasten.base import hardware
+    from hasten.checkpoint import load
+    from hasten.measure.context import Line, context_points
+    from hasten.measure.latency import PROFILED, Case, open_runner
+
+    chosen = sorted({*_counts("context", contexts)})
+    if len(chosen) < 3:
+        options.refuse("context", contexts, "three contexts or more, for any two points make a line")
+    loaded, before = load(model), hardware.resident_bytes()
+    with Console(stderr=True).status("growing a sequence …"):
+        runner = open_runner(
+            loaded, [Case(1, chosen[-1], PROFILED)], weights=weights, activations=activations, cache=cache, threads=threads, isa=isa
+        )
+        rows = list(context_points(runner, chosen, steps, before))
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(dataclasses.asdict(row)))
+        return
+    typer.echo(visible_line(f"{runner.model}, weights {runner.weights}, cache {runner.cache}, {runner.isa}, {runner.threads} threads"))
+    _print(
+        ("context", "step ms", "weights MB", "arena MB", "cache MB", "together MB", "resident MB"),
+        [
+            (
+                f"{row.context:,}", f"{row.tpot_ms:,.2f}", f"{row.weight_bytes / 1e6:,.1f}", f"{row.arena_bytes / 1e6:,.1f}",
+                f"{row.cache_bytes / 1e6:,.1f}", f"{row.planned_bytes / 1e6:,.1f}",
+                "–" if row.resident_bytes is None else f"{row.resident_bytes / 1e6:,.1f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    line = Line.through([row.context for row in rows], [row.tpot_ms for row in rows])
+    typer.echo(f"a step takes {line.at_zero:.2f} ms + {1e3 * line.slope:.3f} µs a token; R² {line.r2:.4f}, at most {line.worst:.1%} off")
+
+
 @bench.command("ops")
 def kernels(
     shape: Annotated[str, typer.Option("--shape", help="Sizes of which model, as in random:SHAPE.")] = "tinyllama-1.1b",

@@ -74,7 +74,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"amx       {'granted by the kernel' if cpu['amx_granted'] else 'not available'}",
         f"memory    {_gib(memory['total'])} GiB, {_gib(memory['available'])} available{limit}; huge pages: {pages}",
         *(f"backend   {name}: {state}" for name, state in facts["backends"].items()),
-        *(f"kernel    {kernel['op']} {kernel['format']}: {kernel['level']}{_refused(kernel['refused'])}" for kernel in facts["kernels"]),
+        *_kernel_lines(facts["kernels"]),
     ]
     if (roofline := facts.get("roofline")) is not None:
         lines += [
@@ -84,6 +84,15 @@ def _lines(facts: dict[str, Any]) -> list[str]:
             f"f32       {roofline['f32_tflops']:.3f} TFLOP/s ({roofline['f32_isa']})",
         ]
     return lines
+
+
+def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
+    """A line for all ops that got the same level and were refused the same ones, each with its formats."""
+    alike: dict[str, dict[str, list[str]]] = {}
+    for kernel in kernels:
+        ops = alike.setdefault(f"{kernel['level']}{_refused(kernel['refused'])}", {})
+        ops.setdefault(kernel["op"], []).append(kernel["format"])
+    return [f"kernel    {level}: " + ", ".join(f"{op} {'|'.join(formats)}" for op, formats in ops.items()) for level, ops in alike.items()]
 
 
 def _refused(reasons: dict[str, str]) -> str:

@@ -64,12 +64,13 @@ def _refusal(program: Program, op: ops.Op) -> str:
 class Compiled:
     """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step.
 
-    ``packed`` weights were packed anew, the others came from the cache."""
+    ``packed`` weights were packed anew, the others came from the cache. ``arena_bytes`` hold the values of the longest step."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]
     weight_bytes: int
     packed: int
+    arena_bytes: int
 
 
 def compile_program(
@@ -116,7 +117,7 @@ class _Compiler:
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
         for op, where in zip(program.ops, places, strict=True):
             self._emit(tape, op, where)
-        return Compiled(tape, pools, self.weight_bytes, self.store.fill())
+        return Compiled(tape, pools, self.weight_bytes, self.store.fill(), self.arena.size)
 
     # --- first: where everything lies
 

@@ -1,0 +1,146 @@
+"""What the measured tables ask for, as data: each line says what is measured, by which commands, how their JSON is read, and what is
+asked. A line whose commands another line has too shares their runs."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, Passes, PeersAtBatch, Ratio
+
+Row = dict[str, Any]
+
+
+class Figure(Protocol):
+    """Reads one number from what the commands printed: rows[round][command] is a list of JSON objects."""
+
+    def of(self, rounds: Sequence[Sequence[Sequence[Row]]]) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What a figure is asked to be."""
+
+    sense: str  # "≥" or "≤"
+    value: float
+
+    def holds(self, figure: float) -> bool:
+        return figure >= self.value if self.sense == "≥" else figure <= self.value
+
+    def __str__(self) -> str:
+        return f"{self.sense} {self.value:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of a table. In ``commands``, which run in turn ``rounds`` times, {model} and {shape} stand for the model of the table,
+    {environments} and {work} for where peers live, {output} for a file that is read instead of what is printed.
+
+    ``needs`` names the level of kernels without which there is no such figure, '' where all have one. ``asked`` is None
+    where nothing is."""
+
+    table: str
+    check: str
+    commands: tuple[str, ...]
+    figure: Figure
+    asked: Bound | None = None
+    rounds: int = 1
+    unit: str = ""
+    needs: str = ""
+
+
+def least(value: float) -> Bound:
+    return Bound("≥", value)
+
+
+def most(value: float) -> Bound:
+    return Bound("≤", value)
+
+
+LATENCY = "hasten bench latency {model} --weights %s --batch %d --prompt %d --new %d --repeats %d --json"
+NAMES = {"bf16": "bf16", "int8": "W8A8", "int4": "W4A8"}
+PASSED = most(0)
+
+DECODE = [
+    Line("B", f"decode, batch 1, context {context}, {NAMES[weights]}: bytes a second over streaming read",
+         (LATENCY % (weights, 1, context, 32, 5),), Field("mbu"), least(asked))
+    for context, asks in ((128, {"bf16": 0.85, "int8": 0.85, "int4": 0.80}), (2048, dict.fromkeys(NAMES, 0.75)))
+    for weights, asked in asks.items()
+]  # fmt: skip
+PREFILL = [
+    Line("B", f"prefill 512, {NAMES[weights]}: operations a second over the tiles' peak", (LATENCY % (weights, 1, 512, 4, 5),),
+         Field("mfu"), least(asked), needs="amx")
+    for weights, asked in (("bf16", 0.55), ("int8", 0.45))
+]  # fmt: skip
+BATCHES = [
+    Line("B", f"batch {batch}, context 128, {NAMES[weights]}: over its own limit", (LATENCY % (weights, batch, 128, 16, 3),),
+         Field("of_limit"), asked)
+    for batch, asked in ((8, None), (32, least(0.70))) for weights in NAMES
+]  # fmt: skip
+SPARSE = [
+    Line(
+        "B", f"decode, batch 1, {zeros} of the weights zero, {NAMES[weights]}: sparse over dense",
+        tuple(f"hasten bench latency {{model}}@{zeros} --weights {form} --prompt 16 --new 32 --repeats 1 --json"
+              for form in (f"{weights}-sparse", weights)),
+        Ratio("decode_tokens_per_s"), least(asked), rounds=5,
+    )
+    for zeros, (weights, asked) in itertools.product(("50%", "2:4"), (("bf16", 1.5), ("int8", 1.3)))
+]  # fmt: skip
+CONTEXT = "hasten bench context {model} --weights %s --cache %s --context 128,1024,2048,4096,8192,16384,24576,32768 --json"
+CONTEXTS = [
+    line
+    for weights, cache in (("bf16", "bf16"), ("int8", "int8"))
+    for line in (
+        Line("B", f"context 128 to 32,768, {NAMES[weights]}, {cache} cache: step time against length, R² of a straight line",
+             (CONTEXT % (weights, cache),), LeastR2("context", "tpot_ms"), least(0.99)),
+        Line("B", f"context 128 to 32,768, {NAMES[weights]}, {cache} cache: memory over weights + arena + cache, farthest from 1",
+             (CONTEXT % (weights, cache),), Memory(), most(0.05)),
+    )
+]  # fmt: skip
+PEERS = "python benchmarks/peers/compare.py --shape {shape} --environments {environments} --work {work} --json {output}"
+BESIDE_PEERS = [
+    *(
+        Line("B", f"{what}, {bits}: over the best peer at the same bits", (PEERS,), BestPeer(bits, what), least(asked), unit="×")
+        for bits, asks in (("bf16", (1.25, 1.6, 2)), ("int8", (2, 3, 3)), ("int4", (2, 3, 3)))
+        for what, asked in zip(("batch 1", "batch 8", "prefill"), asks)
+    ),
+    *(
+        Line("B", f"batch 32, {bits}: over the best peer in any format", (PEERS,), PeersAtBatch(bits, "batch 32"), least(asked), unit="×")
+        for bits, asked in (("bf16", 1.5), ("int4", 2.5))
+    ),
+]  # fmt: skip
+START = [
+    Line("B", "second start of the W4A8 model to its first token, files in the page cache",
+         ("python benchmarks/first_token.py {model} --weights int4",), Field("second_start_s"), most(1.5), unit=" s"),
+    Line("B", "step cost outside kernels, code-8m, batch 1", ("hasten bench latency code-8m --prompt 128 --new 32 --repeats 5 --json",),
+         Field("step_overhead_us"), most(60), unit=" µs"),
+    Line("B", "building the extension from nothing", ("python benchmarks/build_time.py",), Field("seconds"), most(90), unit=" s"),
+]  # fmt: skip
+LOSS = [
+    Line("B", f"held-out loss, code-8m, weights {weights}", (f"hasten eval code-8m --weights {weights} --json",), Field("loss"))
+    for weights in ("bf16", "int8", "int4", "int4-g64", "int4-g32-zp", "int3-g32", "int2-g32-zp", "fp8")
+]
+LOSS += [
+    Line(
+        "B", f"held-out loss, code-8m, bf16, cache {cache}", (f"hasten eval code-8m --weights bf16 --cache {cache} --json",), Field("loss")
+    )
+    for cache in ("int8", "fp8")
+]
+TESTED = [
+    Line("B", check, (command,), Passes(), PASSED)
+    for check, command in (
+        ("generates where torch cannot be imported", "pytest tests/rules/test_without_torch.py"),
+        ("every op, format and level against the reference",
+         "pytest tests/ops/test_weight_formats.py tests/ops/test_native_linear.py tests/ops/test_native_decoder.py"
+         " tests/ops/test_native_row_ops.py tests/ops/test_native_experts.py tests/ops/test_cpu_backend.py"),
+        ("determinism: differing tokens over all cells", "python -m tests.soak determinism"),
+        ("native tests under AddressSanitizer and UndefinedBehaviorSanitizer", "make sanitize"),
+        ("hostile steps are Python errors", "pytest tests/ops/test_native_hostile.py"),
+    )
+]  # fmt: skip
+TRAINING = [
+    Line("A", "training step, code-8m, bf16, 16 × 512: speed over a hand-written module", ("python benchmarks/training_step.py",),
+         Field("speed_ratio"), unit="×"),
+]  # fmt: skip
+
+LINES: list[Line] = [*DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *TESTED, *BESIDE_PEERS, *TRAINING]

@@ -1,0 +1,69 @@
+"""`make soak`: what takes too long for every change. A part that passed is not repeated until what runs changes (.soak/ledger.jsonl).
+
+Parts are functions in PARTS; each notes what it finished and raises with the first thing that is wrong."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.ledger import ROOT, Ledger, source_digest
+from hasten import _native
+from hasten.base import hardware
+from tests.soak.determinism import CACHES, CELLS, WEIGHTS, Cell, Difference, run_cell
+from tests.soak.determinism import PARTS as KINDS
+
+PROMPTS = 200
+
+
+def determinism(ledger: Ledger, digest: str, prompts: int, seed: int) -> None:
+    """Every cell of the contract; raises Difference."""
+    brand, isa = hardware.detect().cpu.brand, _native.isa_level()
+    results = {}
+    for number, cell in enumerate(CELLS, 1):
+        key = ("determinism", digest, brand, isa, str(cell), prompts, seed)
+        kept = ledger.get(*key)
+        if kept is None:
+            began = time.perf_counter()
+            kept = run_cell(cell, prompts, seed) | {"seconds": round(time.perf_counter() - began, 1)}
+            ledger.note(*key, value=kept)
+            print(f"{number} of {len(CELLS)}: {cell}: {kept['tokens']:,} tokens the same, {kept['seconds']} s", flush=True)
+        else:
+            print(f"{number} of {len(CELLS)}: {cell}: done before", flush=True)
+        results[cell] = kept
+    print(f"\ndeterminism, {isa}, {prompts} prompts a cell, 1 and 2 threads: tokens compared, of which 0 differ")
+    width = max(map(len, KINDS))
+    print(" " * width + "".join(f"{f'{weights} {cache}':>14}" for weights in WEIGHTS for cache in CACHES))
+    for kind in KINDS:
+        cells = (results[Cell(weights, kind, cache)] for weights in WEIGHTS for cache in CACHES)
+        print(f"{kind:{width}}" + "".join(f"{each['tokens']:>14,}" for each in cells))
+    seconds = sum(each["seconds"] for each in results.values())
+    print(f"{sum(each['tokens'] for each in results.values()):,} tokens, 0 differ; {seconds:.0f} s")
+
+
+PARTS = {"determinism": determinism}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"which of {', '.join(PARTS)}; all unless given")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="for each cell of determinism")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ledger", type=Path, default=ROOT / ".soak" / "ledger.jsonl", help="where finished pieces are noted")
+    given = parser.parse_args()
+    if unknown := [part for part in given.parts if part not in PARTS]:
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if given.prompts < 12:
+        parser.error(f"{given.prompts} prompts are too few to share batches; 12 or more")
+    ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak")
+    for part in given.parts or PARTS:
+        try:
+            PARTS[part](ledger, digest, given.prompts, given.seed)
+        except Difference as error:
+            print(f"{part}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
