@@ -364,6 +364,11 @@ void bind_executor(nb::module_& module) {
                  add_op<EmbedOp>(self, table.data(), static_cast<int>(table.shape(1)), scale, place(y));
              },
              "table"_a, "scale"_a, "y"_a)
+        .def("embed",
+             [](Player& self, std::shared_ptr<TableBuffer> table, float scale, std::int64_t y) {
+                 add_op<EmbedOp>(self, std::move(table), scale, place(y));
+             },
+             "table"_a, "scale"_a, "y"_a)
         .def("rotary_table",
              [](Player& self, Floats frequencies, float magnitude, std::int64_t cos, std::int64_t sin) {
                  add_op<RotaryTableOp>(self, std::move(frequencies), magnitude, place(cos), place(sin));
@@ -440,7 +445,7 @@ void bind_executor(nb::module_& module) {
         .def("expert_linear",
              [](Player& self, std::shared_ptr<ExpertWeights> weights, bool scaled, std::int64_t x, std::int64_t scales, std::int64_t starts,
                 std::int64_t y, int stride, Floats bias) {
-                 const PackedLinear& first = weights->packed().front();
+                 const PackedLinear first = weights->packed().front();
                  if (scaled && !is_integer(first.format)) refuse("only weights of integers take int8 rows");
                  if (stride < row_elements(first)) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
                  if (!bias.empty() && bias.size() != weights->packed().size() * static_cast<std::size_t>(first.out))

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <stdexcept>
 
 namespace hasten {
 
@@ -14,6 +15,10 @@ void by_panels(ThreadPool& pool, int panels, Body body) {
         const Share part = share(static_cast<std::size_t>(panels), thread, pool.size());
         body(static_cast<int>(part.begin), static_cast<int>(part.end));
     });
+}
+
+void check_within(const MappedFile& file, std::size_t offset, std::size_t size) {
+    if (offset % 64 || offset > file.size() || size > file.size() - offset) throw std::invalid_argument("the file does not hold the weight");
 }
 
 }  // namespace
@@ -62,6 +67,24 @@ std::vector<std::span<std::byte>> WeightBuffer::parts() const {
     for (const Buffer* buffer : {&tiles_, &scales_, &zeros_})
         if (buffer->size()) filled.emplace_back(buffer->data(), buffer->size());
     return filled;
+}
+
+void WeightBuffer::lie_in(std::shared_ptr<const MappedFile> file, std::span<const std::size_t> offsets) {
+    const std::vector<std::span<std::byte>> own = parts();
+    if (sparse_ || offsets.size() != own.size()) throw std::invalid_argument("the weight has not as many parts");
+    for (std::size_t i = 0; i < own.size(); ++i) check_within(*file, offsets[i], own[i].size());
+    std::size_t part = 0;
+    const auto place = [&](const Buffer& buffer) { return buffer.size() ? file->data() + offsets[part++] : nullptr; };
+    packed_.tiles = place(tiles_);
+    packed_.scales = reinterpret_cast<const float*>(place(scales_));
+    packed_.zeros = reinterpret_cast<const std::int8_t*>(place(zeros_));
+    file_ = std::move(file);
+}
+
+void TableBuffer::lie_in(std::shared_ptr<const MappedFile> file, std::size_t offset) {
+    check_within(*file, offset, memory_.size());
+    offset_ = offset;
+    file_ = std::move(file);
 }
 
 PagePool::PagePool(CacheFormat format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)

@@ -14,7 +14,7 @@ from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, un
 from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
 from hasten.base import hardware
-from hasten.base.errors import ConfigError
+from hasten.base.errors import CheckpointError, ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
 from hasten.program import Batch, Formats, KvGroup, LatentGroup, Program, fuse, linear_formats, lower
@@ -97,7 +97,8 @@ class CpuSession:
     def step(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState]:
         """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer).
 
-        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed then."""
+        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed
+        then. Raises CheckpointError where somebody changed the file that the weights were mapped from."""
         return self._step(batch, state, self.compiled.tape.run), state
 
     def profile(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState, StepProfile]:
@@ -113,6 +114,8 @@ class CpuSession:
         sequences, bounds = state.sequences, batch.offsets.tolist()
         if len(bounds) - 1 != len(sequences):
             raise ConfigError(f"a batch of {len(bounds) - 1} sequences does not go on from a state of {len(sequences)}")
+        if self.compiled.store.changed:
+            raise CheckpointError("the file of packed weights was changed while it was in use; start again")
         lengths = []
         for index, sequence in enumerate(sequences):
             start, stop = sequence.length, sequence.length + bounds[index + 1] - bounds[index]
