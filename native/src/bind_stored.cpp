@@ -105,7 +105,7 @@ void bind_stored(nb::module_& module) {
                 nb::gil_scoped_release unlocked;
                 return self.moved();
             },
-            "Wait for the end of the move; how many bytes lie in memory of their own.")
+            "Wait for the end of the move, which rests no more; how many bytes lie in memory of their own.")
         .def_prop_ro("changed", &MappedFile::changed, "Whether a digest was another when it was moved: somebody changed the file.");
 
     nb::class_<TableBuffer>(module, "TableBuffer", "Rows of bf16 bits [rows, width] that are looked up: reserved, then filled.")

@@ -8,11 +8,6 @@
 #include <cstring>
 #include <system_error>
 
-#if defined(__linux__)
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#endif
-
 #include "stored.hpp"
 
 namespace hasten {
@@ -20,7 +15,7 @@ namespace {
 
 constexpr std::size_t kHuge = std::size_t{2} << 20;  // bytes of a huge page, and of what is moved at a time
 constexpr std::chrono::milliseconds kFirst{1000};    // the first tokens come first
-constexpr int kNice = 10;                            // a tenth of a core that others want, all of one that nobody does
+constexpr int kRest = 9;                             // times as long as a piece took: whoever decodes meanwhile loses a tenth of a core
 
 std::size_t up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -53,7 +48,7 @@ MappedFile::~MappedFile() {
         stop_ = true;
     }
     told_.notify_all();
-    if (mover_.joinable()) mover_.join();
+    if (mover_.joinable()) mover_.join();  // after the piece it is at
     munmap(data_, reserved_);
 }
 
@@ -96,29 +91,37 @@ void MappedFile::move(std::vector<Extent> extents, std::vector<std::uint64_t> di
 }
 
 std::size_t MappedFile::moved() {
+    {
+        const std::lock_guard held(mutex_);
+        hurry_ = true;
+    }
+    told_.notify_all();
     if (mover_.joinable()) mover_.join();
     return moved_;
 }
 
-bool MappedFile::stopped(std::chrono::milliseconds wait) {
+bool MappedFile::stopped_after(std::chrono::nanoseconds rest) {
     std::unique_lock held(mutex_);
-    return told_.wait_for(held, wait, [&] { return stop_; });
+    told_.wait_for(held, rest, [&] { return stop_ || hurry_; });
+    return stop_;
 }
 
 void MappedFile::move_all([[maybe_unused]] std::vector<Extent> extents, [[maybe_unused]] std::vector<std::uint64_t> digests) {
 #if defined(__linux__)
-    setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);  // a refusal costs speed only
-    if (stopped(kFirst)) return;
+    using Clock = std::chrono::steady_clock;
+    if (stopped_after(kFirst)) return;
     std::byte* const fresh = reserve(reserved_, PROT_READ | PROT_WRITE);
     if (!fresh) return;
     madvise(fresh, reserved_, MADV_HUGEPAGE);
-    std::size_t done = 0;
-    for (std::size_t next = 0; done < reserved_ && !stopped(std::chrono::milliseconds{0}); done += kHuge) {
+    std::size_t done = 0, next = 0;
+    for (Clock::duration took{0}; done < reserved_ && !stopped_after(kRest * took); done += kHuge) {
+        const auto began = Clock::now();
         std::memcpy(fresh + done, data_ + done, std::min(kHuge, size_ - done));
         if (mremap(fresh + done, kHuge, kHuge, MREMAP_MAYMOVE | MREMAP_FIXED, data_ + done) == MAP_FAILED) break;
         moved_ = std::min(done + kHuge, size_);
         for (; next < extents.size() && extents[next].offset + extents[next].size <= moved_; ++next)
             if (digest(data_ + extents[next].offset, extents[next].size) != digests[next]) changed_ = true;
+        took = Clock::now() - began;
     }
     if (done < reserved_) munmap(fresh + done, reserved_ - done);
 #endif

@@ -39,11 +39,11 @@ class MappedFile {
     // The digest() of each extent, by all threads together.
     std::vector<std::uint64_t> digests(ThreadPool& pool, std::span<const Extent> extents) const;
 
-    // Begin to move all of it, after a moment and on a thread that gives way to others. `digests` are those of `extents`, which are taken
+    // Begin to move all of it, after a moment and with long rests, on a thread of its own. `digests` are those of `extents`, which are taken
     // again of what was moved. Once. Nothing moves where the system cannot, or has no memory left: then it stays as it is.
     void move(std::vector<Extent> extents, std::vector<std::uint64_t> digests);
 
-    // Waits for the end of the move. How many bytes lie in memory of their own; all of them, or what there was room for.
+    // Waits for the end of the move, which rests no more. How many bytes lie in memory of their own; all of them, or what there was room for.
     std::size_t moved();
 
     // Did an extent have another digest when it was moved than when it was mapped? Somebody changed the file since.
@@ -51,14 +51,14 @@ class MappedFile {
 
    private:
     void move_all(std::vector<Extent> extents, std::vector<std::uint64_t> digests);
-    bool stopped(std::chrono::milliseconds wait);
+    bool stopped_after(std::chrono::nanoseconds rest);
 
     std::byte* data_ = nullptr;
     std::size_t size_, reserved_ = 0, moved_ = 0;
     std::atomic<bool> changed_{false};
     std::mutex mutex_;
     std::condition_variable told_;
-    bool stop_ = false;
+    bool stop_ = false, hurry_ = false;
     std::thread mover_;
 };
 

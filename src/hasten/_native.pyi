@@ -260,7 +260,7 @@ class MappedFile:
         """Begin to move it to huge pages of its own, in the background, and compare these digests with those of what was moved."""
 
     def moved(self) -> int:
-        """Wait for the end of the move; how many bytes lie in memory of their own."""
+        """Wait for the end of the move, which rests no more; how many bytes lie in memory of their own."""
 
     @property
     def changed(self) -> bool:

@@ -122,7 +122,7 @@ def test_a_file_that_is_changed_while_it_is_mapped_is_not_played_on(model, place
     start(model)
     session = CpuBackend(1).session(model, 64, Formats("int4"))
     flipped(only(place), 4096 * 40 + 5)
-    session.compiled.store._mapped.moved()
+    session.compiled.store.settle()
     with pytest.raises(CheckpointError, match="start again"):
         session.score(Batch.of([IDS]))
 

@@ -168,6 +168,11 @@ class PackedWeights:
         """Whether the file that the weights were mapped from has been changed since: they are not what they were."""
         return self._mapped is not None and self._mapped.changed
 
+    def settle(self) -> None:
+        """Wait until nothing of them is on its way to other memory, as whoever measures must."""
+        if self._mapped is not None:
+            self._mapped.moved()
+
     def fill(self) -> int:
         """Give every weight its numbers; returns how many had to be packed.
 
