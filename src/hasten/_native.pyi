@@ -308,6 +308,8 @@ class Tape:
     @property
     def ops(self) -> int: ...
     @property
+    def threads(self) -> int: ...
+    @property
     def op_names(self) -> list[str]: ...
     def group(self, pages: PagePool) -> int: ...
     def embed(self, table: NDArray[np.uint16] | TableBuffer, scale: float, y: int) -> None: ...
@@ -368,9 +370,10 @@ class Tape:
 
     def profile(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
-        tables: list[PageTable], logits: NDArray[np.float32],
-    ) -> tuple[NDArray[np.int64], int]:  # fmt: skip
-        """The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole)."""
+        tables: list[PageTable], logits: NDArray[np.float32], op_ns: NDArray[np.int64],
+    ) -> tuple[int, int]:  # fmt: skip
+        """The same with a clock, which adds each op's nanoseconds on each thread to ``op_ns`` [ops, threads]: (nanoseconds of the whole
+        without the clock's, the clock's)."""
 
 # Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
 
