@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -15,6 +16,7 @@
 #include <type_traits>
 
 #include "bindings.hpp"
+#include "borrowed.hpp"
 #include "cpu.hpp"
 #include "tape.hpp"
 #include "tape_experts.hpp"
@@ -30,10 +32,9 @@ namespace hasten {
 
 namespace {
 
-using Ints = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using HalvesOfExperts = nb::ndarray<const std::uint16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OpTimes = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = std::vector<float>;
 
@@ -69,6 +70,15 @@ Activation activation_named(const std::string& name) {
         if (name == its) return activation;
     refuse("activation is '" + name + "', which no kernel has");
 }
+
+// The arrays of a step.
+struct Arrays {
+    BorrowedArray tokens, positions, offsets, rows, logits;
+
+    Arrays(nb::handle tokens, nb::handle positions, nb::handle offsets, nb::handle rows, nb::handle logits)
+        : tokens("tokens", tokens, 'i', 1), positions("positions", positions, 'i', 1), offsets("offsets", offsets, 'i', 1),
+          rows("rows", rows, 'i', 1), logits("logits", logits, 'f', 2, true) {}
+};
 
 // A tape with the sizes that bound what a caller may ask of it. Keeps what the tape reads alive.
 class Player {
@@ -117,8 +127,10 @@ class Player {
     }
 
     // Plays a batch of any length, in several steps where it is longer than one takes. Nothing is played unless all of it is sound.
-    std::size_t run(Ints tokens, Ints positions, Ints offsets, Ints rows, const std::vector<const PageTable*>& tables, Logits logits) {
-        const Batch batch = batch_of(tokens, positions, offsets, rows, tables, logits);
+    std::size_t run(nb::handle tokens, nb::handle positions, nb::handle offsets, nb::handle rows, const std::vector<const PageTable*>& tables,
+                    nb::handle logits) {
+        const Arrays arrays(tokens, positions, offsets, rows, logits);
+        const Batch batch = batch_of(arrays, tables);
         nb::gil_scoped_release unlocked;
         const std::lock_guard one_at_a_time(playing_);
         check(batch);
@@ -127,24 +139,24 @@ class Player {
         return barriers;
     }
 
-    // Plays a batch as run does. Returns (nanoseconds [ops, threads], nanoseconds of the whole).
-    nb::tuple profile(Ints tokens, Ints positions, Ints offsets, Ints rows, const std::vector<const PageTable*>& tables, Logits logits) {
-        const Batch batch = batch_of(tokens, positions, offsets, rows, tables, logits);
-        auto made = std::make_unique<StepProfile>(StepProfile{std::vector<std::int64_t>(tape.ops() * tape.threads()), 0});
-        {
-            nb::gil_scoped_release unlocked;
-            const std::lock_guard one_at_a_time(playing_);
-            check(batch);
-            by_steps(batch, [&] {
-                const StepProfile each = tape.profile(step_);
-                for (std::size_t i = 0; i < each.op_ns.size(); ++i) made->op_ns[i] += each.op_ns[i];
-                made->wall_ns += each.wall_ns;
-            });
-        }
-        StepProfile* const profile = made.release();
-        const nb::capsule owner(profile, [](void* p) noexcept { delete static_cast<StepProfile*>(p); });
-        const nb::ndarray<nb::numpy, std::int64_t> op_ns(profile->op_ns.data(), {tape.ops(), tape.threads()}, owner);
-        return nb::make_tuple(op_ns, profile->wall_ns);
+    // Plays a batch as run does. Adds to op_ns [ops, threads], and returns (nanoseconds of the whole, nanoseconds of clocks).
+    std::pair<std::int64_t, std::int64_t> profile(nb::handle tokens, nb::handle positions, nb::handle offsets, nb::handle rows,
+                                                  const std::vector<const PageTable*>& tables, nb::handle logits, OpTimes op_ns) {
+        if (op_ns.shape(0) != tape.ops() || op_ns.shape(1) != tape.threads())
+            refuse("op_ns must be [" + std::to_string(tape.ops()) + ", " + std::to_string(tape.threads()) + "]");
+        const Arrays arrays(tokens, positions, offsets, rows, logits);
+        const Batch batch = batch_of(arrays, tables);
+        std::int64_t* const times = op_ns.data();
+        std::int64_t wall_ns = 0, clock_ns = 0;
+        nb::gil_scoped_release unlocked;
+        const std::lock_guard one_at_a_time(playing_);
+        check(batch);
+        by_steps(batch, [&] {
+            const StepProfile each = tape.profile(step_, times);
+            wall_ns += each.wall_ns;
+            clock_ns += each.clock_ns;
+        });
+        return {wall_ns, clock_ns};
     }
 
    private:
@@ -174,14 +186,15 @@ class Player {
     std::vector<std::int32_t> offsets_, rows_;
     std::vector<std::vector<std::int64_t>> slots_;
 
-    Batch batch_of(const Ints& tokens, const Ints& positions, const Ints& offsets, const Ints& rows, const std::vector<const PageTable*>& tables,
-                   const Logits& logits) const {
-        if (logits.shape(0) != rows.size() || logits.shape(1) != static_cast<std::size_t>(vocab_))
-            refuse("logits must be [" + std::to_string(rows.size()) + ", " + std::to_string(vocab_) + "]");
-        if (positions.size() != tokens.size()) refuse("as many positions as tokens are needed");
-        if (tables.size() + 1 != offsets.size() || std::count(tables.begin(), tables.end(), nullptr)) refuse("one page table per sequence is needed");
-        return {static_cast<int>(tokens.size()), static_cast<int>(tables.size()), static_cast<int>(rows.size()), tokens.data(),
-                positions.data(), offsets.data(), rows.data(), tables.data(), logits.data()};
+    Batch batch_of(const Arrays& given, const std::vector<const PageTable*>& tables) const {
+        if (given.logits.extent(0) != given.rows.extent(0) || given.logits.extent(1) != static_cast<std::size_t>(vocab_))
+            refuse("logits must be [" + std::to_string(given.rows.extent(0)) + ", " + std::to_string(vocab_) + "]");
+        if (given.positions.extent(0) != given.tokens.extent(0)) refuse("as many positions as tokens are needed");
+        if (tables.size() + 1 != given.offsets.extent(0) || std::count(tables.begin(), tables.end(), nullptr))
+            refuse("one page table per sequence is needed");
+        return {static_cast<int>(given.tokens.extent(0)), static_cast<int>(tables.size()), static_cast<int>(given.rows.extent(0)),
+                given.tokens.data<std::int32_t>(), given.positions.data<std::int32_t>(), given.offsets.data<std::int32_t>(),
+                given.rows.data<std::int32_t>(), tables.data(), given.logits.data<float>()};
     }
 
     void check(const Batch& batch) const {
@@ -361,12 +374,18 @@ void bind_executor(nb::module_& module) {
         .def(nb::init<std::shared_ptr<ThreadPool>, const std::string&, std::size_t, int, int, int>(), "pool"_a, "isa"_a, "arena_bytes"_a,
              "most_tokens"_a, "vocab"_a, "context"_a)
         .def_prop_ro("ops", [](const Player& self) { return self.tape.ops(); })
+        .def_prop_ro("threads", [](const Player& self) { return self.tape.threads(); })
         .def_prop_ro("op_names", [](const Player& self) { return self.tape.op_names(); })
         .def("group", [](Player& self, std::shared_ptr<PagePool> pages) { return self.tape.add_group(std::move(pages)); }, "pages"_a)
         .def("embed",
              [](Player& self, Halves table, float scale, std::int64_t y) {
                  self.kept.append(table.cast());
                  add_op<EmbedOp>(self, table.data(), static_cast<int>(table.shape(1)), scale, place(y));
+             },
+             "table"_a, "scale"_a, "y"_a)
+        .def("embed",
+             [](Player& self, std::shared_ptr<TableBuffer> table, float scale, std::int64_t y) {
+                 add_op<EmbedOp>(self, std::move(table), scale, place(y));
              },
              "table"_a, "scale"_a, "y"_a)
         .def("rotary_table",
@@ -445,7 +464,7 @@ void bind_executor(nb::module_& module) {
         .def("expert_linear",
              [](Player& self, std::shared_ptr<ExpertWeights> weights, bool scaled, std::int64_t x, std::int64_t scales, std::int64_t starts,
                 std::int64_t y, int stride, Floats bias) {
-                 const PackedLinear& first = weights->packed().front();
+                 const PackedLinear first = weights->packed().front();
                  if (scaled && !is_integer(first.format)) refuse("only weights of integers take int8 rows");
                  if (stride < row_elements(first)) refuse("rows of " + std::to_string(stride) + " are shorter than the weight's");
                  if (!bias.empty() && bias.size() != weights->packed().size() * static_cast<std::size_t>(first.out))
@@ -518,11 +537,12 @@ void bind_executor(nb::module_& module) {
         .def("open_chain", &Player::open_chain, "most_rows"_a, "block_bytes"_a)
         .def("open_products", &Player::open_products)
         .def("close", &Player::close)
-        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a.noconvert(),
+        .def("run", &Player::run, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a,
              "Play a batch and fill ``logits`` [R, vocab]; returns how often the threads met. Raises ValueError for ids, positions, rows or\n"
              "pages out of range, and plays nothing then.")
-        .def("profile", &Player::profile, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a,
-             "The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole).");
+        .def("profile", &Player::profile, "tokens"_a, "positions"_a, "offsets"_a, "rows"_a, "tables"_a, "logits"_a, "op_ns"_a.noconvert(),
+             "The same with a clock, which adds each op's nanoseconds on each thread to ``op_ns`` [ops, threads]: (nanoseconds of the whole\n"
+             "without the clock's, the clock's).");
 }
 
 }  // namespace hasten

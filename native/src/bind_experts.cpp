@@ -61,7 +61,7 @@ struct Grouping {
 void run_expert_linear(const std::string& isa_name, unsigned threads, const ExpertWeights& weights, Array<const float, 2> x,
                        Array<const std::int32_t, 2> experts, std::optional<Array<const float, 2>> bias, Array<float, 2> y) {
     const Isa isa = isa_of(isa_name);
-    const std::vector<PackedLinear>& packed = weights.packed();
+    const std::vector<PackedLinear> packed = weights.packed();
     const PackedLinear& first = packed.front();
     const std::size_t tokens = experts.shape(0), top_k = experts.shape(1), rows = x.shape(0), in = x.shape(1);
     const auto out = static_cast<std::size_t>(first.out);

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -255,6 +256,12 @@ void bind_linear(nb::module_& m) {
              },
              nb::sig("def parts(self) -> list[object]"),
              "All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed.")
+        .def("lie_in",
+             [](WeightBuffer& self, std::shared_ptr<MappedFile> file, const std::vector<std::size_t>& offsets) {
+                 self.lie_in(std::move(file), offsets);
+             },
+             "file"_a, "offsets"_a,
+             "Take the numbers from a file instead, where `parts` begin at these offsets. Raises ValueError for parts it does not hold.")
         .def("unpack", unpack, "The value of each element as the product sees it: float32 [out, in_].")
         .def_prop_ro("format", [](const WeightBuffer& self) { return name(self.packed().format); }, nb::sig("def format(self) -> str"))
         .def_prop_ro("group", [](const WeightBuffer& self) { return self.packed().group; })

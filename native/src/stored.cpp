@@ -29,8 +29,6 @@ std::uint64_t mixed(std::uint64_t sum, std::uint64_t word) { return std::rotl(su
 
 std::uint64_t merged(std::uint64_t hash, std::uint64_t sum) { return (hash ^ mixed(0, sum)) * kPrime1 + kPrime4; }
 
-std::size_t chunks(std::size_t count) { return (count + kDigestChunk - 1) / kDigestChunk; }
-
 // 0, or the errno of what failed; a file that ends early is EIO.
 int read_all(int file, std::uint64_t offset, std::byte* to, std::size_t count) {
     while (count) {
@@ -65,9 +63,11 @@ std::uint64_t xxh64(const std::byte* data, std::size_t count, std::uint64_t seed
     return hash ^ hash >> 32;
 }
 
-std::uint64_t digest(const std::byte* data, std::size_t count) {
+std::uint64_t digest(const std::byte* data, std::size_t count) { return digest(data, count, 0, digest_chunks(count)); }
+
+std::uint64_t digest(const std::byte* data, std::size_t count, std::size_t first, std::size_t last) {
     std::uint64_t sum = 0;
-    for (std::size_t chunk = 0; chunk < chunks(count); ++chunk) {
+    for (std::size_t chunk = first; chunk < last; ++chunk) {
         const std::size_t begin = chunk * kDigestChunk;
         sum += xxh64(data + begin, std::min(kDigestChunk, count - begin), chunk);
     }
@@ -78,7 +78,7 @@ std::uint64_t read_stored(ThreadPool& pool, int file, std::uint64_t offset, std:
     std::atomic<std::uint64_t> sum{0};
     std::atomic<int> failed{0};
     pool.run([&](unsigned thread) {
-        const Share mine = share(chunks(count), thread, pool.size());
+        const Share mine = share(digest_chunks(count), thread, pool.size());
         std::uint64_t own = 0;
         for (std::size_t chunk = mine.begin; chunk < mine.end; ++chunk) {
             const std::size_t begin = chunk * kDigestChunk, size = std::min(kDigestChunk, count - begin);

@@ -1,7 +1,10 @@
 #include "tape.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
 
 namespace hasten {
 
@@ -14,6 +17,29 @@ void by_panels(ThreadPool& pool, int panels, Body body) {
         const Share part = share(static_cast<std::size_t>(panels), thread, pool.size());
         body(static_cast<int>(part.begin), static_cast<int>(part.end));
     });
+}
+
+void check_within(const MappedFile& file, std::size_t offset, std::size_t size) {
+    if (offset % 64 || offset > file.size() || size > file.size() - offset) throw std::invalid_argument("the file does not hold the weight");
+}
+
+using Clock = std::chrono::steady_clock;
+
+std::int64_t nanoseconds(Clock::duration time) { return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count(); }
+
+// Nanoseconds that reading the clock takes, at best.
+std::int64_t clock_cost() {
+    static const std::int64_t cost = [] {
+        constexpr int kReads = 32;
+        std::int64_t least = std::numeric_limits<std::int64_t>::max();
+        for (int round = 0; round < 64; ++round) {
+            const auto begin = Clock::now();
+            for (int i = 1; i < kReads; ++i) static_cast<void>(Clock::now());
+            least = std::min(least, nanoseconds(Clock::now() - begin) / kReads);
+        }
+        return least;
+    }();
+    return cost;
 }
 
 }  // namespace
@@ -62,6 +88,24 @@ std::vector<std::span<std::byte>> WeightBuffer::parts() const {
     for (const Buffer* buffer : {&tiles_, &scales_, &zeros_})
         if (buffer->size()) filled.emplace_back(buffer->data(), buffer->size());
     return filled;
+}
+
+void WeightBuffer::lie_in(std::shared_ptr<const MappedFile> file, std::span<const std::size_t> offsets) {
+    const std::vector<std::span<std::byte>> own = parts();
+    if (sparse_ || offsets.size() != own.size()) throw std::invalid_argument("the weight has not as many parts");
+    for (std::size_t i = 0; i < own.size(); ++i) check_within(*file, offsets[i], own[i].size());
+    std::size_t part = 0;
+    const auto place = [&](const Buffer& buffer) { return buffer.size() ? file->data() + offsets[part++] : nullptr; };
+    packed_.tiles = place(tiles_);
+    packed_.scales = reinterpret_cast<const float*>(place(scales_));
+    packed_.zeros = reinterpret_cast<const std::int8_t*>(place(zeros_));
+    file_ = std::move(file);
+}
+
+void TableBuffer::lie_in(std::shared_ptr<const MappedFile> file, std::size_t offset) {
+    check_within(*file, offset, memory_.size());
+    offset_ = offset;
+    file_ = std::move(file);
 }
 
 PagePool::PagePool(CacheFormat format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)
@@ -119,18 +163,18 @@ std::size_t Tape::run(const StepInput& step) const {
     return each_op(step, [&](std::size_t index, unsigned thread) { ops_[index]->play(*this, step, thread); });
 }
 
-StepProfile Tape::profile(const StepInput& step) const {
-    using Clock = std::chrono::steady_clock;
-    const auto nanoseconds = [](Clock::duration time) { return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count(); };
-    StepProfile profile{std::vector<std::int64_t>(ops_.size() * threads()), 0};
+StepProfile Tape::profile(const StepInput& step, std::int64_t* op_ns) const {
+    const std::int64_t reading = clock_cost();
+    std::vector<std::int64_t> played(threads());  // ops that each thread played
     const auto begin = Clock::now();
     each_op(step, [&](std::size_t index, unsigned thread) {
         const auto start = Clock::now();
         ops_[index]->play(*this, step, thread);
-        profile.op_ns[index * threads() + thread] = nanoseconds(Clock::now() - start);
+        op_ns[index * threads() + thread] += std::max<std::int64_t>(nanoseconds(Clock::now() - start) - reading, 0);
+        ++played[thread];
     });
-    profile.wall_ns = nanoseconds(Clock::now() - begin);
-    return profile;
+    const std::int64_t wall = nanoseconds(Clock::now() - begin), clocks = 2 * reading * played[0];
+    return {std::max<std::int64_t>(wall - clocks, 0), clocks};
 }
 
 std::vector<std::string> Tape::op_names() const {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "mapped.hpp"
 #include "memory.hpp"
 #include "thread_pool.hpp"
 
@@ -36,12 +37,36 @@ class WeightBuffer {
     // All the memory that packing fills, in an order that stays: what a cache writes, and fills again. Not of a sparse weight.
     std::vector<std::span<std::byte>> parts() const;
 
+    // Takes its numbers from a file instead, where its parts() begin at these offsets. Its own memory stays untouched, and reserved.
+    // Throws std::invalid_argument for parts that the file does not hold.
+    void lie_in(std::shared_ptr<const MappedFile> file, std::span<const std::size_t> offsets);
+
    private:
     void sparsify(ThreadPool& pool);
 
     bool sparse_;
     Buffer tiles_, scales_, zeros_, masks_, starts_;
     PackedLinear packed_;
+    std::shared_ptr<const MappedFile> file_;
+};
+
+// Rows that are looked up, [rows, width] of bf16: in memory of its own, or in a file.
+class TableBuffer {
+   public:
+    TableBuffer(std::size_t rows, std::size_t width) : rows_(rows), width_(width), memory_(rows * width * sizeof(bf16)) {}
+
+    std::size_t rows() const { return rows_; }
+    std::size_t width() const { return width_; }
+    std::span<std::byte> part() const { return {memory_.data(), memory_.size()}; }
+    const bf16* data() const { return reinterpret_cast<const bf16*>(file_ ? file_->data() + offset_ : memory_.data()); }
+
+    // As WeightBuffer::lie_in.
+    void lie_in(std::shared_ptr<const MappedFile> file, std::size_t offset);
+
+   private:
+    std::size_t rows_, width_, offset_ = 0;
+    Buffer memory_;
+    std::shared_ptr<const MappedFile> file_;
 };
 
 // Pages of one state group: every layer's keys and values, page by page, so that a page is one run of bytes.
@@ -104,10 +129,11 @@ class TapeOp {
     virtual bool alone(const StepInput&) const { return false; }
 };
 
-// Where the time of one step went. The clock is read around each op, so the barrier that follows it is not in its time.
+// Where the time of one step went. The clock is read around each op, so the barrier that follows it is not in its time. What the clock
+// itself takes, which no other step pays, is taken off.
 struct StepProfile {
-    std::vector<std::int64_t> op_ns;  // [ops, threads]
-    std::int64_t wall_ns;             // from the call to the return, barriers and waking the threads included
+    std::int64_t wall_ns;   // from the call to the return, barriers and waking the threads included
+    std::int64_t clock_ns;  // taken off wall_ns
 };
 
 class Tape {
@@ -120,8 +146,8 @@ class Tape {
     // Plays the ops in order, with a barrier between two unless thread 0 plays both alone. Returns the number of barriers.
     std::size_t run(const StepInput& step) const;
 
-    // The same step with a clock read before and after each op.
-    StepProfile profile(const StepInput& step) const;
+    // The same step with a clock read before and after each op, whose times are added to op_ns [ops, threads].
+    StepProfile profile(const StepInput& step, std::int64_t* op_ns) const;
 
     template <class T>
     T* at(Place place, const StepInput& step) const {

@@ -14,11 +14,15 @@ namespace hasten {
 // The packed weights of a layer's experts, each a linear layer of its own.
 class ExpertWeights {
    public:
-    explicit ExpertWeights(std::vector<std::shared_ptr<WeightBuffer>> experts) : experts_(std::move(experts)) {
-        for (const auto& each : experts_) packed_.push_back(each->packed());
-    }
+    explicit ExpertWeights(std::vector<std::shared_ptr<WeightBuffer>> experts) : experts_(std::move(experts)) {}
 
-    const std::vector<PackedLinear>& packed() const { return packed_; }
+    // As they are now: a weight may come to lie elsewhere.
+    std::vector<PackedLinear> packed() const {
+        std::vector<PackedLinear> all;
+        all.reserve(experts_.size());
+        for (const auto& each : experts_) all.push_back(each->packed());
+        return all;
+    }
     std::size_t bytes() const {
         std::size_t sum = 0;
         for (const auto& each : experts_) sum += each->bytes();
@@ -27,7 +31,6 @@ class ExpertWeights {
 
    private:
     std::vector<std::shared_ptr<WeightBuffer>> experts_;
-    std::vector<PackedLinear> packed_;
 };
 
 // The tokens whose choices `thread` handles.
@@ -97,7 +100,7 @@ struct ExpertLinearOp final : TapeOp {
         : weights(std::move(weights)), scaled(scaled), x(x), scales(scales), starts(starts), y(y), stride(stride), bias(std::move(bias)) {}
     std::string name() const override { return "expert_linear"; }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        const std::vector<PackedLinear>& experts = weights->packed();
+        const std::vector<PackedLinear> experts = weights->packed();
         const int count = static_cast<int>(experts.size());
         const std::int32_t* const runs = tape.at<std::int32_t>(starts, step);
         const Activations fed{tape.at<std::byte>(x, step), scaled ? tape.at<float>(scales, step) : nullptr, runs[count], stride};

@@ -17,15 +17,18 @@ namespace hasten {
 
 struct EmbedOp final : RowOp {
     const bf16* table;
+    std::shared_ptr<const TableBuffer> buffer;  // instead of `table`: it may come to lie elsewhere
     int width;
     float scale;
     Place y;
 
     EmbedOp(const bf16* table, int width, float scale, Place y)
         : RowOp(Rows::tokens), table(table), width(width), scale(scale), y(y) {}
+    EmbedOp(std::shared_ptr<const TableBuffer> buffer, float scale, Place y)
+        : RowOp(Rows::tokens), table(nullptr), buffer(std::move(buffer)), width(static_cast<int>(this->buffer->width())), scale(scale), y(y) {}
     std::string name() const override { return "embed"; }
     void play_rows(const RowBlock& block) const override {
-        embed(table, width, block.step.token_ids + block.begin, block.count(), scale, block.at<float>(y, width));
+        embed(buffer ? buffer->data() : table, width, block.step.token_ids + block.begin, block.count(), scale, block.at<float>(y, width));
     }
 };
 

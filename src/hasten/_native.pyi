@@ -165,6 +165,9 @@ class WeightBuffer:
     def parts(self) -> list[NDArray[np.uint8]]:
         """All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed."""
 
+    def lie_in(self, file: MappedFile, offsets: list[int]) -> None:
+        """Take the numbers from a file instead, where ``parts`` begin at these offsets. Raises ValueError for parts it does not hold."""
+
     def unpack(self) -> NDArray[np.float32]:
         """The value of each element as the product sees it: float32 [out, in_]."""
 
@@ -240,6 +243,40 @@ def will_need(data: NDArray[np.uint8]) -> None:
 def read_stored(pool: ThreadPool, file: int, offset: int, data: NDArray[np.uint8]) -> int:
     """Fill ``data`` from a file descriptor, every thread a run of its own, and return its digest. Raises OSError."""
 
+class MappedFile:
+    """The first ``size`` bytes of a file descriptor, read where the system keeps them. Raises OSError.
+
+    An extent is (offset, size); ValueError is raised for one beyond the end."""
+
+    def __init__(self, file: int, size: int) -> None: ...
+    @property
+    def resident(self) -> bool:
+        """Whether all of it is in memory."""
+
+    def digests(self, pool: ThreadPool, extents: list[tuple[int, int]]) -> list[int]:
+        """The digest of each extent, by all threads together."""
+
+    def move(self, extents: list[tuple[int, int]], digests: list[int]) -> None:
+        """Begin to move it to huge pages of its own, in the background, and compare these digests with those of what was moved."""
+
+    def moved(self) -> int:
+        """Wait for the end of the move, which rests no more; how many bytes lie in memory of their own."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether a digest was another when it was moved: somebody changed the file."""
+
+class TableBuffer:
+    """Rows of bf16 bits [rows, width] that are looked up: reserved, then filled."""
+
+    def __init__(self, rows: int, width: int) -> None: ...
+    @property
+    def part(self) -> NDArray[np.uint8]:
+        """Its memory, as a view."""
+
+    def lie_in(self, file: MappedFile, offset: int) -> None:
+        """Take the rows from a file instead. Raises ValueError where it does not hold them."""
+
 class PagePool:
     """Keys and values of a state group in pages of ``page`` tokens; ``format`` is bf16, int8 or fp8. With ``value_dim`` 0 keys alone, in
     bf16, which begin with the values. Raises ValueError for another format."""
@@ -271,9 +308,11 @@ class Tape:
     @property
     def ops(self) -> int: ...
     @property
+    def threads(self) -> int: ...
+    @property
     def op_names(self) -> list[str]: ...
     def group(self, pages: PagePool) -> int: ...
-    def embed(self, table: NDArray[np.uint16], scale: float, y: int) -> None: ...
+    def embed(self, table: NDArray[np.uint16] | TableBuffer, scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
     def feed(
@@ -331,9 +370,10 @@ class Tape:
 
     def profile(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int32], offsets: NDArray[np.int32], rows: NDArray[np.int32],
-        tables: list[PageTable], logits: NDArray[np.float32],
-    ) -> tuple[NDArray[np.int64], int]:  # fmt: skip
-        """The same with a clock: (nanoseconds [ops, threads] of each op on each thread, nanoseconds of the whole)."""
+        tables: list[PageTable], logits: NDArray[np.float32], op_ns: NDArray[np.int64],
+    ) -> tuple[int, int]:  # fmt: skip
+        """The same with a clock, which adds each op's nanoseconds on each thread to ``op_ns`` [ops, threads]: (nanoseconds of the whole
+        without the clock's, the clock's)."""
 
 # Mixture-of-experts kernels over arrays, for tests. Each raises ValueError for shapes that do not fit and an isa this machine does not run.
 

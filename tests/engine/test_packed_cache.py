@@ -19,7 +19,7 @@ import pytest
 from hasten import _native
 from hasten.backends.cpu import CpuBackend, packed
 from hasten.backends.cpu.packed import Key, PackedCache, Wanted
-from hasten.base.errors import ConfigError
+from hasten.base.errors import CheckpointError, ConfigError
 from hasten.checkpoint import load, random, save
 from hasten.checkpoint.load import _recipe
 from hasten.families.gpt_neox import FAMILY
@@ -102,6 +102,40 @@ def test_the_second_start_reads_the_same_bits(weights, model, place, uncached, c
         assert np.array_equal(again, first)
     assert np.array_equal(uncached(model, weights), first)
     assert caplog.records == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+def test_a_file_in_memory_is_mapped_and_then_moved(model, place, caplog):
+    """The same bits before and after; what is changed in the file later is nobody's concern."""
+    first, _ = start(model)
+    session = CpuBackend(1).session(model, 64, Formats("int4"))
+    mapped = session.compiled.store._mapped
+    assert mapped is not None
+    assert np.array_equal(session.score(Batch.of([IDS])).view(np.uint32), first)
+    assert mapped.moved() == only(place).stat().st_size
+    flipped(only(place), 4096 * 40 + 5)
+    assert np.array_equal(session.score(Batch.of([IDS])).view(np.uint32), first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+def test_a_file_that_is_changed_while_it_is_mapped_is_not_played_on(model, place):
+    start(model)
+    session = CpuBackend(1).session(model, 64, Formats("int4"))
+    flipped(only(place), 4096 * 40 + 5)
+    session.compiled.store.settle()
+    with pytest.raises(CheckpointError, match="start again"):
+        session.score(Batch.of([IDS]))
+
+
+def test_a_file_that_must_come_from_disk_is_read(model, place, monkeypatch):
+    first, _ = start(model)
+    with open(only(place), "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    monkeypatch.setattr(PackedCache, "map", lambda *_: None)  # a file system that keeps its files in memory has no such case
+    session = CpuBackend(1).session(model, 64, Formats("int4"))
+    assert session.compiled.packed == 0
+    assert np.array_equal(session.score(Batch.of([IDS])).view(np.uint32), first)
 
 
 def test_it_makes_no_number_that_it_can_read(model, monkeypatch):

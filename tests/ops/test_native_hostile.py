@@ -134,6 +134,17 @@ def test_logits_that_cannot_be_written_in_place_are_refused(logits, session):
         step.run(session)
 
 
+@pytest.mark.parametrize("wrong", [np.int64, np.uint32, np.float32, "strided", "square", "list"], ids=str)
+@pytest.mark.parametrize("field", ["tokens", "positions", "offsets", "rows"])
+def test_arrays_of_another_type_are_refused(field, wrong, session):
+    step = Step.good()
+    given = getattr(step, field)
+    spoilt = {"strided": np.repeat(given, 2)[::2], "square": given[None], "list": given.tolist()}
+    setattr(step, field, spoilt[wrong] if wrong in spoilt else given.astype(wrong))
+    with pytest.raises(TypeError, match=f"{field} must be a C-contiguous array of int32 of 1 dimensions"):
+        step.run(session)
+
+
 def test_no_logits_asked_for(session):
     step = Step.good()
     step.rows, step.logits = ints(), np.zeros((0, VOCAB), np.float32)

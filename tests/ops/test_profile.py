@@ -77,13 +77,16 @@ def test_profile_refuses_what_run_refuses():
     tape = _native.Tape(_native.ThreadPool(1), "generic", 64, 8, 10, 16)
     step = [np.array([10], np.int32), np.zeros(1, np.int32), np.array([0, 1], np.int32), np.zeros(0, np.int32), [_native.PageTable(0)],
             np.empty((0, 10), np.float32)]  # fmt: skip
-    for play in (tape.run, tape.profile):
+    op_ns = np.zeros((0, 1), np.int64)
+    for play in (tape.run, lambda *arguments: tape.profile(*arguments, op_ns)):
         with pytest.raises(ValueError, match="token id 10 is outside the vocabulary"):
             play(*step)
     step[0] = np.array([9], np.int32)
-    op_ns, wall_ns = tape.profile(*step)
-    assert op_ns.shape == (0, 1)
+    wall_ns, clock_ns = tape.profile(*step, op_ns)
     assert wall_ns >= 0
+    assert clock_ns == 0
+    with pytest.raises(ValueError, match="op_ns must be"):
+        tape.profile(*step, np.zeros((1, 1), np.int64))
 
 
 def test_every_level_is_refused_with_its_reason_or_runs():

@@ -7,6 +7,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -79,7 +80,7 @@ def data_of(case: Case) -> dict[str, np.ndarray]:
 def program_of(case: Case, dtype: str = "float64") -> Program:
     """The case's ops as a Program, with the ops that name a dtype working in ``dtype`` (a Cast keeps its own)."""
     listed = tuple(
-        dataclasses.replace(op, dtype=dtype) if "dtype" in op.attributes and not isinstance(op, ops.Cast) else op
+        msgspec.structs.replace(op, dtype=dtype) if "dtype" in op.attributes and not isinstance(op, ops.Cast) else op
         for op in (*case.before, case.op)
     )
     made = [name for op in listed for name in op.outputs]
@@ -462,7 +463,7 @@ def test_the_table_says_what_it_covers():
     assert len({str(case) for case in EVERY}) == len(EVERY), "case names must differ: their numbers are drawn from them"
     labels = {"adapter", "shard", "weight_format"}  # name how a backend holds a weight, not what is computed
     for op in OPS:
-        for field in dataclasses.fields(op):
+        for field in msgspec.structs.fields(op):
             if field.name not in labels | {"dtype"}:  # every dtype is tried by the tests below
                 tried = {str(getattr(case.op, field.name)) for case in CASES[op]} - {str(field.default)}
                 assert tried, f"{op.__name__}.{field.name} is never tried with anything but its default"

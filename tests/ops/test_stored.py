@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
 import time
 
 import numpy as np
@@ -136,3 +137,135 @@ def test_a_weight_is_the_same_from_its_parts():
         assert all(part.any() for part in filled.parts())
     with pytest.raises(ValueError, match="dense"):
         packed.pack(pool, dense[:, :199].copy())
+
+
+# --- files that are played where the system keeps them
+
+
+HUGE = 2 << 20
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges pages in place")
+
+
+def stored(path, sizes, seed=0):
+    """A file of random parts at multiples of 4096, its extents and their digests."""
+    generator, extents, digests = np.random.default_rng(seed), [], []
+    with open(path, "wb") as file:
+        for size in sizes:
+            file.write(bytes(4096 - file.tell() % 4096))
+            data = generator.integers(0, 256, size, np.uint8)
+            extents.append((file.tell(), size))
+            digests.append(_native.digest(data))
+            file.write(data.tobytes())
+        file.write(b"end")
+    return extents, digests
+
+
+def mapped(path):
+    with open(path, "rb") as file:
+        return _native.MappedFile(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_digests_of_a_mapped_file(tmp_path, threads):
+    extents, digests = stored(tmp_path / "file", [1, CHUNK, 3 * CHUNK + 17, 4096, 5 * CHUNK - 1])
+    file = mapped(tmp_path / "file")
+    assert file.digests(_native.ThreadPool(threads), extents) == digests
+    assert file.digests(_native.ThreadPool(threads), []) == []
+    with pytest.raises(ValueError, match="beyond"):
+        file.digests(_native.ThreadPool(1), [(4096, (tmp_path / "file").stat().st_size)])
+    with pytest.raises(OSError):
+        _native.MappedFile(-1, 100)
+
+
+@linux_only
+@pytest.mark.parametrize("rest", [0, 1, 4096, HUGE - 1])
+def test_a_moved_file_is_the_same(tmp_path, rest):
+    extents, digests = stored(tmp_path / "file", [100, 3 * HUGE, HUGE // 2, HUGE + rest])
+    file, pool = mapped(tmp_path / "file"), _native.ThreadPool(2)
+    file.move(extents, digests)
+    assert file.moved() == (tmp_path / "file").stat().st_size
+    assert not file.changed
+    (tmp_path / "file").write_bytes(bytes((tmp_path / "file").stat().st_size))  # no page of it is the file's any more
+    assert file.digests(pool, extents) == digests
+
+
+@linux_only
+def test_whoever_reads_while_it_moves_sees_every_byte(tmp_path):
+    extents, digests = stored(tmp_path / "file", [16 * HUGE])
+    file, pool, rounds, ended = mapped(tmp_path / "file"), _native.ThreadPool(1), 0, threading.Event()
+    file.move(extents, digests)
+    waiter = threading.Thread(target=lambda: (file.moved(), ended.set()))
+    waiter.start()
+    while not ended.is_set():
+        assert file.digests(pool, extents) == digests
+        rounds += 1
+    waiter.join()
+    assert rounds > 1
+    assert file.moved() == (tmp_path / "file").stat().st_size
+
+
+@linux_only
+def test_what_was_changed_before_it_was_moved_is_told(tmp_path):
+    extents, digests = stored(tmp_path / "file", [HUGE, HUGE, 5])
+    file = mapped(tmp_path / "file")
+    assert file.digests(_native.ThreadPool(1), extents) == digests
+    with open(tmp_path / "file", "r+b") as other:
+        other.seek(extents[1][0] + 12345)
+        byte = other.read(1)
+        other.seek(-1, os.SEEK_CUR)
+        other.write(bytes([byte[0] ^ 1]))
+    file.move(extents, digests)
+    assert file.moved()
+    assert file.changed
+
+
+@linux_only
+def test_only_a_file_in_memory_is_resident(tmp_path):
+    stored(tmp_path / "file", [4 * HUGE])
+    assert mapped(tmp_path / "file").resident
+    with open(tmp_path / "file", "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if mapped(tmp_path / "file").resident:
+        pytest.skip("this file system keeps its files in memory")
+
+
+def test_a_file_that_goes_while_it_moves(tmp_path):
+    """What is not wanted any more is let go at once, moved or not."""
+    extents, digests = stored(tmp_path / "file", [8 * HUGE])
+    file = mapped(tmp_path / "file")
+    file.move(extents, digests)
+    began = time.monotonic()
+    del file
+    assert time.monotonic() - began < 0.9  # the move begins after a second
+
+
+def test_a_weight_in_a_file_is_the_same(tmp_path):
+    pool = _native.ThreadPool(2)
+    dense = np.random.default_rng(0).normal(size=(37, 200)).astype(np.float32)
+    for form, group, zero_points in (("bf16", 0, False), ("int8", 0, False), ("int4", 128, False), ("int4", 32, True)):
+        packed, other = (_native.WeightBuffer(form, 37, 200, group, zero_points) for _ in range(2))
+        packed.pack(pool, dense)
+        offsets = []
+        with open(tmp_path / "file", "wb") as file:
+            for part in packed.parts():
+                file.write(bytes(4096 - file.tell() % 4096))
+                offsets.append(file.tell())
+                file.write(part.tobytes())
+        whole = mapped(tmp_path / "file")
+        for wrong in (offsets[:-1], [*offsets, 4096], [offset + 1 for offset in offsets], [offset + 8192 for offset in offsets]):
+            with pytest.raises(ValueError, match="part|hold"):
+                other.lie_in(whole, wrong)
+        assert not other.unpack().any()
+        other.lie_in(whole, offsets)
+        del whole
+        assert np.array_equal(other.unpack(), packed.unpack())
+
+
+def test_a_table_in_a_file(tmp_path):
+    table, rows = _native.TableBuffer(5, 96), np.random.default_rng(0).integers(0x3C00, 0x4000, (5, 96), np.uint16)
+    table.part[:] = rows.view(np.uint8).ravel()
+    (tmp_path / "file").write_bytes(bytes(4096) + rows.tobytes())
+    with pytest.raises(ValueError, match="hold"):
+        table.lie_in(mapped(tmp_path / "file"), 8192)
+    table.lie_in(mapped(tmp_path / "file"), 4096)

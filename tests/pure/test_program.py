@@ -406,6 +406,11 @@ def test_rotary_scalings_at_their_ends():
 
 def test_batches_lay_sequences_end_to_end():
     batch = Batch.of([[4, 5, 6], [7], [8, 9]], [0, 12, 3], rows="last")
+    arrays = Batch.of([np.array([4, 5, 6]), (7,), np.array([8, 9], np.int32)], [0, 12, 3], rows="last")
+    for field in dataclasses.fields(Batch):
+        found, other = getattr(batch, field.name), getattr(arrays, field.name)
+        assert found.dtype == other.dtype == np.int32
+        assert np.array_equal(found, other)
     assert batch.tokens.tolist() == [4, 5, 6, 7, 8, 9]
     assert batch.positions.tolist() == [0, 1, 2, 12, 3, 4]
     assert batch.offsets.tolist() == [0, 3, 4, 6]
@@ -423,6 +428,11 @@ def test_batches_lay_sequences_end_to_end():
         (lambda: Batch.of([[1, 2]], [-1]), "starts of 0 or more, not [-1]"),
         (lambda: Batch.of([[1.5]]), "whole numbers"),
         (lambda: Batch.of([[True]]), "whole numbers"),
+        (lambda: Batch.of([[1], [True]]), "whole numbers"),
+        (lambda: Batch.of([[1], [[2]]]), "whole numbers"),
+        (lambda: Batch.of([[1], [1 << 31]]), "between 0 and the vocabulary size"),
+        (lambda: Batch.of([[1], [-1]]), "between 0 and the vocabulary size"),
+        (lambda: Batch.of([[1, 2]], [(1 << 31) - 2]), "starts of 0 or more"),
         (lambda: Batch.of([["a"]]), "whole numbers"),
         (lambda: Batch.of(["ab"]), "whole numbers"),
         (lambda: Batch.of([[[1], [2]]]), "flat"),

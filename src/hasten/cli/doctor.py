@@ -1,7 +1,6 @@
 """`hasten doctor`: what this machine can do."""
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 from typing import Annotated, Any
@@ -45,11 +44,13 @@ def doctor(
 
 def _backends() -> dict[str, str]:
     """For each registered backend, what it runs on or why it cannot."""
+    from importlib import metadata
+
     states = {}
-    for entry in importlib.metadata.entry_points(group="hasten.backends"):
+    for entry in metadata.entry_points(group="hasten.backends"):
         if entry.name == "reference":
             found = importlib.util.find_spec("torch") is not None
-            states[entry.name] = f"torch {importlib.metadata.version('torch')}" if found else "needs torch: pip install 'hasten[torch]'"
+            states[entry.name] = f"torch {metadata.version('torch')}" if found else "needs torch: pip install 'hasten[torch]'"
         elif entry.name == "cpu":
             states[entry.name] = f"native, kernels at level {native_level()}"
         else:

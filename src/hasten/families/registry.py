@@ -1,11 +1,14 @@
 """Which family reads a `model_type`: the built-in ones, then entry points of the group ``hasten.families``."""
 
 import importlib
-import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.families.family import Family
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # model_type → module of hasten.families that exports FAMILY
 BUILT_IN = {
@@ -39,23 +42,30 @@ def find_family(model_type: object) -> Family:
     if isinstance(model_type, str):
         if model_type in BUILT_IN:
             return _built_in(BUILT_IN[model_type])
-        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=model_type):
-            return _from_entry_point(entry)
+        for entry in _entry_points():
+            if entry.name == model_type:
+                return _from_entry_point(entry)
     raise UnsupportedError(f"model_type {one_line(model_type)} is not a known family; known are {', '.join(model_types())}")
 
 
 def model_types() -> list[str]:
     """Every `model_type` that can be read, third-party ones included."""
-    return sorted({*BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+    return sorted({*BUILT_IN, *(entry.name for entry in _entry_points())})
 
 
 def all_families() -> Iterator[Family]:
     """Every family once, built-in ones first."""
     for module in dict.fromkeys(BUILT_IN.values()):
         yield _built_in(module)
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+    for entry in _entry_points():
         if entry.name not in BUILT_IN:
             yield _from_entry_point(entry)
+
+
+def _entry_points() -> "Iterable[EntryPoint]":
+    from importlib import metadata  # late: it takes longer than all of what a built-in family needs
+
+    return metadata.entry_points(group=ENTRY_POINTS)
 
 
 def _built_in(module: str) -> Family:
@@ -63,7 +73,7 @@ def _built_in(module: str) -> Family:
     return family
 
 
-def _from_entry_point(entry: importlib.metadata.EntryPoint) -> Family:
+def _from_entry_point(entry: "EntryPoint") -> Family:
     what = f"entry point {entry.name!r} of group {ENTRY_POINTS} ({entry.value})"
     try:
         family = entry.load()

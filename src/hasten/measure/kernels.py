@@ -75,7 +75,9 @@ class Player:
 
     def profile(self) -> NDArray[np.int64]:
         """Nanoseconds [copies, threads]."""
-        return self.tape.profile(*self.step)[0][self.before :]
+        op_ns = np.zeros((self.tape.ops, self.tape.threads), np.int64)
+        self.tape.profile(*(*self.step, op_ns))
+        return op_ns[self.before :]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

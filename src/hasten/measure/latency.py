@@ -165,6 +165,8 @@ def open_runner(
     else:
         session = open_session(model, backend, context, formats)
     open_s = time.perf_counter() - began
+    if isinstance(session, CpuSession):
+        session.compiled.store.settle()
     program: Program = unfuse(session.program)
     native = isinstance(session, CpuSession)
     found = _formats(program, native)

@@ -1,7 +1,7 @@
 """Model: a Spec, named weights, perhaps a tokenizer, and the record of what made it."""
 
 import dataclasses
-import importlib.metadata
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -82,19 +82,24 @@ class LogitsBackend(Protocol):
 
 
 BACKENDS = "hasten.backends"
+"""The group of entry points that names backends of others."""
+
+_BUILT_IN = {"cpu": "hasten.backends.cpu:CpuBackend", "reference": "hasten.backends.reference:ReferenceBackend"}  # found without a search
 
 
 def load_backend(name: str) -> Any:
-    """The backend registered under ``name`` in the entry points of group hasten.backends, made with its defaults.
+    """The backend called ``name``, made with its defaults. Backends stand above models, so they are found by name rather than imported."""
+    module, _, attribute = find_backend(name).partition(":")
+    return getattr(importlib.import_module(module), attribute)()
 
-    Backends stand above models, so they are found by name rather than imported."""
-    return find_backend(name).load()()
 
+def find_backend(name: str) -> str:
+    """Where the backend of that name is, as module:class, without importing it. Raises UnsupportedError listing the names there are."""
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    from importlib import metadata  # late: it takes longer than all of what a model needs
 
-def find_backend(name: str) -> importlib.metadata.EntryPoint:
-    """Where the backend of that name is, without importing it. Raises UnsupportedError listing the names there are."""
-    entries = importlib.metadata.entry_points(group=BACKENDS)
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    raise UnsupportedError(f"no backend {name!r}; there are {', '.join(sorted({entry.name for entry in entries}))}")
+    others = {entry.name: entry.value for entry in metadata.entry_points(group=BACKENDS)}
+    if name not in others:
+        raise UnsupportedError(f"no backend {name!r}; there are {', '.join(sorted({*_BUILT_IN, *others}))}")
+    return others[name]

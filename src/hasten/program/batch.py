@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 from hasten.base.errors import ConfigError, one_line
 
 Int32 = NDArray[np.int32]
+
+_LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,15 +34,25 @@ class Batch:
         lengths = [len(sequence) for sequence in sequences]
         if not lengths or 0 in lengths:
             raise ConfigError("a batch needs at least one sequence, and every sequence at least one token")
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         begin = [0] * len(lengths) if starts is None else list(starts)
-        if len(begin) != len(lengths) or min(begin) < 0:
+        if len(begin) != len(lengths) or min(begin) < 0 or max(begin) > _LARGEST - max(lengths):
             raise ConfigError(f"{len(lengths)} sequences need as many starts of 0 or more, not {one_line(begin)}")
-        positions = np.concatenate([np.arange(b, b + n) for b, n in zip(begin, lengths, strict=True)]).astype(np.int32)
-        wanted = {"all": np.arange(offsets[-1]), "last": offsets[1:] - 1, "none": np.arange(0)}
+        stops = list(accumulate(lengths))
+        wanted = {"all": range(stops[-1]), "last": [stop - 1 for stop in stops], "none": ()}
         if rows not in wanted:
             raise ConfigError(f"rows={rows!r}; accepted are {', '.join(wanted)}")
-        return cls(np.concatenate([token_array(s) for s in sequences]), positions, offsets, wanted[rows].astype(np.int32))
+        positions = begin if len(begin) == stops[-1] else [start + i for start, length in zip(begin, lengths) for i in range(length)]
+        tokens, offsets = _flat(sequences), np.array([0, *stops], np.int32)
+        return cls(tokens, np.array(positions, np.int32), offsets, np.array(wanted[rows], np.int32))
+
+
+def _flat(sequences: Sequence[Sequence[int]]) -> Int32:
+    """Token ids of all sequences, int32 [T]. Lists of small whole numbers, which is what a step is made of, take the short way."""
+    if all(type(sequence) is list for sequence in sequences):
+        flat = [token for sequence in sequences for token in sequence]
+        if set(map(type, flat)) == {int} and min(flat) >= 0 and max(flat) <= _LARGEST:
+            return np.array(flat, np.int32)
+    return np.concatenate([token_array(sequence) for sequence in sequences])
 
 
 def token_array(tokens: Sequence[int]) -> Int32:

@@ -1,8 +1,9 @@
 """Fused ops: several ops of a Program played as one. What each part computes is written at the part's own class."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
 
 from hasten.program.ops import Contract, Op, StateRef
 
@@ -10,8 +11,7 @@ if TYPE_CHECKING:
     from hasten.program.program import Value
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fused(Op):
+class Fused(Op, frozen=True, kw_only=True):
     """``parts``, in order, give what they give one by one, bit for bit.
 
     ``inner`` are the values that only parts read, with their types: nobody else sees them, so a backend may keep them where it likes.
@@ -60,20 +60,18 @@ class Fused(Op):
     def renamed(self, rename: Callable[[str], str]) -> "Fused":
         """The same op with every value name of every part passed through ``rename``."""
         inner = tuple((rename(name), value) for name, value in self.inner)
-        return dataclasses.replace(self, parts=tuple(part.renamed(rename) for part in self.parts), inner=inner)
+        return msgspec.structs.replace(self, parts=tuple(part.renamed(rename) for part in self.parts), inner=inner)
 
     def with_state(self, place: Callable[[StateRef], StateRef]) -> "Fused":
         """The same op with every state reference passed through ``place``."""
-        return dataclasses.replace(self, parts=tuple(part.with_state(place) for part in self.parts))
+        return msgspec.structs.replace(self, parts=tuple(part.with_state(place) for part in self.parts))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Products(Fused):
+class Products(Fused, frozen=True, kw_only=True):
     """Linear layers that read the same rows: one op with several weights and several outputs, whose channels are shared out together."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowChain(Fused):
+class RowChain(Fused, frozen=True, kw_only=True):
     """Ops one after another whose rows are independent: row r of what a part makes needs row r of its inputs only.
 
     So whoever plays a block of rows can take it through all parts while it is in the cache, without waiting for others. State that

@@ -9,9 +9,10 @@ Fields are typed by role: ``In`` and ``Out`` name values, ``Param`` names a weig
 group; everything else is an attribute. A pass reads the roles from the class, so a new op needs no visitor.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NewType, dataclass_transform, get_args
+from typing import Any, ClassVar, Literal, NewType, TypeVar, get_args
+
+import msgspec
 
 from hasten.spec import Activation, ClampedSwiglu, Dtype, Visibility
 
@@ -22,16 +23,14 @@ Param = NewType("Param", str)
 ShardAxis = Literal["out", "in", "heads", "rows"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StateRef:
+class StateRef(msgspec.Struct, frozen=True):
     """Layer ``slot`` of state group ``group``."""
 
     group: str
     slot: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Contract:
+class Contract(msgspec.Struct, frozen=True):
     """What any backend must keep to, against ``reference`` in float64 on the same inputs.
 
     ``tolerance`` is the largest |difference| over the largest |reference value|, for float32 then bfloat16 outputs (0 = exact).
@@ -48,8 +47,7 @@ _EXACT = (0.0, 0.0)
 _ONE_STEP = (1 / 127, 1 / 127)  # half a step rounds either way: max|x| / 2 is 63.5 steps in float64, a hair beside it in float32
 
 
-@dataclasses.dataclass(frozen=True)
-class Op:
+class Op(msgspec.Struct, frozen=True, kw_only=True):
     """Base of every op. ``roles`` maps field names to 'in', 'out', 'param' or 'state'."""
 
     contract: ClassVar[Contract]
@@ -78,7 +76,13 @@ class Op:
     @property
     def attributes(self) -> dict[str, Any]:
         """Every field that is neither a value, a weight nor a state."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.roles}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in self.roles}
+
+    @classmethod
+    def default(cls, name: str) -> object:
+        """What field ``name`` is unless given; msgspec.NODEFAULT for one that must be given."""
+        from_the_end = cls.__struct_fields__[::-1].index(name)
+        return cls.__struct_defaults__[-1 - from_the_end] if from_the_end < len(cls.__struct_defaults__) else msgspec.NODEFAULT
 
     def renamed(self, rename: Callable[[str], str]) -> "Op":
         """The same op with every value name passed through ``rename``."""
@@ -87,12 +91,12 @@ class Op:
             value = getattr(self, name)
             if role in {"in", "out"} and value is not None:
                 changes[name] = tuple(map(rename, value)) if isinstance(value, tuple) else rename(value)
-        return dataclasses.replace(self, **changes)
+        return msgspec.structs.replace(self, **changes)
 
     def with_state(self, place: Callable[[StateRef], StateRef]) -> "Op":
         """The same op with every state reference passed through ``place``."""
         changes: dict[str, Any] = {name: place(getattr(self, name)) for name, role in self.roles.items() if role == "state"}
-        return dataclasses.replace(self, **changes) if changes else self
+        return msgspec.structs.replace(self, **changes) if changes else self
 
     def _names(self, role: str) -> Iterator[str]:
         for name, its_role in self.roles.items():
@@ -101,21 +105,21 @@ class Op:
                 yield from value if isinstance(value, tuple) else (value,)
 
 
+_Kind = TypeVar("_Kind", bound=Op)
+
 _ROLE_OF_TYPE: dict[Any, str] = {In: "in", Out: "out", Param: "param", StateRef: "state"}
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def _op(tolerance: tuple[float, float], *, differentiable: bool = True, state: Any = "none") -> Callable[[type[Op]], type[Op]]:
-    def decorate(cls: type[Op]) -> type[Op]:
-        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        made.contract = Contract(tolerance, differentiable, state)
-        roles: dict[str, str] = {}
-        for field in dataclasses.fields(made):
-            for candidate in (field.type, *get_args(field.type)):
-                if candidate in _ROLE_OF_TYPE:
-                    roles[field.name] = _ROLE_OF_TYPE[candidate]
-        made.roles = roles
-        return made
+def _op(tolerance: tuple[float, float], *, differentiable: bool = True, state: Any = "none") -> Callable[[type[_Kind]], type[_Kind]]:
+    def decorate(cls: type[_Kind]) -> type[_Kind]:
+        cls.contract = Contract(tolerance, differentiable, state)
+        cls.roles = {
+            name: _ROLE_OF_TYPE[candidate]
+            for name, given in cls.__annotations__.items()
+            for candidate in (given, *get_args(given))
+            if candidate in _ROLE_OF_TYPE
+        }
+        return cls
 
     return decorate
 
@@ -124,7 +128,7 @@ def _op(tolerance: tuple[float, float], *, differentiable: bool = True, state: A
 
 
 @_op(_ROUNDING)
-class Embed(Op):
+class Embed(Op, frozen=True, kw_only=True):
     """y[T, D] = weight[tokens] · scale, in ``dtype``. weight [V, D]. Token ids come from the batch."""
 
     weight: Param
@@ -135,7 +139,7 @@ class Embed(Op):
 
 
 @_op(_EXACT)
-class EmbedPositions(Op):
+class EmbedPositions(Op, frozen=True, kw_only=True):
     """y[T, D] = weight[positions + offset], in ``dtype``. weight [count, D]. Positions come from the batch."""
 
     weight: Param
@@ -145,7 +149,7 @@ class EmbedPositions(Op):
 
 
 @_op(_EXACT)
-class SelectRows(Op):
+class SelectRows(Op, frozen=True, kw_only=True):
     """y[R, N] = x[rows]. The rows whose logits are wanted come from the batch."""
 
     x: In
@@ -153,7 +157,7 @@ class SelectRows(Op):
 
 
 @_op(_EXACT)
-class Split(Op):
+class Split(Op, frozen=True, kw_only=True):
     """x[T, sum(sizes)] cut along its features into ``ys`` of the given sizes."""
 
     x: In
@@ -162,7 +166,7 @@ class Split(Op):
 
 
 @_op(_EXACT)
-class Concat(Op):
+class Concat(Op, frozen=True, kw_only=True):
     """``xs`` laid side by side, head by head: with ``heads`` H each x is [T, H·nᵢ] and y is [T, H·Σnᵢ]."""
 
     xs: tuple[In, ...]
@@ -171,7 +175,7 @@ class Concat(Op):
 
 
 @_op(_EXACT)
-class HeadSplit(Op):
+class HeadSplit(Op, frozen=True, kw_only=True):
     """The inverse of Concat: x[T, H·Σsizes] cut inside every head into ``ys`` of [T, H·size]."""
 
     x: In
@@ -184,7 +188,7 @@ class HeadSplit(Op):
 
 
 @_op(_EXACT)
-class Cast(Op):
+class Cast(Op, frozen=True, kw_only=True):
     """y = x in another dtype, round to nearest even."""
 
     x: In
@@ -193,7 +197,7 @@ class Cast(Op):
 
 
 @_op(_ONE_STEP, differentiable=False)
-class QuantizeRows(Op):
+class QuantizeRows(Op, frozen=True, kw_only=True):
     """Symmetric int8 per row: scale[T, 1] = max|x| / 127 (1 where the row is zero), q[T, N] = round_half_even(x / scale).
 
     Of x [T, A, N] every one of the T·A rows has its own scale."""
@@ -207,7 +211,7 @@ class QuantizeRows(Op):
 
 
 @_op(_REDUCTION)
-class Linear(Op):
+class Linear(Op, frozen=True, kw_only=True):
     """y[T, out] = x[T, in] · weightᵀ + bias, in ``dtype``. weight [out, in], bias [out].
 
     ``weight_format`` names how the weight is stored. How x is fed is another choice: with ``scale`` [T, 1], x is int8 as QuantizeRows
@@ -226,7 +230,7 @@ class Linear(Op):
 
 
 @_op(_REDUCTION)
-class HeadLinear(Op):
+class HeadLinear(Op, frozen=True, kw_only=True):
     """One product per head, in ``dtype``: y[T, H·out] from x[T, H·in], weight [H, out, in]."""
 
     x: In
@@ -240,7 +244,7 @@ class HeadLinear(Op):
 
 
 @_op(_REDUCTION)
-class ExpertLinear(Op):
+class ExpertLinear(Op, frozen=True, kw_only=True):
     """y[T, A, out] = x · weight[expert]ᵀ + bias[expert], in ``dtype``. weight [E, out, in], bias [E, out].
 
     x is [T, in] (every chosen expert reads the token) or [T, A, in] (each reads its own row), int8 where ``scale`` (x's shape, 1 in
@@ -259,7 +263,7 @@ class ExpertLinear(Op):
 
 
 @_op(_REDUCTION)
-class Route(Op):
+class Route(Op, frozen=True, kw_only=True):
     """Choose experts from router logits [T, E]: experts[T, A] int32, falling in score (corrected), ties to the lower index; weights[T, A].
 
     See hasten.spec.Router for the attributes. ``correction`` [E] is added to the scores for choosing only."""
@@ -277,7 +281,7 @@ class Route(Op):
 
 
 @_op(_REDUCTION)
-class Combine(Op):
+class Combine(Op, frozen=True, kw_only=True):
     """y[T, N] = Σₐ weights[T, a] · x[T, a, N], summed in the order the experts were chosen."""
 
     x: In
@@ -289,7 +293,7 @@ class Combine(Op):
 
 
 @_op(_REDUCTION)
-class RmsNorm(Op):
+class RmsNorm(Op, frozen=True, kw_only=True):
     """y = x / sqrt(mean(x²) + eps) · (offset + weight) over each run of ``group`` features. weight [group] or [N]; y in ``dtype``."""
 
     x: In
@@ -302,7 +306,7 @@ class RmsNorm(Op):
 
 
 @_op(_REDUCTION)
-class LayerNorm(Op):
+class LayerNorm(Op, frozen=True, kw_only=True):
     """y = (x − mean) / sqrt(var + eps) · weight + bias over each run of ``group`` features. weight, bias [group] or [N]; y in ``dtype``."""
 
     x: In
@@ -315,7 +319,7 @@ class LayerNorm(Op):
 
 
 @_op(_ROUNDING)
-class Add(Op):
+class Add(Op, frozen=True, kw_only=True):
     """y = a + b, in a's dtype (b may be narrower)."""
 
     a: In
@@ -324,7 +328,7 @@ class Add(Op):
 
 
 @_op(_ROUNDING)
-class Scale(Op):
+class Scale(Op, frozen=True, kw_only=True):
     """y = x · factor."""
 
     x: In
@@ -333,7 +337,7 @@ class Scale(Op):
 
 
 @_op(_ROUNDING)
-class Clip(Op):
+class Clip(Op, frozen=True, kw_only=True):
     """y = min(max(x, −limit), limit)."""
 
     x: In
@@ -342,7 +346,7 @@ class Clip(Op):
 
 
 @_op(_ROUNDING)
-class SoftCap(Op):
+class SoftCap(Op, frozen=True, kw_only=True):
     """y = cap · tanh(x / cap)."""
 
     x: In
@@ -351,7 +355,7 @@ class SoftCap(Op):
 
 
 @_op(_ROUNDING)
-class Activate(Op):
+class Activate(Op, frozen=True, kw_only=True):
     """y = activation(x)."""
 
     x: In
@@ -360,7 +364,7 @@ class Activate(Op):
 
 
 @_op(_ROUNDING)
-class Gate(Op):
+class Gate(Op, frozen=True, kw_only=True):
     """y = activation(gate) · up, or hasten.spec.ClampedSwiglu of both. ``gate`` may be [T, 1], one number for the whole row."""
 
     gate: In
@@ -373,7 +377,7 @@ class Gate(Op):
 
 
 @_op(_ROUNDING)
-class Rotate(Op):
+class Rotate(Op, frozen=True, kw_only=True):
     """Rotary embedding of ``dims`` features of every head, from feature ``start``.
 
     Angles are position · frequencies[i] (float32), cosines and sines are multiplied by ``magnitude``. Pairs are (i, i + dims/2), or
@@ -390,7 +394,7 @@ class Rotate(Op):
 
 
 @_op(_EXACT, state="writes")
-class AppendKv(Op):
+class AppendKv(Op, frozen=True, kw_only=True):
     """Adds each token's key [T, K·dk] and value [T, K·dv] to its sequence's cache. A latent group takes one row and no value."""
 
     k: In
@@ -399,7 +403,7 @@ class AppendKv(Op):
 
 
 @_op(_REDUCTION, state="reads")
-class Attend(Op):
+class Attend(Op, frozen=True, kw_only=True):
     """y[T, H·dv] = softmax(q·k·scale + bias) v over what ``visible`` lets each query see in its sequence's cache.
 
     ``slopes`` adds slope[h] · (key position − query position) (ALiBi); ``softcap`` squashes the scores before any bias; ``sinks`` [H]
@@ -421,7 +425,7 @@ class Attend(Op):
 
 
 @_op(_REDUCTION, state="reads")
-class AttendRelative(Op):
+class AttendRelative(Op, frozen=True, kw_only=True):
     """Transformer-XL attention: score(i, j) = ((qᵢ + u)·kⱼ + (qᵢ + w)·(position_weight · R[i − j])) · scale.
 
     R is the sinusoid of the distance, sines then cosines of distance / 10000^(2i/width); distances above ``clamp`` read as ``clamp``.
@@ -442,7 +446,7 @@ class AttendRelative(Op):
 
 
 @_op(_REDUCTION, state="reads")
-class AttentionMap(Op):
+class AttentionMap(Op, frozen=True, kw_only=True):
     """The probabilities of the Attend that names the same state: y[T, H, context], the cache's oldest kept position first.
 
     Made only where a tap asks for it. Rows of shorter sequences end in zeros."""
@@ -461,7 +465,7 @@ class AttentionMap(Op):
 
 
 @_op(_REDUCTION, state="reads")
-class AttentionMapRelative(Op):
+class AttentionMapRelative(Op, frozen=True, kw_only=True):
     """The probabilities of the AttendRelative that names the same state, laid out as AttentionMap's. Made only where a tap asks."""
 
     q: In
@@ -482,7 +486,7 @@ class AttentionMapRelative(Op):
 
 
 @_op(_REDUCTION, state="reads and writes")
-class CausalConv(Op):
+class CausalConv(Op, frozen=True, kw_only=True):
     """Depthwise convolution over time: y[t] = activation(Σᵢ weight[:, i] · x[t − taps + 1 + i] + bias).
 
     weight [N, taps], bias [N]. The state keeps the last taps − 1 rows of each sequence."""
@@ -496,7 +500,7 @@ class CausalConv(Op):
 
 
 @_op(_REDUCTION, state="reads and writes")
-class SelectiveScan(Op):
+class SelectiveScan(Op, frozen=True, kw_only=True):
     """Mamba's recurrence, per channel n and state s: h = exp(dt·A)·h + dt·b·x; y = Σₛ c·h + d·x, with dt = softplus(dt + dt_bias).
 
     x, dt, y [T, N]; b, c [T, states]; A = −exp(a_log) with a_log [N, states]; d, dt_bias [N]. The state is h [N, states]."""
@@ -513,7 +517,7 @@ class SelectiveScan(Op):
 
 
 @_op(_REDUCTION, state="reads and writes")
-class DualScan(Op):
+class DualScan(Op, frozen=True, kw_only=True):
     """Mamba-2's recurrence, per head: h = exp(dt·A)·h + dt·x⊗b; y = h·c + d·x, with dt = clip(softplus(dt + dt_bias), dt_min, dt_max).
 
     x, y [T, H·P]; dt [T, H]; b, c [T, groups·states]; A = −exp(a_log), a_log, d, dt_bias [H]. The state is h [H, P, states]."""
@@ -534,7 +538,7 @@ class DualScan(Op):
 
 
 @_op(_REDUCTION, state="reads and writes")
-class GatedDeltaScan(Op):
+class GatedDeltaScan(Op, frozen=True, kw_only=True):
     """Gated delta rule, per value head: S = exp(g)·S; S += k ⊗ beta·(v − Sᵀk); y = Sᵀq.
 
     q and k are first divided by sqrt(|·|² + 1e-6), then q by sqrt(key_dim).

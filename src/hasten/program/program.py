@@ -218,8 +218,7 @@ class Program:
         made = ", ".join(f"{name}: {types[name]}" for name in op.outputs)
         weights = [f"{name}{list(self.params[name])}" for name in op.params]
         states = [f"@{ref.group}[{ref.slot}]" for ref in op.state_refs]
-        defaults = {f.name: f.default for f in dataclasses.fields(op)}
-        attributes = [f"{k}={_attribute_text(v)}" for k, v in op.attributes.items() if v != defaults[k]]
+        attributes = [f"{k}={_attribute_text(v)}" for k, v in op.attributes.items() if v != type(op).default(k)]
         call = f"{type(op).__name__}({', '.join([*op.inputs, *weights, *states, *attributes])})"
         return f"{made} = {call}" if made else call
 
@@ -240,7 +239,7 @@ class Program:
             return self
         index, op = found[0]
         kind = AttentionMap if isinstance(op, Attend) else AttentionMapRelative
-        shared = {field.name: getattr(op, field.name) for field in dataclasses.fields(kind) if field.name != "y"}
+        shared = {name: getattr(op, name) for name in kind.__struct_fields__ if name != "y"}
         extra = kind(y=Out(name), **shared)
         layers = tuple(Layer(layer.label, layer.start + (layer.start > index), layer.stop + (layer.stop > index)) for layer in self.layers)
         return dataclasses.replace(

@@ -14,7 +14,7 @@ from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, un
 from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
 from hasten.base import hardware
-from hasten.base.errors import ConfigError
+from hasten.base.errors import CheckpointError, ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
 from hasten.program import Batch, Formats, KvGroup, LatentGroup, Program, fuse, linear_formats, lower
@@ -97,27 +97,34 @@ class CpuSession:
     def step(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState]:
         """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer).
 
-        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed then."""
+        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed
+        then. Raises CheckpointError where somebody changed the file that the weights were mapped from."""
         return self._step(batch, state, self.compiled.tape.run), state
 
     def profile(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState, StepProfile]:
         """A step as ``step`` takes it, and where its time went."""
-        tape, played = self.compiled.tape, list[tuple[NDArray[np.int64], int]]()
+        tape, played = self.compiled.tape, [(0, 0)]
+        op_ns = np.zeros((tape.ops, tape.threads), np.int64)
+
+        def play(*arguments: Any) -> None:
+            played[0] = tape.profile(*(*arguments, op_ns))
+
         began = time.perf_counter_ns()
-        logits = self._step(batch, state, lambda *arguments: played.append(tape.profile(*arguments)))
+        logits = self._step(batch, state, play)
         step_ns = time.perf_counter_ns() - began
-        ((op_ns, whole),) = played
-        return logits, state, StepProfile(tuple(tape.op_names), op_ns, whole, step_ns)
+        tape_ns, clock_ns = played[0]
+        return logits, state, StepProfile(tuple(tape.op_names), op_ns, tape_ns, step_ns - clock_ns)
 
     def _step(self, batch: Batch, state: CpuState, play: Callable[..., Any]) -> NDArray[np.float32]:
         sequences, bounds = state.sequences, batch.offsets.tolist()
         if len(bounds) - 1 != len(sequences):
             raise ConfigError(f"a batch of {len(bounds) - 1} sequences does not go on from a state of {len(sequences)}")
+        if self.compiled.store.changed:
+            raise CheckpointError("the file of packed weights was changed while it was in use; start again")
         lengths = []
         for index, sequence in enumerate(sequences):
             start, stop = sequence.length, sequence.length + bounds[index + 1] - bounds[index]
-            if batch.positions[bounds[index]] != start:
-                said = int(batch.positions[bounds[index]])
+            if (said := batch.positions.item(bounds[index])) != start:
                 raise ConfigError(f"sequence {index} goes on at position {said}, but {start} of its tokens are cached")
             if stop > self.program.context:
                 longest = self.program.context

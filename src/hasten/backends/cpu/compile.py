@@ -64,13 +64,14 @@ def _refusal(program: Program, op: ops.Op) -> str:
 class Compiled:
     """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step.
 
-    ``packed`` weights were packed anew, the others came from the cache. ``arena_bytes`` hold the values of the longest step."""
+    ``packed`` weights of ``store`` were packed anew, the others came from the cache. ``arena_bytes`` hold the values of the longest step."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]
     weight_bytes: int
     packed: int
     arena_bytes: int
+    store: PackedWeights
 
 
 def compile_program(
@@ -117,7 +118,7 @@ class _Compiler:
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
         for op, where in zip(program.ops, places, strict=True):
             self._emit(tape, op, where)
-        return Compiled(tape, pools, self.weight_bytes, self.store.fill(), self.arena.size)
+        return Compiled(tape, pools, self.weight_bytes, self.store.fill(), self.arena.size, self.store)
 
     # --- first: where everything lies
 

@@ -2,11 +2,15 @@
 
 A file is 64 bytes (magic, place, length and digest of the header), the parts of every weight at multiples of 4096, and the header. It
 appears under its name only when whole, and is never changed after, so that any number of processes may read, replace and remove it.
-The digests of what is read are taken on the way, while it is in the processor's cache: no damaged weight is ever played.
+
+No damaged weight is ever played. A file that is in memory already is mapped, and its digests are taken before anything is played from
+it; then it is moved to huge pages in the background, and the digests are taken again of what was moved, for the system may have let go
+of a page and read it again meanwhile. Any other file is read into huge pages at once, and the digests are taken on the way.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -46,6 +50,7 @@ _MAGIC = b"hastenpk"
 _LOG = logging.getLogger("hasten")  # a line on stderr where nobody set it up otherwise
 
 Bits = NDArray[np.uint16]
+Floats = NDArray[np.float32]
 Room = NDArray[np.uint8]
 
 
@@ -88,6 +93,10 @@ class Header(msgspec.Struct, frozen=True):
     key: Key
     parts: tuple[tuple[Part, ...], ...]
 
+    def holds(self, key: Key, sizes: Sequence[Sequence[int]]) -> bool:
+        """Whether it is the key's, with parts of these sizes."""
+        return self.key == key and [[part.size for part in each] for each in self.parts] == sizes
+
 
 def key_of(origin: Origin, wanted: Sequence[Wanted], isa: str) -> Key:
     """The key of these weights as this build packs them."""
@@ -100,12 +109,14 @@ def key_of(origin: Origin, wanted: Sequence[Wanted], isa: str) -> Key:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Request:
-    """Memory that waits for a weight: ``dense`` gives the numbers, ``pack`` fills every part from them."""
+    """Memory that waits for a weight: ``dense`` gives the numbers, ``pack`` fills every part from them, ``lie_in`` takes them from a
+    file, where the parts begin at these offsets."""
 
     wanted: Wanted
     parts: Sequence[Room]
     dense: Callable[[], Array]
     pack: Callable[[Array], None]
+    lie_in: Callable[[_native.MappedFile, list[int]], None]
 
 
 class PackedWeights:
@@ -117,6 +128,7 @@ class PackedWeights:
         self._pool, self._isa, self._model, self._origin = pool, isa, model, origin
         self._cache = cache if origin is not None and cache is not None and cache.limit else None
         self._requests: list[_Request] = []
+        self._mapped: _native.MappedFile | None = None
         self._at_once = 0  # packed before anybody asked to fill
 
     def linear(self, name: str, form: LinearFormat, out: int, in_: int, dense: Callable[[], Array]) -> _native.WeightBuffer:
@@ -130,29 +142,51 @@ class PackedWeights:
             self._at_once += 1
         else:
             wanted = Wanted(name, str(form), out, in_)
-            self._requests.append(_Request(wanted, buffer.parts(), dense, lambda array: buffer.pack(self._pool, bits(array))))
+            pack = functools.partial(_pack_bits, buffer, self._pool, bits)
+            self._requests.append(_Request(wanted, buffer.parts(), dense, pack, buffer.lie_in))
         return buffer
 
-    def table(self, name: str, weight: Weight) -> Bits:
+    def table(self, name: str, weight: Weight) -> "Bits | _native.TableBuffer":
         """Rows of bf16 bits [rows, width] for looking up. Where a checkpoint has them as they are, they stay mapped: few are ever read.
         Others are empty until ``fill``."""
         if self._origin is not None and self._origin.files and weight.dtype == ml_dtypes.bfloat16:
             return _bf16(weight.load())
         rows, width = weight.shape
-        room = np.empty((rows, width), np.uint16)
-        wanted = Wanted(name, TABLE, rows, width)
-        self._requests.append(_Request(wanted, [room.reshape(-1).view(np.uint8)], weight.load, lambda array: np.copyto(room, _bf16(array))))
-        return room
+        table = _native.TableBuffer(rows, width)
+        room = table.part
+        self._requests.append(
+            _Request(
+                Wanted(name, TABLE, rows, width), [room], weight.load,
+                lambda array: np.copyto(room, _bf16(array).reshape(-1).view(np.uint8)),
+                lambda file, offsets: table.lie_in(file, offsets[0]),
+            )
+        )  # fmt: skip
+        return table
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file that the weights were mapped from has been changed since: they are not what they were."""
+        return self._mapped is not None and self._mapped.changed
+
+    def settle(self) -> None:
+        """Wait until nothing of them is on its way to other memory, as whoever measures must."""
+        if self._mapped is not None:
+            self._mapped.moved()
 
     def fill(self) -> int:
         """Give every weight its numbers; returns how many had to be packed.
 
         Raises what ``dense`` raises; whatever is wrong with the cache is at most a line on stderr."""
-        requests = self._requests
+        requests, self._requests = self._requests, []
         if self._cache is None or self._origin is None:
             return self._at_once + _pack(requests)
         key = key_of(self._origin, [request.wanted for request in requests], self._isa)
         parts = [request.parts for request in requests]
+        if found := self._cache.map(key, _sizes(parts), self._pool):
+            self._mapped, offsets = found
+            for request, its in zip(requests, offsets, strict=True):
+                request.lie_in(self._mapped, its)
+            return self._at_once
         whole = self._cache.read(key, parts, self._pool)
         packed = _pack([request for request, found in zip(requests, whole, strict=True) if not found])
         if packed:
@@ -176,6 +210,10 @@ class Stack:
             self._array = array if self._left else None
         part: Array = array[index]
         return part
+
+
+def _pack_bits(buffer: _native.WeightBuffer, pool: _native.ThreadPool, bits: Callable[[Array], Bits | Floats], array: Array) -> None:
+    buffer.pack(pool, bits(array))
 
 
 def _pack(requests: Sequence[_Request]) -> int:
@@ -210,7 +248,7 @@ def _bf16(array: Array) -> Bits:
     return np.ascontiguousarray(array).view(np.uint16)
 
 
-def _floats(array: Array) -> NDArray[np.float32]:
+def _floats(array: Array) -> Floats:
     return np.ascontiguousarray(array, np.float32)
 
 
@@ -242,6 +280,26 @@ class PackedCache:
         directory, limit = settings.cache_directory(), settings.cache_limit()
         return None if directory is None else cls(directory / "packed", limit)
 
+    def map(
+        self, key: Key, sizes: Sequence[Sequence[int]], pool: _native.ThreadPool
+    ) -> "tuple[_native.MappedFile, list[list[int]]] | None":
+        """The key's file and where the parts of each weight, of these sizes, lie in it; None where it must be read, for it is not in
+        memory, or packed, for it is not sound: `read` tells."""
+        path = self.directory / key.file_name
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            header = _read_header(file)
+            if header is None or not header.holds(key, sizes):
+                return None
+            mapped = _native.MappedFile(file.fileno(), os.fstat(file.fileno()).st_size)
+            if mapped.resident:
+                parts = [part for each in header.parts for part in each]
+                extents, digests = [(part.offset, part.size) for part in parts], [part.digest for part in parts]
+                if mapped.digests(pool, extents) == digests:
+                    mapped.move(extents, digests)
+                    os.utime(path)  # its last use
+                    return mapped, [[part.offset for part in each] for each in header.parts]
+        return None
+
     def read(self, key: Key, parts: Sequence[Sequence[Room]], pool: _native.ThreadPool) -> list[bool]:
         """Fill the parts of each of the key's weights; False for those that must be packed.
 
@@ -251,7 +309,7 @@ class PackedCache:
         try:
             with open(path, "rb") as file:
                 header = _read_header(file)
-                if header is None or header.key != key or [[part.size for part in each] for each in header.parts] != _sizes(parts):
+                if header is None or not header.holds(key, _sizes(parts)):
                     self._drop(path, "is damaged or cut short")
                     return whole
                 _will_need(file)
