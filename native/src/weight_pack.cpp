@@ -175,11 +175,18 @@ namespace {
 
 int mask_words(const PackedLinear& weight) { return tile_depth(weight.format) * kChannels / 64; }
 
-// Whether element i of a tile is not zero, in the order in which PanelReader's tiles have them.
-bool nonzero(WeightFormat format, const std::byte* tile, int i) {
-    if (format == WeightFormat::bf16) return (tile[2 * i] | (tile[2 * i + 1] & std::byte{0x7f})) != std::byte{0};  // -0 adds nothing
-    if (format == WeightFormat::int8) return tile[i] != std::byte{0};
-    return (static_cast<unsigned>(tile[i % kTileBytes]) >> (i / kTileBytes * 4) & 0xf) != 0;
+// Whether the elements of 4 k of 16 channels are not zero.
+std::uint64_t line_mask(WeightFormat format, const std::byte* tile, int line) {
+    std::uint64_t mask = 0;
+    if (format == WeightFormat::bf16) {
+        const auto* const first = reinterpret_cast<const std::uint16_t*>(tile) + line * 64;  // k 0 and 1 of each channel; 32 on, k 2 and 3
+        for (int i = 0; i < 64; ++i) mask |= std::uint64_t{(first[i % 4 / 2 * 32 + i / 4 * 2 + i % 2] & 0x7fff) != 0} << i;  // -0 adds nothing
+    } else {
+        const int shift = format == WeightFormat::int4 && line >= 16 ? 4 : 0;
+        const unsigned bits = format == WeightFormat::int4 ? 0xf : 0xff;
+        for (int i = 0; i < 64; ++i) mask |= std::uint64_t{(static_cast<unsigned>(tile[line % 16 * 64 + i]) >> shift & bits) != 0} << i;
+    }
+    return mask;
 }
 
 // Bytes that the elements of a tile take.
@@ -189,49 +196,82 @@ int element_count_bytes(WeightFormat format, const std::uint64_t* mask, int word
     return format == WeightFormat::bf16 ? 2 * (counts[0] + counts[1]) : format == WeightFormat::int8 ? counts[0] + counts[1] : std::max(counts[0], counts[1]);
 }
 
+constexpr std::uint64_t kFirstOfFour = 0x1111111111111111u;
+
+// The number of bits in each four.
+std::uint64_t in_fours(std::uint64_t mask) {
+    mask -= mask >> 1 & 5 * kFirstOfFour;
+    return (mask & 3 * kFirstOfFour) + (mask >> 2 & 3 * kFirstOfFour);
+}
+
+// Adds the first of each four's zeros while the four has less than two bits.
+std::uint64_t filled_to_two(std::uint64_t mask) {
+    for (int bit = 0; bit < 4; ++bit) {
+        const std::uint64_t count = in_fours(mask), lacking = ~(count >> 1 | count >> 2) & kFirstOfFour;
+        mask |= lacking << bit;
+    }
+    return mask;
+}
+
 }  // namespace
 
 std::size_t sparse_mask_count(const PackedLinear& dense) {
     return static_cast<std::size_t>(dense.panels()) * static_cast<std::size_t>(dense.padded_in() / tile_depth(dense.format) * mask_words(dense));
 }
 
-void sparse_masks(const PackedLinear& dense, int first, int last, std::uint64_t* masks, std::uint64_t* panel_bytes) {
+void sparse_masks(const PackedLinear& dense, int first, int last, std::uint64_t* masks, SparsePanel* panels) {
     const int tiles = dense.padded_in() / tile_depth(dense.format), words = mask_words(dense);
     for (int panel = first; panel < last; ++panel) {
-        panel_bytes[panel] = 0;
+        std::uint64_t* const mask = masks + static_cast<std::ptrdiff_t>(panel) * tiles * words;
+        std::int64_t present = 0;
+        bool most_two = true;
+        for (int word = 0; word < tiles * words; ++word) {
+            mask[word] = line_mask(dense.format, panel_tiles(dense, panel) + static_cast<std::ptrdiff_t>(word / words) * kTileBytes, word % words);
+            const std::uint64_t count = in_fours(mask[word]);
+            most_two = most_two && !(((count & count >> 1) | count >> 2) & kFirstOfFour);
+            present += std::popcount(mask[word]);
+        }
+        // Not where that adds more than an eighth.
+        const bool regular = dense.format != WeightFormat::int4 && most_two && present * 9 >= std::int64_t{tiles} * words * 32 * 8;
+        panels[panel] = {0, regular};
         for (int t = 0; t < tiles; ++t) {
-            std::uint64_t* const mask = masks + (static_cast<std::ptrdiff_t>(panel) * tiles + t) * words;
-            const std::byte* const tile = panel_tiles(dense, panel) + static_cast<std::ptrdiff_t>(t) * kTileBytes;
-            for (int word = 0; word < words; ++word) {
-                mask[word] = 0;
-                for (int i = 0; i < 64; ++i) mask[word] |= std::uint64_t{nonzero(dense.format, tile, word * 64 + i)} << i;
-            }
-            panel_bytes[panel] += static_cast<std::uint64_t>(element_count_bytes(dense.format, mask, words));
+            std::uint64_t* const its = mask + static_cast<std::ptrdiff_t>(t) * words;
+            if (regular)
+                for (int word = 0; word < words; ++word) its[word] = filled_to_two(its[word]);
+            panels[panel].start += static_cast<std::uint64_t>(element_count_bytes(dense.format, its, words));
         }
     }
 }
 
-void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, const std::uint64_t* starts, int first, int last, std::byte* elements) {
+void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, const SparsePanel* panels, int first, int last, std::byte* elements) {
     const int tiles = dense.padded_in() / tile_depth(dense.format), words = mask_words(dense);
     for (int panel = first; panel < last; ++panel) {
-        std::byte* to = elements + starts[panel];
+        std::byte* to = elements + panels[panel].start;
         for (int t = 0; t < tiles; ++t) {
             const std::uint64_t* const mask = masks + (static_cast<std::ptrdiff_t>(panel) * tiles + t) * words;
             const std::byte* const tile = panel_tiles(dense, panel) + static_cast<std::ptrdiff_t>(t) * kTileBytes;
-            const int bytes = element_count_bytes(dense.format, mask, words);
-            if (dense.format == WeightFormat::int4) std::memset(to, 0, static_cast<std::size_t>(bytes));
-            int taken[2] = {};
-            for (int i = 0; i < words * 64; ++i) {
-                if (!(mask[i / 64] >> (i % 64) & 1)) continue;
-                const int half = i / kTileBytes;  // of int4
-                if (dense.format == WeightFormat::bf16)
-                    std::memcpy(to + 2 * taken[0]++, tile + 2 * i, 2);
-                else if (dense.format == WeightFormat::int8)
-                    to[taken[0]++] = tile[i];
-                else
-                    to[taken[half]++] |= static_cast<std::byte>((static_cast<unsigned>(tile[i % kTileBytes]) >> (half * 4) & 0xf) << (half * 4));
+            if (dense.format == WeightFormat::int4) {
+                const int bytes = element_count_bytes(dense.format, mask, words);
+                std::memset(to, 0, static_cast<std::size_t>(bytes));
+                for (int half = 0; half < 2; ++half) {
+                    int taken = 0;
+                    for (int word = 0; word < 16; ++word)
+                        for (std::uint64_t left = mask[16 * half + word]; left; left &= left - 1)
+                            to[taken++] |= tile[word * 64 + std::countr_zero(left)] & static_cast<std::byte>(half ? 0xf0 : 0x0f);
+                }
+                to += bytes;
+                continue;
             }
-            to += bytes;
+            for (int word = 0; word < words; ++word)
+                for (std::uint64_t left = mask[word]; left; left &= left - 1) {
+                    const int i = std::countr_zero(left);
+                    if (dense.format == WeightFormat::bf16) {
+                        std::memcpy(to, tile + word * 128 + i % 4 / 2 * 64 + i / 4 * 4 + i % 2 * 2, 2);
+                        to += 2;
+                    } else {
+                        *to++ = tile[word * 64 + i];
+                    }
+                }
         }
     }
 }
