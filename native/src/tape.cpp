@@ -59,6 +59,13 @@ void WeightBuffer::sparsify(ThreadPool& pool) {
     packed_.sparse_panels = each;
 }
 
+bool WeightBuffer::two_of_four() const {
+    if (!packed_.masks) return false;
+    for (int panel = 0; panel < packed_.panels(); ++panel)
+        if (!packed_.sparse_panels[panel].two_of_four) return false;
+    return true;
+}
+
 std::vector<std::span<std::byte>> WeightBuffer::parts() const {
     std::vector<std::span<std::byte>> filled;
     for (const Buffer* buffer : {&tiles_, &scales_, &zeros_})

@@ -33,6 +33,9 @@ class WeightBuffer {
     const PackedLinear& packed() const { return packed_; }
     std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + sparse_panels_.size(); }
 
+    // Whether every panel has two elements in every four k.
+    bool two_of_four() const;
+
     // All the memory that packing fills, in an order that stays: what a cache writes, and fills again. Not of a sparse weight.
     std::vector<std::span<std::byte>> parts() const;
 
