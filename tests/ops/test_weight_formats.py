@@ -218,7 +218,9 @@ def test_what_is_left_out_changes_no_bit(isa, name, pattern, rows):
     dense = two_of_four(14, 53, 640)
     if pattern != "2:4":
         shape = dense.shape
-        dense = weights(name, 14, *shape) * (np.random.default_rng(15).random(shape) < {"half": 0.5, "tenth": 0.1, "none": 0, "all": 1}[pattern])
+        dense = weights(name, 14, *shape) * (
+            np.random.default_rng(15).random(shape) < {"half": 0.5, "tenth": 0.1, "none": 0, "all": 1}[pattern]
+        )
     one, other = packed(name, dense), packed(f"{name}-sparse", dense)
     np.testing.assert_array_equal(one.unpack(), other.unpack())
     x = rows_of(16, rows, 640)
@@ -254,3 +256,26 @@ def test_a_weight_that_is_2_4_holds_two_elements_in_every_four(number, element):
     dense[:, ::2] = 0
     kept = np.count_nonzero(packed(number, dense).unpack())
     assert packed(f"{number}-sparse", dense).nbytes == kept * element + masks + others
+
+
+@pytest.mark.parametrize(("name", "kind"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16), ("fp8", ml_dtypes.float8_e4m3fn)])
+def test_small_floats_are_rounded_to_nearest_even(name, kind):
+    """Ties, subnormals, the largest and what lies beyond, against numpy's and ml_dtypes' own rounding."""
+    steps = np.arange(2 ** (8 * np.dtype(kind).itemsize - 1), dtype=np.uint64).astype(f"u{np.dtype(kind).itemsize}").view(kind)
+    every = steps.astype(np.float32)
+    exact = every[np.isfinite(every)][:30000]
+    between = (exact[1:] + exact[:-1]) / 2
+    values = np.concatenate([between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(np.inf))])
+    dense = np.zeros((-(-len(values) // 63), 64), np.float32)
+    dense[:, 63] = 448  # the largest of fp8, so that its scale is 1
+    for start in range(63):
+        column = values[start::63]
+        dense[: len(column), start] = column
+    dense[1::2] *= -1
+    expected = dense.astype(kind).astype(np.float32)
+    np.testing.assert_array_equal(packed(name, dense).unpack(), expected)
+
+
+def test_weights_beyond_f16_are_infinite():
+    dense = np.array([[65519.996, 65520, 1e30, np.inf, -65520, 2.0**-25, 2.0**-24]], np.float32)
+    np.testing.assert_array_equal(packed("f16", dense).unpack(), [[65504, np.inf, np.inf, np.inf, -np.inf, 0, 2.0**-24]])
