@@ -29,7 +29,7 @@ enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 //   f32:  16 k, channel by channel.                              No scales.
 //   f16, bf16: 32 k, pairs of k adjacent.                        No scales.
 //   fp8:  64 k: e4m3 in the order of two tiles of bf16.          Scales.
-//   int8: 64 k, quadruples of k adjacent.                        Scales.
+//   int8: 64 k, quadruples of k adjacent; never -128.            Scales.
 //   int4: two int8 tiles (128 k) in the nibbles of 1 KiB, the first in the low ones.                                   Scales.
 //   int2: four int8 tiles (256 k) in the bit pairs of 1 KiB, the first in the lowest, as q + 2.                        Scales.
 //   int3: q + 4 of four int8 tiles: their lower bits as in int2, then 512 bytes whose bits 2j and 2j + 1 are the third bit of the

@@ -1,4 +1,4 @@
-// From numbers to the stored form of every weight format, and back: written to be read; what is made at every start is in linear.cpp.
+// From numbers to the stored form of every weight format, and back. bf16, int8 and int4 from bf16 are in linear.cpp, sparse in sparse_pack.cpp.
 #include <bit>
 #include <cmath>
 #include <cstring>
