@@ -24,6 +24,11 @@ Isa best_isa(Isa limit = Isa::amx);
 
 enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 
+struct SparsePanel {
+  std::uint64_t start;        // byte of `tiles` at which its elements begin
+  std::uint64_t two_of_four;  // 1: two elements in every four k
+};
+
 // A weight [out, in] rearranged into panels of 16 output channels, each a run of tiles in the order a product reads them, so that one
 // path serves every instruction set. K is padded with zeros to whole tiles, out to whole panels. A tile is, of 16 channels,
 //   f32:  16 k, channel by channel.                              No scales.
@@ -41,11 +46,6 @@ enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 // the nibbles of as many bytes as the fuller half has nonzero elements. Where a panel of bf16 or int8 is 2:4, zeros are added so that every
 // four k have two elements exactly, which a product may then find without counting. Up to 64 bytes beyond the last are read.
 // `in` is at most 131072, up to which no int32 sum overflows, activations of -128 included.
-struct SparsePanel {
-  std::uint64_t start;        // byte of `tiles` at which its elements begin
-  std::uint64_t two_of_four;  // 1: two elements in every four k
-};
-
 struct PackedLinear {
   WeightFormat format;
   int out, in;
