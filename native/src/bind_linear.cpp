@@ -269,6 +269,7 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("in_", [](const WeightBuffer& self) { return self.packed().in; })
         .def_prop_ro("padded_in", [](const WeightBuffer& self) { return self.packed().padded_in(); })
         .def_prop_ro("panels", [](const WeightBuffer& self) { return self.packed().panels(); })
+        .def_prop_ro("two_of_four", &WeightBuffer::two_of_four, "Whether it is sparse with two elements in every four inputs, which kernels need not look for.")
         .def_prop_ro("nbytes", &WeightBuffer::bytes);
 
     m.def("linear", run_linear, "isa"_a, "weight"_a, "x"_a, "bias"_a.none(), "first_panel"_a, "last_panel"_a, "out"_a, "scales"_a = nb::none(),

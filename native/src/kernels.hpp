@@ -24,21 +24,27 @@ Isa best_isa(Isa limit = Isa::amx);
 
 enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 
+struct SparsePanel {
+  std::uint64_t start;        // byte of `tiles` at which its elements begin
+  std::uint64_t two_of_four;  // 1: two elements in every four k
+};
+
 // A weight [out, in] rearranged into panels of 16 output channels, each a run of tiles in the order a product reads them, so that one
 // path serves every instruction set. K is padded with zeros to whole tiles, out to whole panels. A tile is, of 16 channels,
 //   f32:  16 k, channel by channel.                              No scales.
 //   f16, bf16: 32 k, pairs of k adjacent.                        No scales.
 //   fp8:  64 k: e4m3 in the order of two tiles of bf16.          Scales.
-//   int8: 64 k, quadruples of k adjacent.                        Scales.
+//   int8: 64 k, quadruples of k adjacent; never -128.            Scales.
 //   int4: two int8 tiles (128 k) in the nibbles of 1 KiB, the first in the low ones.                                   Scales.
 //   int2: four int8 tiles (256 k) in the bit pairs of 1 KiB, the first in the lowest, as q + 2.                        Scales.
 //   int3: q + 4 of four int8 tiles: their lower bits as in int2, then 512 bytes whose bits 2j and 2j + 1 are the third bit of the
 //         first and second half of tile j.                                                                             Scales.
 // Scales [panels][groups][16] are one per channel and group of `group` k: 0 (one group), 32, 64 or a multiple of 128 up to 1024.
 // Zero points, where there are any (int4, int3, int2), have the same shape; an element stands for (q − zero) · scale.
-// A sparse weight (bf16, int8, int4) has no padding but masks: for each tile a bit per element in the tile's order, and its nonzero
-// elements one after the other; panel p's begin at byte starts[p] of `tiles`. Of int4 a tile's two halves lie beside each other in the
-// nibbles of as many bytes as the fuller half has nonzero elements. Up to 64 bytes beyond the last are read.
+// A sparse weight (bf16, int8, int4) has masks and its nonzero elements. Masks are 64 bits for 4 k of 16 channels, bit 4 c + j for k number
+// j of channel c; elements follow one another in the order of the bits, panel by panel. Of int4 a tile's two halves lie beside each other in
+// the nibbles of as many bytes as the fuller half has nonzero elements. Where a panel of bf16 or int8 is 2:4, zeros are added so that every
+// four k have two elements exactly, which a product may then find without counting. Up to 64 bytes beyond the last are read.
 // `in` is at most 131072, up to which no int32 sum overflows, activations of -128 included.
 struct PackedLinear {
   WeightFormat format;
@@ -48,7 +54,7 @@ struct PackedLinear {
   const float* scales;
   const std::int8_t* zeros = nullptr;       // null: symmetric
   const std::uint64_t* masks = nullptr;     // null: dense
-  const std::uint64_t* starts = nullptr;    // [panels + 1], sparse only
+  const SparsePanel* sparse_panels = nullptr;  // [panels + 1], sparse only; the last one's start is the end
 
   int panels() const { return (out + 15) / 16; }
   int padded_in() const;  // k in whole tiles
@@ -65,10 +71,11 @@ void pack_linear(WeightFormat format, int out, int in, int group, const bf16* de
 void pack_linear(WeightFormat format, int out, int in, int group, const float* dense, int first, int last, std::byte* tiles, float* scales,
                  std::int8_t* zeros);
 
-// The sparse form of a dense one: masks [panels · tiles][depth · 16 / 64], then where each panel's elements begin, then the elements.
+// The sparse form of a dense one: masks [panels · tiles][depth · 16 / 64] and, as `start`, the bytes of each panel's elements; then, where
+// starts are what they say, the elements.
 std::size_t sparse_mask_count(const PackedLinear& dense);
-void sparse_masks(const PackedLinear& dense, int first, int last, std::uint64_t* masks, std::uint64_t* panel_bytes);
-void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, const std::uint64_t* starts, int first, int last, std::byte* elements);
+void sparse_masks(const PackedLinear& dense, int first, int last, std::uint64_t* masks, SparsePanel* panels);
+void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, const SparsePanel* panels, int first, int last, std::byte* elements);
 
 // The value of each element as the product sees it (q · scale), float32 [out, in]: the meaning of the packed form, for tests.
 void unpack_linear(const PackedLinear& weight, float* dense);

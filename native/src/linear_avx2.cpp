@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "linear.hpp"
+#include "linear_sparse.hpp"
 #include "weight_decode.hpp"
 
 #if defined(__x86_64__)
@@ -366,6 +367,7 @@ AVX2 void play(const PackedLinear& weight, const Activations& x, int first, int 
 }  // namespace
 
 AVX2 void linear_avx2(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    if (weight.masks && linear_sparse_avx2(weight, x, first, last, bias, y, y_stride)) return;
     switch (feed_of(weight, x)) {
         case Feed::f32: return play<F32>(weight, x, first, last, bias, y, y_stride);
         case Feed::bf16: return play<Bf16>(weight, x, first, last, bias, y, y_stride);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "linear.hpp"
+#include "linear_sparse.hpp"
 #include "weight_decode.hpp"
 
 #if defined(__x86_64__)
@@ -221,6 +222,7 @@ void linear_generic(const PackedLinear& weight, const Activations& x, int first,
 
 AVX512 FLATTEN void linear_avx512(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y,
                                   std::ptrdiff_t y_stride) {
+    if (weight.masks && linear_sparse_avx512(weight, x, first, last, bias, y, y_stride)) return;
     linear_body<Avx512>(Isa::avx512, weight, x, first, last, bias, y, y_stride);
 }
 

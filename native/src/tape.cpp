@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 namespace hasten {
 
@@ -70,17 +71,25 @@ void WeightBuffer::pack(ThreadPool& pool, const float* dense) {
 void WeightBuffer::sparsify(ThreadPool& pool) {
     const int panels = packed_.panels();
     masks_ = Buffer(sparse_mask_count(packed_) * sizeof(std::uint64_t));
-    starts_ = Buffer(static_cast<std::size_t>(panels + 1) * sizeof(std::uint64_t));
+    sparse_panels_ = Buffer(static_cast<std::size_t>(panels + 1) * sizeof(SparsePanel));
     auto* const masks = reinterpret_cast<std::uint64_t*>(masks_.data());
-    auto* const starts = reinterpret_cast<std::uint64_t*>(starts_.data());
-    by_panels(pool, panels, [&](int first, int last) { sparse_masks(packed_, first, last, masks, starts + 1); });
-    for (int panel = 0; panel < panels; ++panel) starts[panel + 1] += starts[panel];
-    Buffer elements(starts[panels] + 64);  // a line may be read beyond the last
-    by_panels(pool, panels, [&](int first, int last) { sparse_elements(packed_, masks, starts, first, last, elements.data()); });
+    auto* const each = reinterpret_cast<SparsePanel*>(sparse_panels_.data());
+    by_panels(pool, panels, [&](int first, int last) { sparse_masks(packed_, first, last, masks, each); });
+    std::uint64_t end = 0;
+    for (int panel = 0; panel <= panels; ++panel) each[panel].start = std::exchange(end, end + each[panel].start);
+    Buffer elements(each[panels].start + 64);  // a line may be read beyond the last
+    by_panels(pool, panels, [&](int first, int last) { sparse_elements(packed_, masks, each, first, last, elements.data()); });
     tiles_ = std::move(elements);
     packed_.tiles = tiles_.data();
     packed_.masks = masks;
-    packed_.starts = starts;
+    packed_.sparse_panels = each;
+}
+
+bool WeightBuffer::two_of_four() const {
+    if (!packed_.masks) return false;
+    for (int panel = 0; panel < packed_.panels(); ++panel)
+        if (!packed_.sparse_panels[panel].two_of_four) return false;
+    return true;
 }
 
 std::vector<std::span<std::byte>> WeightBuffer::parts() const {

@@ -32,7 +32,10 @@ class WeightBuffer {
     void pack(ThreadPool& pool, const float* dense);
 
     const PackedLinear& packed() const { return packed_; }
-    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + starts_.size(); }
+    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + sparse_panels_.size(); }
+
+    // Whether every panel has two elements in every four k.
+    bool two_of_four() const;
 
     // All the memory that packing fills, in an order that stays: what a cache writes, and fills again. Not of a sparse weight.
     std::vector<std::span<std::byte>> parts() const;
@@ -45,7 +48,7 @@ class WeightBuffer {
     void sparsify(ThreadPool& pool);
 
     bool sparse_;
-    Buffer tiles_, scales_, zeros_, masks_, starts_;
+    Buffer tiles_, scales_, zeros_, masks_, sparse_panels_;
     PackedLinear packed_;
     std::shared_ptr<const MappedFile> file_;
 };

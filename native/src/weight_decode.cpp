@@ -5,97 +5,81 @@
 #include <cstring>
 
 #include "cpu.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "sparse_expand.hpp"
 
 namespace hasten {
 namespace {
 
 #if defined(__x86_64__)
-#define AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2")))
-#define VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,popcnt,bmi,bmi2")))
+#define AVX2 HASTEN_EXPAND_AVX2
+#define VBMI2 HASTEN_EXPAND_VBMI2
 #endif
 
-// --- one line of a sparse tile: 64 bytes, or 32 elements of 16 bits. Each returns the elements taken. Up to 64 bytes may be read.
+// --- lines of sparse tiles. Each returns the bytes taken.
 
-HASTEN_INLINE int expand_bytes_body(std::uint64_t mask, const std::byte* from, std::byte* to) {
-    int taken = 0;
-    for (int i = 0; i < 64; ++i) to[i] = mask >> i & 1 ? from[taken++] : std::byte{0};
+HASTEN_INLINE std::ptrdiff_t sparse_bytes_body(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+    std::ptrdiff_t taken = 0;
+    for (int line = 0; line < lines; ++line, to += 64)
+        for (int i = 0; i < 64; ++i) to[i] = mask[line] >> i & 1 ? from[taken++] : std::byte{0};
     return taken;
 }
 
-HASTEN_INLINE int expand_halves_body(std::uint32_t mask, const std::byte* from, std::byte* to) {
-    int taken = 0;
-    for (int i = 0; i < 32; ++i) {
-        std::uint16_t value = 0;
-        if (mask >> i & 1) std::memcpy(&value, from + 2 * taken++, sizeof value);
-        std::memcpy(to + 2 * i, &value, sizeof value);
-    }
-    return taken;
+HASTEN_INLINE std::ptrdiff_t sparse_halves_body(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+    std::ptrdiff_t taken = 0;
+    for (int line = 0; line < lines; ++line, to += 128)
+        for (int i = 0; i < 64; ++i) {
+            std::uint16_t value = 0;
+            if (mask[line] >> i & 1) std::memcpy(&value, from + 2 * taken++, sizeof value);
+            std::memcpy(to + i % 4 / 2 * 64 + i / 4 * 4 + i % 2 * 2, &value, sizeof value);
+        }
+    return 2 * taken;
 }
-
-// For every byte of a mask, where each of eight elements comes from: its place among those taken, or 0x80 for none.
-struct Places {
-    alignas(64) std::uint8_t bytes[256][8];
-    alignas(64) std::uint8_t halves[256][16];
-
-    constexpr Places() : bytes(), halves() {
-        for (int mask = 0; mask < 256; ++mask)
-            for (int i = 0, taken = 0; i < 8; ++i) {
-                const bool set = mask >> i & 1;
-                bytes[mask][i] = static_cast<std::uint8_t>(set ? taken : 0x80);
-                halves[mask][2 * i] = static_cast<std::uint8_t>(set ? 2 * taken : 0x80);
-                halves[mask][2 * i + 1] = static_cast<std::uint8_t>(set ? 2 * taken + 1 : 0x80);
-                taken += set;
-            }
-    }
-};
-constexpr Places kPlaces;
 
 struct Generic {
-    static int expand_bytes(std::uint64_t mask, const std::byte* from, std::byte* to) { return expand_bytes_body(mask, from, to); }
-    static int expand_halves(std::uint32_t mask, const std::byte* from, std::byte* to) { return expand_halves_body(mask, from, to); }
+    static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+        return sparse_bytes_body(mask, lines, from, to);
+    }
+    static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+        return sparse_halves_body(mask, lines, from, to);
+    }
 };
 
 #if defined(__x86_64__)
 
 struct Avx2 {
-    AVX2 static int expand_bytes(std::uint64_t mask, const std::byte* from, std::byte* to) {
-        int taken = 0;
-        for (int i = 0; i < 64; i += 16, mask >>= 16) {
-            const int first = std::popcount(mask & 0xff);
-            const __m128i places = _mm_set_epi64x(std::bit_cast<std::int64_t>(kPlaces.bytes[mask >> 8 & 0xff]),
-                                                  std::bit_cast<std::int64_t>(kPlaces.bytes[mask & 0xff]));
-            // The upper eight count from the end of the lower; a bit that says none stays where it is.
-            const __m128i moved = _mm_add_epi8(places, _mm_set_epi64x(first * 0x0101010101010101ll, 0));
-            const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + taken));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_shuffle_epi8(values, moved));
-            taken += first + std::popcount(mask >> 8 & 0xff);
-        }
-        return taken;
+    AVX2 static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+        const std::byte *const begin = from, *bits = reinterpret_cast<const std::byte*>(mask);
+        for (int i = 0; i < 2 * lines; ++i, bits += 4, to += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ExpandAvx2::bytes(bits, from));
+        return from - begin;
     }
-    AVX2 static int expand_halves(std::uint32_t mask, const std::byte* from, std::byte* to) {
-        int taken = 0;
-        for (int i = 0; i < 32; i += 8, mask >>= 8) {
-            const __m128i places = _mm_load_si128(reinterpret_cast<const __m128i*>(kPlaces.halves[mask & 0xff]));
-            const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * taken));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i), _mm_shuffle_epi8(values, places));
-            taken += std::popcount(mask & 0xffu);
-        }
-        return taken;
+    AVX2 static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+        const std::byte *const begin = from, *bits = reinterpret_cast<const std::byte*>(mask);
+        for (int line = 0; line < lines; ++line, to += 128)
+            for (int half = 0; half < 2; ++half, bits += 4) {
+                __m256i first, second;
+                ExpandAvx2::halves(bits, from, first, second);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * half), first);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 + 32 * half), second);
+            }
+        return from - begin;
     }
 };
 
 struct Vbmi2 {
-    VBMI2 static int expand_bytes(std::uint64_t mask, const std::byte* from, std::byte* to) {
-        _mm512_storeu_si512(to, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from)));
-        return std::popcount(mask);
+    VBMI2 static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+        const std::byte* const begin = from;
+        for (int line = 0; line < lines; ++line, to += 64) _mm512_storeu_si512(to, ExpandVbmi2::bytes(mask[line], from));
+        return from - begin;
     }
-    VBMI2 static int expand_halves(std::uint32_t mask, const std::byte* from, std::byte* to) {
-        _mm512_storeu_si512(to, _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(from)));
-        return std::popcount(mask);
+    VBMI2 static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
+        const std::byte* const begin = from;
+        for (int line = 0; line < lines; ++line, to += 128) {
+            __m512i first, second;
+            ExpandVbmi2::halves(mask[line], from, first, second);
+            _mm512_storeu_si512(to, first);
+            _mm512_storeu_si512(to + 64, second);
+        }
+        return from - begin;
     }
 };
 
@@ -202,19 +186,7 @@ HASTEN_INLINE void f16_body(const std::byte* from, int k, float* to) {
         TARGET static void sixteenths(std::int8_t* bytes, int count) { halve_sixteenths_body(bytes, count); }                           \
         TARGET static void widen(const std::int8_t* from, int k, std::uint32_t* to) { widen_body(from, k, to); }                        \
         TARGET static void fp8(const std::byte* from, int count, bf16* to) { fp8_body(from, count, to); }                               \
-        TARGET static void f16(const std::byte* from, int k, float* to) { f16_body(from, k, to); }                                      \
-        /* `lines` lines of masks; what was taken, in bytes. */                                                                         \
-        TARGET static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {         \
-            const std::byte* const begin = from;                                                                                        \
-            for (int i = 0; i < lines; ++i) from += LEVEL::expand_bytes(mask[i], from, to + 64 * i);                                    \
-            return from - begin;                                                                                                        \
-        }                                                                                                                               \
-        TARGET static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {        \
-            const std::byte* const begin = from;                                                                                        \
-            for (int i = 0; i < lines; ++i)                                                                                             \
-                from += 2 * LEVEL::expand_halves(static_cast<std::uint32_t>(mask[i / 2] >> (i % 2 * 32)), from, to + 64 * i);           \
-            return from - begin;                                                                                                        \
-        }                                                                                                                               \
+        TARGET static void f16(const std::byte* from, int k, float* to) { f16_body(from, k, to); }                                          \
     }
 #define HASTEN_NO_TARGET
 HASTEN_DECODERS(Generic, HASTEN_NO_TARGET);
@@ -231,7 +203,7 @@ PanelReader::PanelReader(Isa isa, const PackedLinear& weight, int panel, Feed fe
       isa_(isa),
       panel_(panel),
       scratch_(scratch),
-      elements_(weight.masks ? weight.tiles + weight.starts[panel] : panel_tiles(weight, panel)) {
+      elements_(weight.masks ? weight.tiles + weight.sparse_panels[panel].start : panel_tiles(weight, panel)) {
     const int depth = tile_depth(weight.format);
     if (weight.masks) mask_ = weight.masks + static_cast<std::ptrdiff_t>(panel) * (weight.padded_in() / depth) * (depth * kChannels / 64);
 }
@@ -271,7 +243,7 @@ const std::byte* PanelReader::decode(int k) {
             elements_ += static_cast<std::ptrdiff_t>(k) * kChannels;
             break;
         case WeightFormat::bf16:
-            elements_ += Level::sparse_halves(mask_, k / 2, elements_, scratch_);
+            elements_ += Level::sparse_halves(mask_, k / 4, elements_, scratch_);
             mask_ += k / 4;
             break;
         default:

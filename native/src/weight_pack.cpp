@@ -1,4 +1,4 @@
-// From numbers to the stored form of every weight format, and back: written to be read; what is made at every start is in linear.cpp.
+// From numbers to the stored form of every weight format, and back. bf16, int8 and int4 from bf16 are in linear.cpp, sparse in sparse_pack.cpp.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -10,7 +10,7 @@
 namespace hasten {
 namespace {
 
-float largest_integer(WeightFormat format) {
+HASTEN_INLINE float largest_integer(WeightFormat format) {
     switch (format) {
         case WeightFormat::fp8: return 448.0f;
         case WeightFormat::int8: return 127.0f;
@@ -20,66 +20,176 @@ float largest_integer(WeightFormat format) {
     }
 }
 
-int bits_of(WeightFormat format) { return format == WeightFormat::int8 ? 8 : format == WeightFormat::int4 ? 4 : format == WeightFormat::int3 ? 3 : 2; }
+HASTEN_INLINE int bits_of(WeightFormat format) { return format == WeightFormat::int8 ? 8 : format == WeightFormat::int4 ? 4 : format == WeightFormat::int3 ? 3 : 2; }
 
 // To the nearest value of `mantissa` bits (half to even) with exponents from `least` on, as its bits without a sign: what IEEE 754 has
 // for small formats. `x` is not negative, and no larger than the format's largest value.
-std::uint32_t small_float(float x, int mantissa, int least) {
-    if (x == 0) return 0;
-    const int exponent = std::max(std::ilogb(x), least);
-    const float steps = std::nearbyint(std::ldexp(x, mantissa - exponent));  // of the last bit; a carry runs into the exponent
-    return static_cast<std::uint32_t>(steps) + (static_cast<std::uint32_t>(exponent - least) << mantissa);
-}
-
-std::uint8_t to_fp8(float x) {
-    const std::uint8_t sign = std::signbit(x) ? 0x80 : 0;
-    if (std::isnan(x)) return sign | 0x7f;
-    return static_cast<std::uint8_t>(sign | small_float(std::min(std::fabs(x), 448.0f), 3, -6));
-}
-
-std::uint16_t to_f16(float x) {
-    const auto sign = static_cast<std::uint16_t>(std::signbit(x) ? 0x8000 : 0);
-    if (std::isnan(x)) return sign | 0x7e00;
-    const float size = std::fabs(x);
-    return static_cast<std::uint16_t>(sign | (size >= 65520.0f ? 0x7c00 : small_float(size, 10, -14)));
-}
-
-bf16 to_bf16_bits(float x) {
+template <int mantissa, int least>
+HASTEN_INLINE std::uint32_t small_float(float x) {
     const auto bits = std::bit_cast<std::uint32_t>(x);
-    if (std::isnan(x)) return static_cast<bf16>(bits >> 16 | 0x40);
-    return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    constexpr int dropped = 23 - mantissa;
+    const std::uint32_t normal = ((bits + (1u << (dropped - 1)) - 1 + (bits >> dropped & 1)) >> dropped) - (static_cast<std::uint32_t>(126 + least) << mantissa);
+    // Below 2^least a step is as large as the first normal ones; adding 2²³ leaves their number in the low bits.
+    constexpr float unit = std::bit_cast<float>(static_cast<std::uint32_t>(127 + least - mantissa) << 23), base = 0x1p23f;
+    const std::uint32_t below = std::bit_cast<std::uint32_t>(x / unit + base) - std::bit_cast<std::uint32_t>(base);
+    return bits < static_cast<std::uint32_t>(127 + least) << 23 ? below : normal;
+}
+
+HASTEN_INLINE std::uint8_t to_fp8(float x) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x), sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
+    const std::uint32_t most = size < 0x43e00000 ? size : 0x43e00000;  // 448
+    return static_cast<std::uint8_t>(sign | (size > 0x7f800000 ? 0x7f : small_float<3, -6>(std::bit_cast<float>(most))));
+}
+
+HASTEN_INLINE std::uint16_t to_f16(float x) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    const std::uint32_t most = size < 0x477ff000 ? size : 0;  // 65520 and more is infinity
+    const std::uint32_t finite = small_float<10, -14>(std::bit_cast<float>(most)), other = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return static_cast<std::uint16_t>(sign | (size < 0x477ff000 ? finite : other));
+}
+
+HASTEN_INLINE bf16 to_bf16_bits(float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+    return static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? quiet : nearest);
 }
 
 // Where k of channel c lies among the elements of a tile of int8 quadruples, or of 16-bit pairs.
-int in_quads(int k, int c) { return k / 4 * 64 + c * 4 + k % 4; }
-int in_pairs(int k, int c) { return k / 2 * 32 + c * 2 + k % 2; }
+HASTEN_INLINE int in_quads(int k, int c) { return k / 4 * 64 + c * 4 + k % 4; }
+HASTEN_INLINE int in_pairs(int k, int c) { return k / 2 * 32 + c * 2 + k % 2; }
 
-// Writes element k of channel c into a tile that was zeros; `q` is a number of the format, or an integer.
-void place(WeightFormat format, std::byte* tile, int k, int c, float value, int q) {
-    const auto merge = [](std::byte& to, int bits, int shift) { to |= static_cast<std::byte>(bits << shift & 0xff); };
-    const int at = in_quads(k % 64, c), part = k / 64;  // of integers
-    switch (format) {
-        case WeightFormat::f32: std::memcpy(tile + (k * kChannels + c) * 4, &value, sizeof value); return;
-        case WeightFormat::f16: {
-            const std::uint16_t bits = to_f16(value);
-            std::memcpy(tile + in_pairs(k, c) * 2, &bits, sizeof bits);
-            return;
-        }
-        case WeightFormat::bf16: {
-            const bf16 bits = to_bf16_bits(value);
-            std::memcpy(tile + in_pairs(k, c) * 2, &bits, sizeof bits);
-            return;
-        }
-        case WeightFormat::fp8: tile[in_pairs(k, c)] = static_cast<std::byte>(to_fp8(value)); return;
-        case WeightFormat::int8: tile[at] = static_cast<std::byte>(q); return;
-        case WeightFormat::int4: return merge(tile[at], q & 0xf, 4 * part);
-        case WeightFormat::int2: return merge(tile[at], (q + 2) & 3, 2 * part);
-        case WeightFormat::int3:
-            merge(tile[at], (q + 4) & 3, 2 * part);
-            merge(tile[kTileBytes + at % 512], (q + 4) >> 2 & 1, 2 * part + at / 512);
-            return;
+constexpr int kDeepest = 256;  // k of a tile
+constexpr int kRun = 32;       // k of one group, at least
+
+// The smallest and largest of some numbers and of 0, in the order of their bits: a NaN is outside of both infinities.
+struct Range {
+    std::int32_t low, high;
+
+    static HASTEN_INLINE std::int32_t order(std::int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+    static HASTEN_INLINE float value(std::int32_t order) { return std::bit_cast<float>(Range::order(order)); }
+    bool finite() const { return high < 0x7f800000 && low > order(static_cast<std::int32_t>(0xff800000)); }
+};
+
+HASTEN_INLINE Range range_body(const float* from, int count) {
+    Range range{-1, 0};  // -1 is -0
+    for (int i = 0; i < count; ++i) {
+        const std::int32_t order = Range::order(std::bit_cast<std::int32_t>(from[i]));
+        range.low = range.low < order ? range.low : order;
+        range.high = range.high > order ? range.high : order;
+    }
+    return range;
+}
+
+// q = clip(w / scale + zero) to [low, high]; 0 for what is not a number.
+HASTEN_INLINE void quantize_body(const float* from, float scale, int zero, int low, int high, std::int8_t* q) {
+    for (int i = 0; i < kRun; ++i) {
+        float value = from[i] / scale;
+        value = value == value ? value : 0.0f;
+        value = value < 128.0f ? value : 128.0f;
+        value = value > -128.0f ? value : -128.0f;
+        // Adding 1.5 · 2²³ leaves the integer, half to even, in the low bits.
+        int rounded = std::bit_cast<std::int32_t>(value + 0x1.8p23f) - 0x4b400000 + zero;
+        rounded = rounded < high ? rounded : high;
+        q[i] = static_cast<std::int8_t>(rounded > low ? rounded : low);
     }
 }
+
+// Quadruples of `from` to those of one channel.
+HASTEN_INLINE void scatter_quads(const void* from, int count, std::byte* to) {
+    for (int i = 0; i < count; i += 4) std::memcpy(to + i * kChannels, static_cast<const std::byte*>(from) + i, 4);
+}
+
+// One channel of a tile of integers.
+HASTEN_INLINE void place_integers(WeightFormat format, const std::int8_t* q, std::byte* tile, int c) {
+    std::uint8_t bytes[64];
+    const auto joined = [&](int parts, int bits, int offset) __attribute__((always_inline)) {
+        for (int i = 0; i < 64; ++i) {
+            unsigned all = 0;
+            for (int part = 0; part < parts; ++part) all |= (static_cast<unsigned>(q[part * 64 + i] + offset) & ((1u << bits) - 1)) << (part * bits);
+            bytes[i] = static_cast<std::uint8_t>(all);
+        }
+        scatter_quads(bytes, 64, tile + 4 * c);
+    };
+    switch (format) {
+        case WeightFormat::int8: return scatter_quads(q, 64, tile + 4 * c);
+        case WeightFormat::int4: return joined(2, 4, 0);
+        case WeightFormat::int2: return joined(4, 2, 2);
+        default: break;
+    }
+    joined(4, 2, 4);
+    for (int i = 0; i < 32; ++i) {  // the third bits
+        unsigned all = 0;
+        for (int eighth = 0; eighth < 8; ++eighth) all |= (static_cast<unsigned>(q[eighth * 32 + i] + 4) >> 2 & 1) << eighth;
+        bytes[i] = static_cast<std::uint8_t>(all);
+    }
+    scatter_quads(bytes, 32, tile + kTileBytes + 4 * c);
+}
+
+// One channel of a tile of floats.
+HASTEN_INLINE void place_floats(WeightFormat format, const float* from, std::byte* tile, int c) {
+    if (format == WeightFormat::f32) {
+        for (int k = 0; k < 16; ++k) std::memcpy(tile + (k * kChannels + c) * 4, from + k, 4);
+    } else if (format == WeightFormat::fp8) {
+        std::uint8_t bytes[64];
+        for (int k = 0; k < 64; ++k) bytes[k] = to_fp8(from[k]);
+        for (int k = 0; k < 64; k += 2) std::memcpy(tile + in_pairs(k, c), bytes + k, 2);
+    } else {
+        std::uint16_t halves[32];
+        if (format == WeightFormat::f16)
+            for (int k = 0; k < 32; ++k) halves[k] = to_f16(from[k]);
+        else
+            for (int k = 0; k < 32; ++k) halves[k] = to_bf16_bits(from[k]);
+        for (int k = 0; k < 32; k += 2) std::memcpy(tile + in_pairs(k, c) * 2, halves + k, 4);
+    }
+}
+
+// One channel of a panel, `row` filled up with zeros to whole tiles; scales and zeros are the channel's first, 16 apart.
+HASTEN_INLINE void pack_channel_body(const PackedLinear& weight, const float* row, int c, std::byte* tiles, float* scales, std::int8_t* zeros) {
+    const TileShape tile = tile_shape(weight.format);
+    const int padded = weight.padded_in(), groups = scale_groups(weight), per_group = groups > 1 ? weight.group : padded;
+    const int bits = bits_of(weight.format), lowest = -(1 << (bits - 1)), limit = static_cast<int>(largest_integer(weight.format));
+    for (int g = 0; g < groups; ++g) {
+        const Range its = range_body(row + g * per_group, std::min(per_group, padded - g * per_group));
+        const float low = Range::value(its.low), high = Range::value(its.high);
+        const float range = zeros ? (high - low) / static_cast<float>((1 << bits) - 1) : std::max(high, -low) / static_cast<float>(limit);
+        const float scale = !its.finite() ? std::numeric_limits<float>::quiet_NaN() : range > 0 ? range : 1.0f;  // so that all products show it
+        scales[g * kChannels] = scale;
+        if (zeros)
+            zeros[g * kChannels] = its.finite() ? static_cast<std::int8_t>(std::clamp(static_cast<int>(std::nearbyint(-low / scale)) + lowest, lowest, -lowest - 1)) : 0;
+    }
+    for (int t = 0; t < padded / tile.depth; ++t, tiles += tile.bytes) {
+        const float* const from = row + t * tile.depth;
+        if (!groups) {
+            place_floats(weight.format, from, tiles, c);
+            continue;
+        }
+        std::int8_t q[kDeepest];
+        float floats[kDeepest];  // of fp8
+        for (int k = 0; k < tile.depth; k += kRun) {
+            const int g = std::min((t * tile.depth + k) / per_group, groups - 1);
+            const float scale = scales[g * kChannels];
+            if (weight.format == WeightFormat::fp8)
+                for (int i = 0; i < kRun; ++i) floats[k + i] = from[k + i] / scale;
+            else
+                quantize_body(from + k, scale, zeros ? zeros[g * kChannels] : 0, zeros ? lowest : -limit, zeros ? -lowest - 1 : limit, q + k);
+        }
+        if (weight.format == WeightFormat::fp8)
+            place_floats(weight.format, floats, tiles, c);
+        else
+            place_integers(weight.format, q, tiles, c);
+    }
+}
+
+void pack_channel_generic(const PackedLinear& weight, const float* row, int c, std::byte* tiles, float* scales, std::int8_t* zeros) {
+    pack_channel_body(weight, row, c, tiles, scales, zeros);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) void pack_channel_avx2(const PackedLinear& weight, const float* row, int c, std::byte* tiles, float* scales,
+                                                           std::int8_t* zeros) {
+    pack_channel_body(weight, row, c, tiles, scales, zeros);
+}
+#endif
 
 }  // namespace
 
@@ -90,51 +200,24 @@ int PackedLinear::padded_in() const {
 
 void pack_linear(WeightFormat format, int out, int in, int group, const float* dense, int first, int last, std::byte* tiles, float* scales,
                  std::int8_t* zeros) {
+    auto pack_channel = pack_channel_generic;
+#if defined(__x86_64__)
+    if (best_isa() >= Isa::avx2) pack_channel = pack_channel_avx2;
+#endif
     const PackedLinear weight{format, out, in, group, tiles, scales, zeros};
     const TileShape tile = tile_shape(format);
-    const int groups = scale_groups(weight), count = weight.padded_in() / tile.depth, lowest = has_scales(format) ? -(1 << (bits_of(format) - 1)) : 0;
-    const float limit = largest_integer(format);
-    std::vector<float> scale(static_cast<std::size_t>(groups));
-    std::vector<int> zero(static_cast<std::size_t>(groups));
-    for (int panel = first; panel < last; ++panel) {
-        std::byte* const to = tiles + static_cast<std::ptrdiff_t>(panel) * count * tile.bytes;
-        std::memset(to, 0, static_cast<std::size_t>(count) * static_cast<std::size_t>(tile.bytes));
+    const std::ptrdiff_t groups = scale_groups(weight), panel_bytes = std::ptrdiff_t{weight.padded_in() / tile.depth} * tile.bytes;
+    std::vector<float> row(static_cast<std::size_t>(weight.padded_in()));
+    for (int panel = first; panel < last; ++panel)
         for (int c = 0; c < kChannels; ++c) {
             const int channel = panel * kChannels + c;
-            const float* const row = channel < out ? dense + static_cast<std::ptrdiff_t>(channel) * in : nullptr;
-            const auto group_of = [&](int k) { return groups > 1 ? k / group : 0; };
-            for (int g = 0; g < groups; ++g) {
-                float low = 0, high = 0;
-                bool numbers = true;
-                for (int k = groups > 1 ? g * group : 0; row && k < (groups > 1 ? std::min(in, (g + 1) * group) : in); ++k) {
-                    low = std::min(low, row[k]);
-                    high = std::max(high, row[k]);
-                    numbers = numbers && std::isfinite(row[k]);
-                }
-                const auto at = static_cast<std::size_t>(g);
-                const std::ptrdiff_t place_of = (static_cast<std::ptrdiff_t>(panel) * groups + g) * kChannels + c;
-                const float range = zeros ? (high - low) / static_cast<float>((1 << bits_of(format)) - 1) : std::max(high, -low) / limit;
-                scale[at] = !numbers ? std::numeric_limits<float>::quiet_NaN() : range > 0 ? range : 1.0f;  // so that all products show it
-                scales[place_of] = scale[at];
-                if (!zeros) continue;
-                zero[at] = numbers ? std::clamp(static_cast<int>(std::nearbyint(-low / scale[at])) + lowest, lowest, -lowest - 1) : 0;
-                zeros[place_of] = static_cast<std::int8_t>(zero[at]);
-            }
-            // Padding of formats that store q with an offset must be written too.
-            for (int k = 0; k < count * tile.depth; ++k) {
-                const bool inside = row && k < in;
-                const auto g = static_cast<std::size_t>(groups ? std::min(group_of(k), groups - 1) : 0);
-                const float value = inside ? (groups ? row[k] / scale[g] : row[k]) : 0.0f;
-                int q = 0;
-                if (groups && format != WeightFormat::fp8) {
-                    const float rounded = std::isnan(value) ? 0.0f : std::nearbyint(value);
-                    q = zeros ? std::clamp(static_cast<int>(std::clamp(rounded, -64.0f, 64.0f)) + zero[g], lowest, -lowest - 1)
-                              : static_cast<int>(std::clamp(rounded, -limit, limit));
-                }
-                place(format, to + static_cast<std::ptrdiff_t>(k / tile.depth) * tile.bytes, k % tile.depth, c, value, q);
-            }
+            if (channel < out)
+                std::copy_n(dense + static_cast<std::ptrdiff_t>(channel) * in, in, row.begin());
+            else
+                std::fill(row.begin(), row.end(), 0.0f);
+            const std::ptrdiff_t scale = panel * groups * kChannels + c;
+            pack_channel(weight, row.data(), c, tiles + panel * panel_bytes, scales + scale, zeros ? zeros + scale : nullptr);
         }
-    }
 }
 
 void unpack_linear(const PackedLinear& weight, float* dense) {
@@ -165,73 +248,6 @@ void unpack_linear(const PackedLinear& weight, float* dense) {
                     const float scale = units.groups ? panel_scales(weight, panel)[group * kChannels + c] * units.fold : 1.0f;
                     dense[static_cast<std::ptrdiff_t>(panel * kChannels + c) * weight.in + k] = value * scale;
                 }
-        }
-    }
-}
-
-// --- sparse
-
-namespace {
-
-int mask_words(const PackedLinear& weight) { return tile_depth(weight.format) * kChannels / 64; }
-
-// Whether element i of a tile is not zero, in the order in which PanelReader's tiles have them.
-bool nonzero(WeightFormat format, const std::byte* tile, int i) {
-    if (format == WeightFormat::bf16) return (tile[2 * i] | (tile[2 * i + 1] & std::byte{0x7f})) != std::byte{0};  // -0 adds nothing
-    if (format == WeightFormat::int8) return tile[i] != std::byte{0};
-    return (static_cast<unsigned>(tile[i % kTileBytes]) >> (i / kTileBytes * 4) & 0xf) != 0;
-}
-
-// Bytes that the elements of a tile take.
-int element_count_bytes(WeightFormat format, const std::uint64_t* mask, int words) {
-    int counts[2] = {};
-    for (int i = 0; i < words; ++i) counts[i * 2 / words] += std::popcount(mask[i]);
-    return format == WeightFormat::bf16 ? 2 * (counts[0] + counts[1]) : format == WeightFormat::int8 ? counts[0] + counts[1] : std::max(counts[0], counts[1]);
-}
-
-}  // namespace
-
-std::size_t sparse_mask_count(const PackedLinear& dense) {
-    return static_cast<std::size_t>(dense.panels()) * static_cast<std::size_t>(dense.padded_in() / tile_depth(dense.format) * mask_words(dense));
-}
-
-void sparse_masks(const PackedLinear& dense, int first, int last, std::uint64_t* masks, std::uint64_t* panel_bytes) {
-    const int tiles = dense.padded_in() / tile_depth(dense.format), words = mask_words(dense);
-    for (int panel = first; panel < last; ++panel) {
-        panel_bytes[panel] = 0;
-        for (int t = 0; t < tiles; ++t) {
-            std::uint64_t* const mask = masks + (static_cast<std::ptrdiff_t>(panel) * tiles + t) * words;
-            const std::byte* const tile = panel_tiles(dense, panel) + static_cast<std::ptrdiff_t>(t) * kTileBytes;
-            for (int word = 0; word < words; ++word) {
-                mask[word] = 0;
-                for (int i = 0; i < 64; ++i) mask[word] |= std::uint64_t{nonzero(dense.format, tile, word * 64 + i)} << i;
-            }
-            panel_bytes[panel] += static_cast<std::uint64_t>(element_count_bytes(dense.format, mask, words));
-        }
-    }
-}
-
-void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, const std::uint64_t* starts, int first, int last, std::byte* elements) {
-    const int tiles = dense.padded_in() / tile_depth(dense.format), words = mask_words(dense);
-    for (int panel = first; panel < last; ++panel) {
-        std::byte* to = elements + starts[panel];
-        for (int t = 0; t < tiles; ++t) {
-            const std::uint64_t* const mask = masks + (static_cast<std::ptrdiff_t>(panel) * tiles + t) * words;
-            const std::byte* const tile = panel_tiles(dense, panel) + static_cast<std::ptrdiff_t>(t) * kTileBytes;
-            const int bytes = element_count_bytes(dense.format, mask, words);
-            if (dense.format == WeightFormat::int4) std::memset(to, 0, static_cast<std::size_t>(bytes));
-            int taken[2] = {};
-            for (int i = 0; i < words * 64; ++i) {
-                if (!(mask[i / 64] >> (i % 64) & 1)) continue;
-                const int half = i / kTileBytes;  // of int4
-                if (dense.format == WeightFormat::bf16)
-                    std::memcpy(to + 2 * taken[0]++, tile + 2 * i, 2);
-                else if (dense.format == WeightFormat::int8)
-                    to[taken[0]++] = tile[i];
-                else
-                    to[taken[half]++] |= static_cast<std::byte>((static_cast<unsigned>(tile[i % kTileBytes]) >> (half * 4) & 0xf) << (half * 4));
-            }
-            to += bytes;
         }
     }
 }

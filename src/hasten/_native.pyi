@@ -184,6 +184,10 @@ class WeightBuffer:
     @property
     def panels(self) -> int: ...
     @property
+    def two_of_four(self) -> bool:
+        """Whether it is sparse with two elements in every four inputs, which kernels need not look for."""
+
+    @property
     def nbytes(self) -> int: ...
 
 def linear(

@@ -198,3 +198,84 @@ def test_what_cannot_be_packed_is_refused():
     for activations in ("int8", "f32", "f8"):
         with pytest.raises(ValueError, match="activations"):
             _native.linear("generic", weight, dense[:2], None, 0, 2, y, None, activations)
+
+
+def two_of_four(seed, out, size):
+    """Weights of which every four have at most two that are not zero, most exactly two; the first is a negative zero."""
+    random = np.random.default_rng(seed)
+    dense = random.normal(size=(out, size // 4, 4))
+    dense[np.arange(4) == random.integers(0, 4, (out, size // 4))[..., None]] = 0
+    dense[np.argsort(np.abs(dense), axis=-1).argsort(axis=-1) < 2] = 0
+    dense[0, 0] = [-0.0, 1, 0, 0]
+    return dense.reshape(out, size).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+@every_isa
+@pytest.mark.parametrize("name", ["bf16", "int8", "int8-g32", "int8-g128"])
+@pytest.mark.parametrize("pattern", ["2:4", "half", "tenth", "none", "all"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_what_is_left_out_changes_no_bit(isa, name, pattern, rows):
+    dense = two_of_four(14, 53, 640)
+    if pattern != "2:4":
+        shape = dense.shape
+        dense = weights(name, 14, *shape) * (
+            np.random.default_rng(15).random(shape) < {"half": 0.5, "tenth": 0.1, "none": 0, "all": 1}[pattern]
+        )
+    one, other = packed(name, dense), packed(f"{name}-sparse", dense)
+    np.testing.assert_array_equal(one.unpack(), other.unpack())
+    x = rows_of(16, rows, 640)
+    bias = np.random.default_rng(17).normal(size=53).astype(np.float32)
+    for activations in LinearFormat.parse(name).activations:
+        if isa == "amx" and activations == "bf16":
+            continue  # tiles add in another order
+        for b in (None, bias):
+            np.testing.assert_array_equal(product(isa, one, x, activations, b), product(isa, other, x, activations, b))
+
+
+@every_isa
+@pytest.mark.parametrize("pattern", ["2:4", "half"])
+def test_the_smallest_byte_of_a_row_times_sparse_weights(isa, pattern):
+    dense = two_of_four(18, 40, 512)
+    if pattern == "half":
+        dense = weights("int8-sparse", 18, 40, 512)
+    one, other = packed("int8", np.sign(dense)), packed("int8-sparse", np.sign(dense))
+    for q in (np.full((1, 512), -128, np.int8), np.full((1, 512), 127, np.int8)):
+        results = [np.full((1, 40), np.nan, np.float32) for _ in range(2)]
+        for weight, y in zip((one, other), results, strict=True):
+            _native.linear(isa, weight, q, None, 0, weight.panels, y, np.ones(1, np.float32), "int8")
+        np.testing.assert_array_equal(*results)
+        np.testing.assert_allclose(results[0], np.sign(dense).sum(axis=1)[None] * float(q[0, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("number", "element"), [("bf16", 2), ("int8", 1)])
+def test_a_weight_that_is_2_4_holds_two_elements_in_every_four(number, element):
+    """So products on it need not count; where that would add more than an eighth, nothing is added."""
+    dense = two_of_four(19, 64, 1024)
+    count, masks, others = 64 * 1024, 64 * 1024 // 8, (64 * 4 if number == "int8" else 0) + 5 * 16 + 64
+    assert packed(f"{number}-sparse", dense).nbytes == count // 2 * element + masks + others
+    dense[:, ::2] = 0
+    kept = np.count_nonzero(packed(number, dense).unpack())
+    assert packed(f"{number}-sparse", dense).nbytes == kept * element + masks + others
+
+
+@pytest.mark.parametrize(("name", "kind"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16), ("fp8", ml_dtypes.float8_e4m3fn)])
+def test_small_floats_are_rounded_to_nearest_even(name, kind):
+    """Ties, subnormals, the largest and what lies beyond, against numpy's and ml_dtypes' own rounding."""
+    steps = np.arange(2 ** (8 * np.dtype(kind).itemsize - 1), dtype=np.uint64).astype(f"u{np.dtype(kind).itemsize}").view(kind)
+    every = steps.astype(np.float32)
+    exact = every[np.isfinite(every)][:30000]
+    between = (exact[1:] + exact[:-1]) / 2
+    values = np.concatenate([between, np.nextafter(between, np.float32(0)), np.nextafter(between, np.float32(np.inf))])
+    dense = np.zeros((-(-len(values) // 63), 64), np.float32)
+    dense[:, 63] = 448  # the largest of fp8, so that its scale is 1
+    for start in range(63):
+        column = values[start::63]
+        dense[: len(column), start] = column
+    dense[1::2] *= -1
+    expected = dense.astype(kind).astype(np.float32)
+    np.testing.assert_array_equal(packed(name, dense).unpack(), expected)
+
+
+def test_weights_beyond_f16_are_infinite():
+    dense = np.array([[65519.996, 65520, 1e30, np.inf, -65520, 2.0**-25, 2.0**-24]], np.float32)
+    np.testing.assert_array_equal(packed("f16", dense).unpack(), [[65504, np.inf, np.inf, np.inf, -np.inf, 0, 2.0**-24]])

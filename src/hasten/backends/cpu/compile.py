@@ -64,7 +64,7 @@ def _refusal(program: Program, op: ops.Op) -> str:
 class Compiled:
     """A tape and the page pools it writes to, in the order of the Program's state groups; ``weight_bytes`` are read by every step.
 
-    ``packed`` weights of ``store`` were packed anew, the others came from the cache. ``arena_bytes`` hold the values of the longest step."""
+    ``packed`` weights of ``store`` were packed anew, the others came from the cache. ``arena_bytes`` hold a step's values."""
 
     tape: _native.Tape
     pools: tuple[_native.PagePool, ...]

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten import __version__, _native
+from hasten.backends.cpu.sparse import advice, slower_than_dense
 from hasten.base import settings
 from hasten.formats.linear import LinearFormat
 from hasten.formats.weights import Array, Origin, Weight
@@ -130,6 +131,7 @@ class PackedWeights:
         self._requests: list[_Request] = []
         self._mapped: _native.MappedFile | None = None
         self._at_once = 0  # packed before anybody asked to fill
+        self._slower: set[LinearFormat] = set()  # formats of sparse weights that do not pay here
 
     def linear(self, name: str, form: LinearFormat, out: int, in_: int, dense: Callable[[], Array]) -> _native.WeightBuffer:
         """A weight [out, in], empty until ``fill``. ``dense`` is called, on another thread, only where it must be packed.
@@ -140,6 +142,7 @@ class PackedWeights:
         if form.sparse:
             buffer.pack(self._pool, bits(dense()))
             self._at_once += 1
+            self._slower |= {form} if slower_than_dense(form, buffer.two_of_four, self._isa) else set()
         else:
             wanted = Wanted(name, str(form), out, in_)
             pack = functools.partial(_pack_bits, buffer, self._pool, bits)
@@ -178,6 +181,8 @@ class PackedWeights:
 
         Raises what ``dense`` raises; whatever is wrong with the cache is at most a line on stderr."""
         requests, self._requests = self._requests, []
+        for form in sorted(self._slower, key=str):
+            _LOG.warning("hasten: %s", advice(form))
         if self._cache is None or self._origin is None:
             return self._at_once + _pack(requests)
         key = key_of(self._origin, [request.wanted for request in requests], self._isa)
