@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -273,7 +272,7 @@ def seconds(code: str) -> float:
 def test_starting_is_quick(code):
     seconds(code)  # the first may compile bytecode
     pairs = [(seconds(code), seconds("pass")) for _ in range(5)]
-    over = statistics.median(ours for ours, _ in pairs) - statistics.median(bare for _, bare in pairs)
+    over = min(ours for ours, _ in pairs) - min(bare for _, bare in pairs)  # whatever else the machine does comes on top
     assert over <= SECONDS_OVER_BARE, f"{over:.2f} s over a bare interpreter"
 
 
