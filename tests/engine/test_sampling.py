@@ -30,7 +30,7 @@ def test_numbers_of_numpy_become_pythons():
     )  # fmt: skip
     for field, value in dataclasses.asdict(params).items():
         for each in value if isinstance(value, tuple) else [value]:
-            assert type(each) in {int, float, bool}, field
+            assert type(each) in {int, float, bool, type(None)}, field
     for field in NUMBERS:
         for bad in (np.float64("nan"), np.float32("inf"), np.bool_(True), np.int64(-3), np.array([1]), np.complex128(1)):
             with pytest.raises(ConfigError, match=f"^{field} is ") as caught:

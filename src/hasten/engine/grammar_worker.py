@@ -1,0 +1,157 @@
+"""The process that compiles and follows grammars, so that a hostile one ends this process and nothing else.
+
+Started as a program by `hasten.engine.constraint`, with its settings as one JSON argument. It reads frames from standard input and answers
+every operation that asks for a mask with one frame on standard output, in order. A frame is 4 bytes of length (little-endian) and so many
+bytes: in, a JSON list of operations; out, a byte that says how things stand and what belongs to it. Each operation may use
+``seconds`` of processor time; the kernel ends the process that uses more. It imports nothing of hasten, which keeps its start short.
+
+| operation | answer |
+|---|---|
+| ["start", id, kind, text, tokens] | a sequence that has seen tokens: its mask |
+| ["taste", kind, text] | compile, and follow a few tokens of a seeded walk: nothing but that it went well |
+| ["advance", id, token] | the next mask |
+| ["rollback", id, count] | the mask of as many tokens before |
+| ["fork", id, new] | a copy of a sequence under another id: its mask |
+| ["drop", id] | none |
+"""
+
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import Any
+
+FOLLOWS, COMPLETE, FAILED = b"\0", b"\1", b"\2"
+"""A mask follows; the grammar is complete and nothing may come; the text of an error follows."""
+
+WALK = 16
+"""Tokens that a taste follows: what a grammar costs may show only behind its first."""
+WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
+"""Between the parts of JSON: bounded, for a model that repeats itself would never come to an end in an endless one."""
+KEPT = 32
+"""Compiled grammars kept for the next request, the latest used."""
+
+
+class Follower:
+    """Sequences by id, and the grammars they follow."""
+
+    def __init__(self, tokenizer: Any, words: int, has_end: bool) -> None:
+        self._tokenizer, self._bytes = tokenizer, words * 4
+        self._ids = (1 << tokenizer.vocab_size) - 1
+        if not has_end:  # the library has guessed an end of text that the model does not know
+            self._ids &= ~sum(1 << token for token in set(tokenizer.eos_tokens))
+        self._compiled: dict[tuple[str, str], Any] = {}
+        self._sequences: dict[int, Any] = {}
+
+    def play(self, operation: list[Any]) -> bytes | None:
+        """The answer to one operation."""
+        name, *rest = operation
+        if name == "start":
+            sequence, kind, text, tokens = rest
+            matcher = self._start(kind, text)
+            if tokens:
+                matcher.consume_tokens(tokens)
+            self._sequences[sequence] = matcher
+        elif name == "advance":
+            sequence, token = rest
+            matcher = self._sequences[sequence]
+            matcher.consume_token(token)
+        elif name == "fork":
+            sequence, new = rest
+            matcher = self._sequences[new] = self._sequences[sequence].deep_copy()
+        elif name == "rollback":
+            sequence, count = rest
+            matcher = self._sequences[sequence]
+            matcher.rollback(count)
+        elif name == "taste":
+            return self._taste(*rest)
+        else:
+            self._sequences.pop(rest[0], None)
+            return None
+        return self._standing(matcher)
+
+    def _start(self, kind: str, text: str) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        compiled = self._compiled.pop((kind, text), None)
+        if compiled is None:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
+            else:
+                grammar = LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
+            limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+            compiled = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        self._compiled[kind, text] = compiled
+        if len(self._compiled) > KEPT:
+            del self._compiled[next(iter(self._compiled))]
+        return compiled.deep_copy()
+
+    def _taste(self, kind: str, text: str) -> bytes:
+        matcher, state = self._start(kind, text), 1
+        first = answer = self._standing(matcher)
+        for _ in range(WALK):
+            if answer[:1] != FOLLOWS:
+                break  # a walk may end anywhere; only a grammar without a beginning is refused
+            mask = int.from_bytes(answer[1:], "little")
+            state = state * 1103515245 + 12345 & 0x7FFFFFFF
+            skipped = state % mask.bit_length()
+            beyond = mask >> skipped
+            matcher.consume_token(skipped + (beyond & -beyond).bit_length() - 1)
+            answer = self._standing(matcher)
+        return first if first[:1] == FAILED else COMPLETE
+
+    def _standing(self, matcher: Any) -> bytes:
+        if matcher.is_error():
+            return FAILED + (matcher.get_error() or "a token that the grammar does not allow").encode()
+        if matcher.is_stopped():
+            return COMPLETE
+        mask: int = int.from_bytes(matcher.compute_bitmask(), "little") & self._ids
+        if matcher.is_error():
+            return FAILED + (matcher.get_error() or "no mask").encode()
+        if mask:
+            return FOLLOWS + (mask & (1 << self._bytes * 8) - 1).to_bytes(self._bytes, "little")
+        return COMPLETE if matcher.is_accepting() else FAILED + b"no token of this vocabulary can go on"
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    settings = json.loads(sys.argv[1])
+    source, target = sys.stdin.buffer, sys.stdout.buffer
+
+    def answer(body: bytes) -> None:
+        target.write(struct.pack("<I", len(body)) + body)
+        target.flush()
+
+    try:
+        from llguidance import LLTokenizer
+
+        ends = settings["end_ids"]
+        tokenizer = LLTokenizer(settings["tokenizer"], eos_token=ends or None)
+    except Exception as error:
+        answer(FAILED + f"{type(error).__name__}: {error}".encode())
+        return
+    os.nice(settings["nice"])
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + settings["bytes"]
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    follower = Follower(tokenizer, settings["words"], bool(ends))
+    answer(COMPLETE)
+    while header := source.read(4):
+        for operation in json.loads(source.read(*struct.unpack("<I", header))):
+            signal.setitimer(signal.ITIMER_PROF, settings["compile_seconds" if operation[0] in {"start", "taste"} else "step_seconds"])
+            try:
+                body = follower.play(operation)
+            except Exception as error:
+                body = FAILED + f"{error}".encode()
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            if body is not None:
+                answer(body)
+
+
+if __name__ == "__main__":
+    main()
