@@ -120,6 +120,8 @@ class Constraints:
             self._tasted[grammar].append(state)
         else:
             self._tasted[grammar] = [state]
+            if self._taster.died_idle():
+                self._taster.stop()
             self._taster.ask(["taste", grammar.kind, grammar.text], grammar)
         return state
 
@@ -141,10 +143,7 @@ class Constraints:
             self._follower.restart(culprit)
             if isinstance(first, int) and first in self._states:
                 self._states[first].error = f"the output's grammar {culprit}; simplify it"
-            for state in self._states.values():
-                if state._placed and state.error is None:
-                    state._awaited = 0
-                    self._place(state)
+            self._place_all()
         self._taster.flush()
         self._follower.flush()
 
@@ -180,12 +179,22 @@ class Constraints:
         state._placed = True
         self._request(state, ["start", state._number, state._grammar.kind, state._grammar.text, state._tokens])
 
+    def _place_all(self) -> None:
+        for state in self._states.values():
+            if state._placed and state.error is None:
+                state._awaited = 0
+                self._place(state)
+
     def _ask(self, state: ConstraintState, name: str, number: int) -> None:
         if state.error is None:
             self._request(state, [name, state._number, number])
 
     def _request(self, state: ConstraintState, operation: list[Any]) -> None:
         state.mask, state.complete = None, False
+        if self._follower.died_idle():
+            self._follower.stop()
+            self._place_all()  # this one among them, from all of its tokens
+            return
         state._awaited += 1
         self._follower.ask(operation, state._number)
 
@@ -308,6 +317,10 @@ class _Worker:
                 return None
             self._received += piece
         return None
+
+    def died_idle(self) -> bool:
+        """Whether the process ended while nothing was asked of it, so that no operation is to blame."""
+        return self._process is not None and not self.asked and self._process.poll() is not None
 
     def trouble(self) -> str:
         """Why this process must be started again, or nothing."""

@@ -78,7 +78,8 @@ class Follower:
         compiled = self._compiled.pop((kind, text), None)
         if compiled is None:
             if kind == "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
+                overrides: Any = {"whitespace_pattern": WHITESPACE, "lenient": False}
+                grammar = LLMatcher.grammar_from_json_schema(json.dumps(spelt_out(json.loads(text))), overrides=overrides)
             else:
                 grammar = LLMatcher.grammar_from_regex(text) if kind == "regex" else LLMatcher.grammar_from_lark(text)
             limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
@@ -113,6 +114,47 @@ class Follower:
         if mask:
             return FOLLOWS + (mask & (1 << self._bytes * 8) - 1).to_bytes(self._bytes, "little")
         return COMPLETE if matcher.is_accepting() else FAILED + b"no token of this vocabulary can go on"
+
+
+DATA = ("const", "enum", "default", "examples")
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+
+
+def spelt_out(schema: Any) -> Any:
+    """The same schema, with NUL added to what its patterns' negated classes exclude.
+
+    llguidance 1.9 lets a class that excludes the quote or the backslash, [^"], pass them in their escaped form, unless it excludes a
+    control character too. An output then lacks a NUL that it might have had, and is valid."""
+    if isinstance(schema, list):
+        return [spelt_out(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name == "pattern" and isinstance(value, str):
+            plain[name] = without_nul(value)
+        elif name in NAMED and isinstance(value, dict):
+            plain[name] = {without_nul(key) if name == "patternProperties" else key: spelt_out(each) for key, each in value.items()}
+        else:
+            plain[name] = value if name in DATA else spelt_out(value)
+    return plain
+
+
+def without_nul(pattern: str) -> str:
+    """A regular expression whose negated classes exclude NUL as well; one that begins with ] keeps its peculiar meaning."""
+    made, inside, place = "", False, 0
+    while place < len(pattern):
+        piece = pattern[place : place + 2] if pattern[place] == "\\" else pattern[place]
+        if piece == "[" and not inside and pattern[place + 1 : place + 2] == "^":
+            piece = "[^" if pattern[place + 2 : place + 3] == "]" else "[^\\x00"
+            place += 1 + (piece == "[^")  # past the caret, and past a ] that closes nothing
+            piece += "]" if piece == "[^" else ""
+            inside = True
+        elif piece in "[]":
+            inside = piece == "["
+        made += piece
+        place += len(piece) if piece[0] == "\\" else 1
+    return made
 
 
 def main() -> None:
