@@ -63,7 +63,8 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
         min_tokens=min_tokens, logit_bias=options.biases_of(logit_bias), n=choices, best_of=best_of, logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs, grammar=options.grammar_of(json_schema, regex, grammar), echo=echo,
+        prompt_logprobs=prompt_logprobs, grammar=options.grammar_of(json_schema, regex, grammar),
+        echo=echo and prompt is not None,
         beam=None if beams is None else BeamSearch(width=beams, length_penalty=length_penalty),
     )  # fmt: skip
     text = read_stdin() if prompt == "-" else prompt
