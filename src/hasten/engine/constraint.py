@@ -1,6 +1,6 @@
 """Constraints: which ids may come next, so that an output is what a `Grammar` says.
 
-Grammars are compiled and followed in other processes (`hasten.engine.grammar_worker`): one tastes every new grammar at low priority, one
+Grammars are compiled and followed in other processes (`hasten.engine.grammar_worker`): one tastes every new grammar in idle time, one
 follows those that went well. A grammar that takes too much time or memory, or crashes its process, fails its own sequence; what else that
 process followed is started again where it stood, from the tokens noted here. Nothing here waits unless `Constraints.wait` is called, so a
 sequence whose mask is late can sit out a step while its neighbours go on.
@@ -29,6 +29,9 @@ from hasten.base.errors import UserError, one_line
 from hasten.engine.grammar import Grammar
 from hasten.engine.grammar_worker import COMPLETE, FAILED, FOLLOWS
 
+STARVED_SECONDS = 0.1
+"""A process in idle time that has used less than this has not had its chance."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConstraintLimits:
@@ -38,16 +41,14 @@ class ConstraintLimits:
     """Processor time to compile one, and to follow it for a few tokens."""
     step_seconds: float = 0.3
     """Processor time for one token's mask."""
-    answer_seconds: float = 1.8
-    """Time by the clock for either; a machine too busy to give it fails the request."""
+    answer_seconds: float = 1.6
+    """Time by the clock for either; a taste that a busy machine has kept from running at all may take ``start_seconds``."""
     start_seconds: float = 30.0
     """Time by the clock until a process has read the tokenizer."""
     bytes: int = 1 << 30
     """Memory of each of the two processes beyond the tokenizer's."""
     known: int = 1024
     """Grammars remembered to have gone well."""
-    nice: int = 10
-    """Added to the niceness of the process that tastes: beside busy threads of priority 0 it gets a tenth of a core."""
 
 
 class ConstraintState:
@@ -103,8 +104,8 @@ class Constraints:
             "tokenizer": str(tokenizer), "words": self._words, "end_ids": list(end_ids), "bytes": self.limits.bytes,
             "compile_seconds": self.limits.compile_seconds, "step_seconds": self.limits.step_seconds,
         }  # fmt: skip
-        self._taster = _Worker(settings | {"nice": self.limits.nice}, self.limits)
-        self._follower = _Worker(settings | {"nice": 0}, self.limits)
+        self._taster = _Worker(settings | {"idle": True}, self.limits)
+        self._follower = _Worker(settings | {"idle": False}, self.limits)
         self._known: OrderedDict[Grammar, None] = OrderedDict()
         self._tasted: dict[Grammar, list[ConstraintState]] = {}  # who waits for the taste of a grammar
         self._states: dict[int, ConstraintState] = {}
@@ -261,6 +262,7 @@ class _Worker:
         self.unsent = bytearray()
         self._received = bytearray()
         self._greeted = self._ended = False
+        self._used_before = 0.0
         self._since = 0.0  # when the oldest became the oldest
 
     @property
@@ -277,7 +279,7 @@ class _Worker:
             self._begin()
         if who is not None:
             if not self.asked:
-                self._since = time.monotonic()
+                self._begin_waiting()
             self.asked.append(who)
         body = json.dumps([operation]).encode()
         self.unsent += struct.pack("<I", len(body)) + body
@@ -301,7 +303,7 @@ class _Worker:
                 if len(self._received) >= 4 + length:
                     body = bytes(self._received[4 : 4 + length])
                     del self._received[: 4 + length]
-                    self._since = time.monotonic()
+                    self._begin_waiting()
                     if self._greeted:
                         return self.asked.popleft(), body[:1], body[1:]
                     if body[:1] == FAILED:
@@ -329,8 +331,25 @@ class _Worker:
         if self._ended:
             return "takes too much time or memory"
         allowed = self._limits.answer_seconds if self._greeted else self._limits.start_seconds
+        if self._settings["idle"] and self._used() - self._used_before < STARVED_SECONDS:
+            allowed = self._limits.start_seconds  # it has hardly run: the machine is busy, which is no fault of the grammar
         late = bool(self.asked) and time.monotonic() - self._since > allowed
         return f"takes more than {allowed:g} seconds" if late else ""
+
+    def _used(self) -> float:
+        """Processor seconds of the process so far."""
+        if self._process is None:
+            return 0.0
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _begin_waiting(self) -> None:
+        self._since = time.monotonic()
+        if self._settings["idle"]:
+            self._used_before = self._used()
 
     def restart(self, reason: str) -> None:
         """End the process; the next operation starts another."""
