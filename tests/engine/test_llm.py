@@ -140,6 +140,108 @@ def test_penalties_change_the_output(llm):
         assert len(set(words(**fields))) > len(set(plain)), fields
 
 
+# --- what a request may ask besides
+
+
+def test_choices_differ_and_repeat(llm):
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=4, n=5)
+    done = llm.generate([PROMPTS[0], PROMPTS[2]], [params, SEEDED])
+    assert [one.choice for one in done] == [0, 1, 2, 3, 4, 0]
+    assert len({one.token_ids for one in done[:5]}) == 5
+    assert llm.generate(PROMPTS[0], params) == done[:5]
+    assert llm.generate(PROMPTS[0], dataclasses.replace(params, n=1)) == done[:1]  # the first draws as it would alone
+    (fresh, other) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=12, temperature=1.0, n=2))
+    assert fresh.token_ids != other.token_ids
+    chunks = list(llm.stream(PROMPTS[0], params))
+    for one in done[:5]:
+        assert "".join(chunk.text for chunk in chunks if chunk.choice == one.choice) == one.text
+    assert sum(chunk.finish_reason is not None for chunk in chunks) == 5
+
+
+def test_best_of_returns_the_likeliest_per_token(llm):
+    params = SamplingParams(max_tokens=8, temperature=1.3, seed=4, n=6, logprobs=0)
+    every = llm.generate(PROMPTS[0], params)
+    worth = [np.mean([entry.logprob for entry in one.logprobs]) for one in every]
+    best = [every[index].token_ids for index in np.argsort(-np.array(worth))[:2]]
+    params = dataclasses.replace(params, n=2, best_of=6, logprobs=None)
+    done = llm.generate(PROMPTS[0], params)
+    assert [one.token_ids for one in done] == best
+    assert [one.choice for one in done] == [0, 1]
+    assert done[0].logprobs is None
+    chunks = list(llm.stream([PROMPTS[1], PROMPTS[0]], [SEEDED, params]))
+    assert [chunk.token_ids for chunk in chunks if chunk.index == 1] == best
+
+
+def test_log_probabilities_are_torchs(oracle):
+    engine = LLM("code-8m", backend="reference")
+    params = SamplingParams(max_tokens=6, temperature=0.8, seed=1, top_k=40, logprobs=3, prompt_logprobs=2, n=2, logit_bias={70: 2.0})
+    done = engine.generate([*PROMPTS[:2], "x"], [params, dataclasses.replace(params, logprobs=None), SamplingParams(max_tokens=3)])
+    for one in done[:4]:
+        ids = [*one.prompt_token_ids, *one.token_ids]
+        with torch.no_grad():
+            rows = torch.log_softmax(oracle(torch.tensor([ids])).logits[0].double(), -1).numpy()
+        begin = len(one.prompt_token_ids)
+        for entries, first, top in ((one.prompt_logprobs, 1, 2), (one.logprobs or (), begin, 3)):
+            for place, entry in enumerate(entries, first):
+                assert entry.token == ids[place]
+                np.testing.assert_allclose(entry.logprob, rows[place - 1, ids[place]], atol=2e-4)
+                assert [token for token, _ in entry.top] == np.argsort(-rows[place - 1], kind="stable")[:top].tolist()
+                np.testing.assert_allclose([value for _, value in entry.top], np.sort(rows[place - 1])[::-1][:top], atol=2e-4)
+        assert len(one.prompt_logprobs) == begin - 1
+    assert [one.logprobs is None for one in done] == [False, False, True, True, True]
+    assert len(done[0].logprobs) == 6
+    assert done[4].prompt_logprobs is None
+
+
+def test_log_probabilities_do_not_depend_on_the_batch(llm):
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=1, logprobs=2, prompt_logprobs=1)
+    together = llm.generate(PROMPTS, params)
+    for prompt, one in zip(PROMPTS, together):
+        assert llm.generate(prompt, params) == [one]
+
+
+def test_logit_bias_forbids_and_forces(llm):
+    (free,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=10))
+    ban = dict.fromkeys(free.token_ids, -100)
+    (other,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=10, logit_bias=ban))
+    assert not set(other.token_ids) & set(ban)
+    (forced,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=4, temperature=1.0, logit_bias={77: 100}))
+    assert forced.token_ids == (77,) * 4
+    for bad in ({"logit_bias": {8192: 1}}, {"stop_token_ids": [8192]}):
+        with pytest.raises(ConfigError, match="holds 8192: this model's token ids go from 0 to 8191"):
+            llm.generate(PROMPTS[0], SamplingParams(**bad))
+
+
+def test_echo_begins_with_the_prompt(llm):
+    for prompt in PROMPTS:
+        (plain,) = llm.generate(prompt, SamplingParams(max_tokens=6))
+        (echoed,) = llm.generate(prompt, SamplingParams(max_tokens=6, echo=True, stop="import json"))
+        assert echoed.text == prompt + plain.text  # a stop string in the prompt ends nothing
+        assert echoed.token_ids == plain.token_ids
+
+
+def test_a_row_that_overflows_fails_its_request_alone(llm, monkeypatch):
+    (good, expected) = llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=5))
+    session = llm._session(llm._contexts[0])
+    plain = session.step
+    steps = []
+
+    def step(batch, state):
+        logits, state = plain(batch, state)
+        steps.append(len(logits))
+        if len(steps) == 3:
+            logits = logits.copy()
+            logits[0, 7] = np.nan
+        return logits, state
+
+    monkeypatch.setattr(session, "step", step, raising=False)
+    bad, fine = llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=5))
+    assert len(steps) == 5
+    assert (bad.finish_reason, bad.token_ids) == ("error", good.token_ids[:2])
+    assert "NaN, first at id 7" in bad.error
+    assert fine == expected
+
+
 # --- ends
 
 

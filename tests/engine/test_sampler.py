@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from hasten import _native
-from hasten.base.errors import UserError
 from hasten.engine.request import Request
 from hasten.engine.sampler import Sampler, native_row, token_masks
 from hasten.engine.sampling import Purpose, SamplingParams
@@ -476,7 +476,7 @@ def test_requests_come_and_go_without_changing_each_others_draws():
     for step, present in enumerate([[0, 1], [0, 1, 2], [2, 1], [1, 3, 4], [4], [4, 3], [3], [3, 4]]):
         running = [every[i] for i in present]
         drawn = sampler.draw(logits[step, present], running)
-        for one, token, row in zip(running, drawn, logits[step, present]):
+        for one, token, row in zip(running, [draw.token for draw in drawn], logits[step, present]):
             allowed = np.ones(40, bool)
             allowed[sorted(one.forbidden)] = False
             forbade += bool(one.forbidden)
@@ -486,10 +486,71 @@ def test_requests_come_and_go_without_changing_each_others_draws():
     assert forbade
 
 
-def test_an_unusable_row_names_its_prompt():
-    sampler = Sampler()
-    with pytest.raises(UserError, match="^prompt 6: logits hold NaN, first at id 1: "):
-        sampler.draw(np.array([[1, 2], [0, np.nan]], np.float32), [request(5, SamplingParams()), request(6, SamplingParams())])
+def test_an_unusable_row_is_its_own_sequences_error():
+    params = SamplingParams(logprobs=1)
+    rows = [[1, 2, 0], [0, np.nan, 0], [3, 1, 2], [np.inf, 0, 0], [-np.inf] * 3]
+    draws = Sampler().draw(np.array(rows, np.float32), [request(index, params) for index in range(5)])
+    assert [draw.token for draw in draws] == [1, -1, 0, -1, -1]
+    assert [draw.error is None for draw in draws] == [True, False, True, False, False]
+    assert "NaN, first at id 1" in draws[1].error
+    assert "+inf, first at id 0" in draws[3].error
+    assert "leave no id" in draws[4].error
+    assert [draw.logprob is None for draw in draws] == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize("vocab", [2, 33, 8192])
+def test_log_probabilities_of_given_tokens_are_those_of_drawn_ones(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = (rng.standard_normal((6, vocab)) * 5).astype(np.float32)
+    tokens = rng.integers(vocab, size=6).tolist()
+    scored = Sampler().score(logits, tokens, 2)
+    expected = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), -1).numpy()
+    for row, one in enumerate(scored):
+        assert one.token == tokens[row]
+        np.testing.assert_allclose(one.logprob, expected[row, tokens[row]], rtol=1e-6, atol=1e-7)
+        assert [token for token, _ in one.top] == np.argsort(-expected[row], kind="stable")[:2].tolist()
+    drawn = Sampler().draw(logits, [request(index, SamplingParams(temperature=1.0, seed=index, logprobs=2)) for index in range(6)])
+    again = Sampler().score(logits, [draw.token for draw in drawn], 2)
+    assert again == [draw.logprob for draw in drawn]
+
+
+def test_a_mask_wins_over_what_is_forbidden():
+    class Masked(Request):
+        mask = np.array([0b101], np.uint32)
+
+    def masked(index, params):
+        return Masked(index, (1,), params, limit=100, end_ids=frozenset({0}), detokenizer=None, program_context=100)
+
+    logits = np.array([[9, 8, 7, 6]] * 3, np.float32)
+    draws = Sampler().draw(logits, [masked(0, SamplingParams()), masked(1, SamplingParams(min_tokens=1)), request(2, SamplingParams())])
+    assert [draw.token for draw in draws] == [0, 2, 0]
+    Masked.mask = np.array([0b1], np.uint32)
+    assert Sampler().draw(logits[:1], [masked(0, SamplingParams(min_tokens=1))])[0].token == 0  # nothing but the end is left
+    Masked.mask = np.zeros(1, np.uint32)
+    assert "leave no id" in Sampler().draw(logits[:1], [masked(0, SamplingParams())])[0].error
+
+
+def test_choices_have_noise_of_their_own():
+    logits = np.zeros((8, 1000), np.float32)
+    params = SamplingParams(temperature=1.0, seed=5, n=8)
+
+    def choice(number):
+        return Request(0, (1,), params, limit=9, end_ids=frozenset(), detokenizer=None, program_context=9, choice=number)
+
+    tokens = [draw.token for draw in Sampler().draw(logits, [choice(number) for number in range(8)])]
+    assert len(set(tokens)) == 8
+    backwards = [draw.token for draw in Sampler().draw(logits, [choice(number) for number in reversed(range(8))])]
+    assert backwards == tokens[::-1]
+    assert tokens == [draw(logits[0], params, 1, [1], seed=5, choice=number) for number in range(8)]
+
+
+def test_logit_bias_is_added_before_the_draw():
+    logits = [1.0, 0.0, 0.5, 0.2]
+    assert draw(logits, SamplingParams(logit_bias={3: 100})) == 3
+    assert draw(logits, SamplingParams(logit_bias={0: -100})) == 2
+    assert draw(logits, SamplingParams(logit_bias=[(0, -0.6), (9, 100)])) == 2  # an id that is not there changes nothing
+    ids, weights = candidates(logits, SamplingParams(**WARM, logit_bias={1: 2.0, 2: -1.5}))
+    np.testing.assert_allclose(softmax(weights), softmax(np.array([1.0, 2.0, -1.0, 0.2])), rtol=1e-6)
 
 
 def test_the_engine_imports_without_the_native_code():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hasten.base.errors import ConfigError
+from hasten.engine.grammar import Grammar
 from hasten.engine.sampling import SamplingParams
 
 
@@ -30,7 +31,7 @@ def test_numbers_of_numpy_become_pythons():
     )  # fmt: skip
     for field, value in dataclasses.asdict(params).items():
         for each in value if isinstance(value, tuple) else [value]:
-            assert type(each) in {int, float, bool}, field
+            assert type(each) in {int, float, bool, type(None)}, field
     for field in NUMBERS:
         for bad in (np.float64("nan"), np.float32("inf"), np.bool_(True), np.int64(-3), np.array([1]), np.complex128(1)):
             with pytest.raises(ConfigError, match=f"^{field} is ") as caught:
@@ -62,6 +63,14 @@ def test_every_number_refuses_what_it_cannot_mean(field):
         ("ignore_eos", [0, 1, None, "true"]),
         ("stop", ["", [""], 5, None, [1], ["a", None], ["x" * 1025], ["a"] * 65, [["a"]], {"a"}, "x" * 10**6]),
         ("stop_token_ids", [5, None, [-1], [2**63], [True], [1.0], ["1"], "12", [10**6000], [0] * 10**6]),
+        ("logit_bias", [5, "x", None, [1], [(1,)], [(1, 2, 3)], dict.fromkeys(range(1025), 0)]),
+        ("logprobs", [-1, 129, 1.0, True, 2**63]),
+        ("prompt_logprobs", [-1, 129, "1"]),
+        ("n", [0, 65, None, 1.0, 2**63]),
+        ("best_of", [0, 65, 1.5]),
+        ("echo", [0, None]),
+        ("grammar", ["[a-z]", 5]),
+        ("beam", [4, {"width": 4}]),
         ("max_tokens", [0, 1.0, 2**31]),
         ("min_tokens", [129, 1.0]),
         ("top_k", [-1, 0.5]),
@@ -78,6 +87,27 @@ def test_boundaries_refused(field, values):
         assert str(caught.value).startswith(field)
         assert len(str(caught.value)) < 450
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bias", "field"),
+    [
+        ({-1: 0}, "a token id of logit_bias"), ({2**31: 0}, "a token id of logit_bias"), ({"1": 0}, "a token id of logit_bias"),
+        ({3: 101}, "logit_bias of token 3"), ({3: math.nan}, "logit_bias of token 3"), ([(3, -math.inf)], "logit_bias of token 3"),
+    ],
+)  # fmt: skip
+def test_biases_refused(bias, field):
+    with pytest.raises(ConfigError, match=f"^{field} is "):
+        SamplingParams(logit_bias=bias)
+
+
+def test_what_does_not_go_together():
+    assert SamplingParams(logit_bias={5: 1, 2: -3}).logit_bias == ((2, -3.0), (5, 1.0))
+    with pytest.raises(ConfigError, match="^best_of is 2: give a whole number from 3"):
+        SamplingParams(n=3, best_of=2)
+    with pytest.raises(ConfigError, match="^ignore_eos is true with a grammar"):
+        SamplingParams(ignore_eos=True, grammar=Grammar.regex("a"))
+    assert SamplingParams(n=2, best_of=5).choices == 5
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,17 @@
 import json
 import sys
 import time
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli import options
 from hasten.cli.terminal import notify, write
+
+if TYPE_CHECKING:
+    from hasten.engine import Chunk, Completion
 
 
 def generate(
@@ -30,6 +34,16 @@ def generate(
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = False,
     min_tokens: options.MinTokens = 0,
+    logit_bias: options.LogitBias = None,
+    choices: options.Choices = 1,
+    best_of: options.BestOf = None,
+    beams: options.Beams = None,
+    length_penalty: options.LengthPenalty = 1.0,
+    logprobs: options.Logprobs = None,
+    prompt_logprobs: options.PromptLogprobs = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.GrammarFile = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
@@ -40,13 +54,18 @@ def generate(
     """Continue a prompt, printing text as it comes."""
     if (prompt is None) == (token_ids is None):
         raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, or --token-ids 1,2,3")
-    from hasten.engine import LLM, SamplingParams
+    from hasten.engine import LLM, BeamSearch, SamplingParams
     from hasten.program import Formats
 
+    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+        raise ConfigError("--logprobs and --prompt-logprobs are for programs; add --json")
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
-        min_tokens=min_tokens,
+        min_tokens=min_tokens, logit_bias=options.biases_of(logit_bias), n=choices, best_of=best_of, logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs, grammar=options.grammar_of(json_schema, regex, grammar),
+        echo=echo and prompt is not None,
+        beam=None if beams is None else BeamSearch(width=beams, length_penalty=length_penalty),
     )  # fmt: skip
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
@@ -56,28 +75,51 @@ def generate(
         given = llm.encode(text)
     if as_json:
         began = time.perf_counter()
-        (done,) = llm.generate([given], params)
+        outputs = llm.generate([given], params)
         seconds = time.perf_counter() - began
-        typer.echo(
-            json.dumps(
-                {
-                    "model": model, "prompt": text, "prompt_token_ids": done.prompt_token_ids, "text": done.text,
-                    "token_ids": done.token_ids, "finish_reason": done.finish_reason, "seconds": seconds,
-                    "tokens_per_s": len(done.token_ids) / seconds,
-                }
-            )
-        )  # fmt: skip
+        for done in outputs:
+            if done.error is not None:
+                raise UserError(f"output {done.choice}: {done.error}")
+            print_json(model, text, done, seconds, sum(len(one.token_ids) for one in outputs))
         return
-    if echo and text is not None:
-        write(text)
-    began, count, has_text = time.perf_counter(), 0, llm.model.tokenizer is not None
-    for chunk in llm.stream([given], params):
+    began, count, has_text, last = time.perf_counter(), 0, llm.model.tokenizer is not None, 0
+    chunks = llm.stream([given], params) if params.n == 1 else in_order(llm.stream([given], params))
+    for chunk in chunks:
+        if chunk.error is not None:
+            raise UserError(chunk.error)
+        if chunk.choice != last:
+            write("\n---\n")
+            last = chunk.choice
         count += len(chunk.token_ids)
         write(chunk.text if has_text else "".join(f"{token} " for token in chunk.token_ids))
     seconds = time.perf_counter() - began
     write("\n")
     if sys.stderr.isatty():
         print(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, {chunk.finish_reason}]", file=sys.stderr)
+
+
+def print_json(model: str, prompt: str | None, done: "Completion", seconds: float, tokens: int) -> None:
+    """One output as one line; ``tokens`` in all were made in ``seconds``."""
+    line: dict[str, Any] = {
+        "model": model, "prompt": prompt, "prompt_token_ids": done.prompt_token_ids, "text": done.text, "token_ids": done.token_ids,
+        "finish_reason": done.finish_reason, "seconds": seconds, "tokens_per_s": tokens / seconds, "choice": done.choice,
+    }  # fmt: skip
+    for name, entries in (("logprobs", done.logprobs), ("prompt_logprobs", done.prompt_logprobs)):
+        if entries is not None:
+            line[name] = [{"token": entry.token, "logprob": entry.logprob, "top": dict(entry.top)} for entry in entries]
+    typer.echo(json.dumps(line))
+
+
+def in_order(chunks: "Iterable[Chunk]") -> "Iterator[Chunk]":
+    """One output after another, though they are made together."""
+    later: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        if chunk.choice == 0:
+            yield chunk
+        else:
+            later.setdefault(chunk.choice, []).append(chunk)
+    for _, its in sorted(later.items()):
+        yield from its
 
 
 def read_stdin() -> str:

@@ -1,10 +1,14 @@
 """Options that several commands share, written once."""
 
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from hasten.base.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from hasten.engine.grammar import Grammar
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
@@ -35,6 +39,62 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")]
 MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")]
+LogitBias = Annotated[
+    list[str] | None, typer.Option("--logit-bias", help="ID=NUMBER: added to the logit of a token id, -100 to 100; repeatable.")
+]
+Choices = Annotated[int, typer.Option("--choices", help="Outputs to make; with a seed, each is repeatable.")]
+BestOf = Annotated[int | None, typer.Option("--best-of", help="Outputs to draw, of which the likeliest per token are kept.")]
+Beams = Annotated[int | None, typer.Option("--beams", help="Search with so many beams instead of drawing.")]
+LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours long outputs.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option("--logprobs", help="With --json: each token's log-probability and those of so many likeliest; 0 for none of them."),
+]
+PromptLogprobs = Annotated[int | None, typer.Option("--prompt-logprobs", help="The same for the prompt.")]
+JsonSchema = Annotated[str | None, typer.Option("--json-schema", help="The output is JSON of this schema: a file, or the schema itself.")]
+Regex = Annotated[str | None, typer.Option("--regex", help="The output matches this regular expression whole.")]
+GrammarFile = Annotated[str | None, typer.Option("--grammar", help="The output is of this grammar in Lark's syntax: a file, or the text.")]
+
+
+def grammar_of(json_schema: str | None, regex: str | None, lark: str | None) -> "Grammar | None":
+    """The one grammar that was asked for, if any. Raises ConfigError for several, and for a file that cannot be read."""
+    from hasten.engine.grammar import Grammar
+
+    if sum(given is not None for given in (json_schema, regex, lark)) > 1:
+        raise ConfigError("give one of --json-schema, --regex and --grammar: an output follows one grammar")
+    if json_schema is not None:
+        return Grammar.json_schema(_read("--json-schema", json_schema, inline=json_schema.lstrip()[:1] in {"{", "t", "f"}))
+    if lark is not None:
+        return Grammar.lark(_read("--grammar", lark, inline=":" in lark and "\n" in lark or lark.startswith("start:")))
+    return None if regex is None else Grammar.regex(regex)
+
+
+def _read(name: str, given: str, *, inline: bool) -> str:
+    """The text itself, or that of the file it names."""
+    if inline and not Path(given[:4096]).is_file():
+        return given
+    try:
+        with open(given, encoding="utf-8") as file:
+            return file.read(MAX_GRAMMAR + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{name} {one_line(given)} cannot be read ({reason}); give a file or the text itself") from None
+
+
+MAX_GRAMMAR = 1 << 20
+"""Characters of a grammar that are read; what is longer than a grammar may be is refused by its length."""
+
+
+def biases_of(pairs: list[str] | None) -> dict[int, float]:
+    """--logit-bias ID=NUMBER, each. Raises ConfigError naming the piece that is none."""
+    biases = {}
+    for pair in pairs or []:
+        token, _, number = pair.partition("=")
+        try:
+            biases[int(token)] = float(number)
+        except ValueError:
+            raise ConfigError(f"--logit-bias is {one_line(pair)}; an id and a number are needed, as in 198=-100") from None
+    return biases
 
 
 def refuse(name: str, value: object, accepted: str) -> NoReturn:

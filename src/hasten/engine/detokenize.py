@@ -59,6 +59,12 @@ class Detokenizer:
         self._run: list[int] = []  # byte tokens since: a run that has not ended
         self._shown = ""  # the start of the window's text that is out, or is the text of ids before it
 
+    def fork(self) -> Detokenizer:
+        """Another that has seen the same ids."""
+        other = Detokenizer(self._decode, skipped_ids=self._skipped_ids, byte_ids=self._byte_ids, lag=self._lag)
+        other._window, other._run, other._shown = list(self._window), list(self._run), self._shown
+        return other
+
     def feed(self, ids: Iterable[int]) -> str:
         """Take the next ids, in order; return the text that is now settled, often empty."""
         known = len(self._window)

@@ -1,6 +1,7 @@
 """LLM: a model and a backend, ready to complete prompts, many at a time."""
 
 import dataclasses
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,11 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, UserError, one_line
 from hasten.checkpoint import load
+from hasten.engine.beam_decode import beam_decode
+from hasten.engine.choices import best_choices
+from hasten.engine.constraint import Constraints
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
+from hasten.engine.draw import TokenLogprob
 from hasten.engine.request import Chunk, FinishReason, Request
-from hasten.engine.sampling import SamplingParams
+from hasten.engine.sampling import SamplingParams, check_ids
 from hasten.formats.cache import cache_format
 from hasten.model import Model, find_backend, load_backend
 from hasten.program import Batch, Formats, lowering_contexts, token_array
@@ -47,12 +52,17 @@ class Session(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-    """One prompt's output. ``finish_reason`` is 'stop' (end of text, stop string or stop token) or 'length'."""
+    """One output. ``finish_reason`` is 'stop' (end of text, of a grammar, stop string or stop token), 'length', or 'error', and ``error``
+    then says what was wrong with this one; ``choice`` is its place among the outputs of its prompt; log-probabilities where asked for."""
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
 
 
 class LLM:
@@ -85,49 +95,83 @@ class LLM:
             cache_format(formats.cache)  # a wrong name is told at once, not with the first prompt
         self._contexts = lowering_contexts(self.model.spec, self.context)
         self._sessions: dict[int, Session] = {}
+        self._constraints: Constraints | None = None
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """One Completion per prompt, in order. A prompt is text or token ids; ``params`` is one for all or one per prompt."""
+        """One Completion per output, in the order of prompts and then of choices (one, unless ``n`` asks for more).
+
+        A prompt is text or token ids; ``params`` is one for all or one per prompt. What fails one output is its ``error``."""
         requests = self._requests(prompts, params)
-        texts = [""] * len(requests)
+        answers = {request.key: _Answer(request) for request in requests}
         for chunk in self._run(requests):
-            texts[chunk.index] += chunk.text
-        return [
-            Completion(request.prompt, tuple(request.output), text, request.finish_reason or "length")
-            for request, text in zip(requests, texts)
-        ]
+            answers[chunk.index, chunk.choice].take(chunk)
+        each: dict[int, list[_Answer]] = {}
+        for answer in answers.values():
+            each.setdefault(answer.request.index, []).append(answer)
+        return [one for answers in each.values() for one in _returned(answers)]
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Chunk]:
-        """Chunks as they are made; ``index`` says whose. Every prompt's last chunk has a finish_reason."""
-        return self._run(self._requests(prompts, params))
+        """Chunks as they are made; ``index`` and ``choice`` say whose. Every output's last chunk has a finish_reason.
+
+        Outputs that must be compared before any is returned (``best_of``, beam search) come whole, one chunk each."""
+        requests = self._requests(prompts, params)
+        compared: dict[int, list[_Answer]] = {}
+        for request in requests:
+            if request.params.choices > request.params.n:
+                compared.setdefault(request.index, []).append(_Answer(request))
+        for chunk in self._run(requests):
+            if chunk.index not in compared:
+                yield chunk
+                continue
+            answers = compared[chunk.index]
+            answers[chunk.choice].take(chunk)
+            if all(answer.finish_reason is not None for answer in answers):
+                yield from (_as_chunk(chunk.index, one) for one in _returned(answers))
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
         many = _as_prompts(prompts)
         each = [params or SamplingParams()] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(many):
             raise ConfigError(f"{len(each)} SamplingParams for {len(many)} prompts; give one, or one per prompt")
-        return [self._request(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, each))]
+        return [request for index, (prompt, p) in enumerate(zip(many, each)) for request in self._choices(index, prompt, p)]
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def _choices(self, index: int, prompt: Prompt, params: SamplingParams) -> list[Request]:
+        """The outputs to draw of one prompt; those of a beam search from one request."""
         ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).tolist()
         vocab = self.model.spec.vocab
         if max(ids) >= vocab:
             raise ConfigError(f"prompt {index}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
+        check_ids(params, vocab)
         if len(ids) >= self.context:
             raise ConfigError(
                 f"prompt {index} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer"
             )
-        if params.stop:
-            self.model.text_tokenizer()  # a stop string needs text
+        if params.stop or params.grammar is not None or params.echo:
+            self.model.text_tokenizer()  # these need text
+        if params.beam is not None and params.grammar is not None and not self.model.eos_token_ids:
+            raise ConfigError(
+                f"beam search with a grammar needs an end of text, which {self.model.name} has none of; leave one of them out"
+            )
         needed = min(len(ids) + params.max_tokens, self.context)
-        return Request(
-            index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
-            program_context=next(context for context in self._contexts if needed <= context),
-        )  # fmt: skip
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return [
+            Request(
+                index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
+                program_context=next(context for context in self._contexts if needed <= context), choice=choice, seed=seed,
+                constraint=None if params.grammar is None or params.beam is not None else self._follow().start(params.grammar),
+            )
+            for choice in range(params.choices)
+        ]  # fmt: skip
+
+    def _follow(self) -> Constraints:
+        """What follows grammars for this model."""
+        if self._constraints is None:
+            self._constraints = Constraints(self.model.text_tokenizer().path, self.model.spec.vocab, self.model.eos_token_ids)
+        return self._constraints
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, begun as the model's own tokenizer begins it; an empty one is the document start alone."""
@@ -147,10 +191,38 @@ class LLM:
         return Detokenizer(tokenizer.decode, skipped_ids=tokenizer.special_ids, byte_ids=byte_token_ids(tokenizer.vocabulary))
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        """Requests that one Program serves run together."""
-        for context in self._contexts:
-            if together := [request for request in requests if request.program_context == context]:
-                yield from self._run_together(self._session(context), together)
+        """Requests that one Program serves run together; beam searches one after another."""
+        try:
+            for context in self._contexts:
+                served = [request for request in requests if request.program_context == context]
+                if together := [request for request in served if request.params.beam is None]:
+                    yield from self._run_together(self._session(context), together)
+                for request in served:
+                    if request.params.beam is not None and request.choice == 0:
+                        yield from self._search(self._session(context), request)
+        finally:
+            for request in requests:
+                if request.constraint is not None:
+                    request.constraint.close()  # an abandoned stream ends here too
+
+    def _search(self, session: Session, request: Request) -> Iterator[Chunk]:
+        """One chunk for each output that a beam search found; those it did not find are errors."""
+        search, error = request.params.beam, "the search found fewer outputs"
+        found = []
+        if search is not None:
+            try:
+                found = beam_decode(
+                    session, request.prompt, request.params, search, max_tokens=request.most, end_ids=request.end_ids,
+                    constraints=None if request.params.grammar is None else self._follow(),
+                )  # fmt: skip
+            except UserError as failure:
+                error = str(failure)
+        for choice in range(request.params.n):
+            if choice < len(found):
+                text = request.text_of(found[choice].tokens)
+                yield Chunk(request.index, text, found[choice].tokens, "stop" if found[choice].ended else "length", choice)
+            else:
+                yield Chunk(request.index, "", (), "error", choice, error=error)
 
     def _session(self, context: int) -> Session:
         if context not in self._sessions:
@@ -165,20 +237,104 @@ class LLM:
         sampler = Sampler(session.threads)
         state = session.start(0)
         while waiting or running:
-            joining = waiting[: self.max_sequences - len(running)]
-            waiting, running = waiting[len(joining) :], running + joining
+            chunks = [ended for request in running + waiting if (ended := _ended_by_grammar(request)) is not None]
+            waiting = [request for request in waiting if request.finish_reason is None]
+            ready = [request for request in waiting if request.constraint is None or request.constraint.ready]
+            joining = ready[: self.max_sequences - len(running)]
+            waiting, running = [request for request in waiting if request not in joining], running + joining
             if joining:
                 state = state.joined(session.start(len(joining)))
-            batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
-            logits, state = session.step(batch, state)
-            chunks = []
-            for request, token in zip(running, sampler.draw(logits, running), strict=True):
-                request.computed += len(request.pending)
-                chunks.append(request.take(token))
-            staying = [index for index, request in enumerate(running) if request.finish_reason is None]
-            if len(staying) < len(running):
-                running, state = [running[index] for index in staying], state.select(staying)
+            running, state = _staying(running, state)
+            if running:
+                batch, last = _next_batch(running)
+                logits, state = session.step(batch, state)
+                for request, draw in zip(running, sampler.draw(logits[last], running), strict=True):
+                    if request.computed == 0 and request.params.prompt_logprobs is not None and request.choice == 0:
+                        rows = slice(last[running.index(request)] - len(request.prompt) + 1, last[running.index(request)])
+                        request.prompt_logprobs = tuple(sampler.score(logits[rows], request.prompt[1:], request.params.prompt_logprobs))
+                    request.computed += len(request.pending)
+                    failed = draw.error is not None
+                    chunks.append(request.end("error", draw.error) if failed else request.take(draw.token, draw.logprob))
+                running, state = _staying(running, state)
             yield from chunks
+            if self._constraints is not None:
+                followed = [r.constraint for r in (running or waiting) if r.constraint is not None]
+                self._constraints.wait(MASK_SECONDS, followed)
+
+
+MASK_SECONDS = 10.0
+"""Longest wait for what the grammars of a step allow; the constraints' own limits come first."""
+
+
+def _ended_by_grammar(request: Request) -> Chunk | None:
+    """The last chunk of a request whose grammar is complete or has failed."""
+    constraint = request.constraint
+    if constraint is None or request.finish_reason is not None or not constraint.ready:
+        return None
+    if constraint.error is not None:
+        return request.end("error", constraint.error)
+    return request.end("stop") if constraint.complete else None
+
+
+def _staying(running: list[Request], state: Any) -> tuple[list[Request], Any]:
+    """The requests that have not ended, and their state."""
+    staying = [index for index, request in enumerate(running) if request.finish_reason is None]
+    return (running, state) if len(staying) == len(running) else ([running[index] for index in staying], state.select(staying))
+
+
+def _next_batch(running: Sequence[Request]) -> tuple[Batch, list[int]]:
+    """What every request has pending, with all of its rows where prompt log-probabilities are due, and which logit row is each's last."""
+    batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
+    rows: list[int] = []
+    last: list[int] = []
+    for place, request in enumerate(running):
+        due = request.computed == 0 and request.params.prompt_logprobs is not None and request.choice == 0
+        end = int(batch.offsets[place + 1])
+        rows += range(int(batch.offsets[place]), end) if due else [end - 1]
+        last.append(len(rows) - 1)
+    return dataclasses.replace(batch, rows=np.array(rows, np.int32)), last
+
+
+class _Answer:
+    """One output, as its chunks come."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.text = ""
+        self.token_ids: tuple[int, ...] = ()
+        self.logprobs: tuple[TokenLogprob, ...] = ()
+        self.prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+        self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
+
+    def take(self, chunk: Chunk) -> None:
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason, self.error = chunk.finish_reason, chunk.error
+
+
+def _as_chunk(index: int, one: Completion) -> Chunk:
+    return Chunk(
+        index, one.text, one.token_ids, one.finish_reason, one.choice, one.logprobs or (), one.prompt_logprobs, one.error
+    )  # fmt: skip
+
+
+def _returned(answers: Sequence[_Answer]) -> list[Completion]:
+    """The outputs of one prompt that are returned, in the order of their choices."""
+    params = answers[0].request.params
+    chosen = list(range(len(answers)))
+    if params.choices > params.n:
+        chosen = best_choices([None if a.error else [entry.logprob for entry in a.logprobs] for a in answers], params.n)
+    of_prompt = next((a.prompt_logprobs for a in answers if a.prompt_logprobs is not None), None)
+    return [
+        Completion(
+            answers[one].request.prompt, answers[one].token_ids, answers[one].text, answers[one].finish_reason or "length", place,
+            None if params.logprobs is None else answers[one].logprobs, of_prompt, answers[one].error,
+        )
+        for place, one in enumerate(chosen)
+    ]  # fmt: skip
 
 
 class Scorer(Protocol):

@@ -5,43 +5,73 @@ import secrets
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.engine.constraint import ConstraintState
 from hasten.engine.detokenize import Detokenizer, StopMatcher
+from hasten.engine.draw import TokenLogprob
 from hasten.engine.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """News of one request: text that is settled, the token ids that were drawn, and why it ended, on the last one."""
+    """News of one output: text that is settled, the token ids that were drawn, and why it ended, on the last one.
+
+    ``index`` says whose prompt it is, ``choice`` which of its outputs; ``logprobs`` are those of the tokens, where asked for, and
+    ``prompt_logprobs`` those of the prompt from its second token on, with the first output's first news; ``error`` says what was wrong."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
 
 
 class Request:
-    """Known tokens (prompt, then output), how many of them are computed, and the text made of the output so far.
+    """One output: known tokens (prompt, then output), how many of them are computed, and the text made of the output so far.
 
     ``limit`` is the most tokens prompt and output may have together; ``end_ids`` end the output and make no text;
-    ``program_context`` is the context of the Program that serves it."""
+    ``program_context`` is the context of the Program that serves it; ``choice`` says which output of its prompt this is, all of which share
+    ``seed`` (a fresh one if None); ``constraint`` follows the grammar."""
 
     def __init__(
         self, index: int, prompt: Sequence[int], params: SamplingParams, *, limit: int, end_ids: frozenset[int],
-        detokenizer: Detokenizer | None, program_context: int,
+        detokenizer: Detokenizer | None, program_context: int, choice: int = 0, seed: int | None = None,
+        constraint: ConstraintState | None = None,
     ) -> None:  # fmt: skip
+        self.choice, self.constraint = choice, constraint
         self.index, self.params, self.prompt, self.program_context = index, params, tuple(prompt), program_context
         self.output: list[int] = []
         self.computed = 0
         self.finish_reason: FinishReason | None = None
-        self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._most = min(params.max_tokens, limit - len(prompt))
-        self._end_ids = (frozenset() if params.ignore_eos else end_ids) | frozenset(params.stop_token_ids)
+        chosen = params.seed if seed is None else seed
+        self.seed = secrets.randbits(63) if chosen is None else chosen
+        self.prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+        self.most = min(params.max_tokens, limit - len(prompt))
+        self.end_ids = (frozenset() if params.ignore_eos else end_ids) | frozenset(params.stop_token_ids)
         self._detokenizer, self._stops = detokenizer, StopMatcher(tuple(params.stop))
+        self._lead = ""
         if detokenizer is not None:
-            detokenizer.feed(prompt)  # spaces and bytes at the seam depend on what came before
-            detokenizer.flush()
+            lead = detokenizer.feed(prompt) + detokenizer.flush()  # spaces and bytes at the seam depend on what came before
+            self._lead = lead if params.echo else ""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its name among the engine's outputs."""
+        return self.index, self.choice
+
+    @property
+    def mask(self) -> NDArray[np.uint32] | None:
+        """Ids that the grammar allows next, None without one; none of them as long as it has not said."""
+        if self.constraint is None or self.constraint.mask is not None:
+            return None if self.constraint is None else self.constraint.mask
+        return np.zeros(1, np.uint32)
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -51,21 +81,42 @@ class Request:
     @property
     def forbidden(self) -> frozenset[int]:
         """Ids that may not come next: those that would end the output before ``min_tokens`` are out."""
-        return self._end_ids if len(self.output) < self.params.min_tokens else frozenset()
+        return self.end_ids if len(self.output) < self.params.min_tokens else frozenset()
 
-    def take(self, token: int) -> Chunk:
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> Chunk:
         """Note the next token, and say what became known."""
         self.output.append(token)
-        text, ended = "", token in self._end_ids
+        text, ended = "", token in self.end_ids
         if self._detokenizer is not None and not ended:
             text, ended = self._until_stop(self._detokenizer.feed([token]))
         if ended:
             self.finish_reason = "stop"
-        elif len(self.output) >= self._most:
+        elif len(self.output) >= self.most:
             self.finish_reason = "length"
+        elif self.constraint is not None:
+            self.constraint.advance(token)
+        return self._news(text, (token,), () if logprob is None else (logprob,))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of a whole output, given at once."""
+        ended = bool(tokens) and tokens[-1] in self.end_ids
+        if self._detokenizer is None:
+            return ""
+        detokenizer = self._detokenizer.fork()
+        return self._lead + detokenizer.feed(tokens[:-1] if ended else tokens) + detokenizer.flush()
+
+    def end(self, reason: FinishReason, error: str | None = None) -> Chunk:
+        """End the output where it stands, and say what was still held."""
+        self.finish_reason = reason
+        return self._news("", (), (), error)
+
+    def _news(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], error: str | None = None) -> Chunk:
         if self.finish_reason is not None:
             text += self._flush()
-        return Chunk(self.index, text, (token,), self.finish_reason)
+            if self.constraint is not None:
+                self.constraint.close()
+        (text, self._lead), (of_prompt, self.prompt_logprobs) = (self._lead + text, ""), (self.prompt_logprobs, None)
+        return Chunk(self.index, text, tokens, self.finish_reason, self.choice, logprobs, of_prompt, error)
 
     def _until_stop(self, text: str) -> tuple[str, bool]:
         """What of the next text can be emitted, and whether a stop string ended it; none does in the text of ``min_tokens`` tokens."""
@@ -80,6 +131,6 @@ class Request:
             return ""
         text, stopped = self._until_stop(self._detokenizer.flush())
         if stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = self.finish_reason if self.finish_reason == "error" else "stop"
             return text
         return text + self._stops.flush()

@@ -1,0 +1,21 @@
+"""What drawing gives back, in plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """ln softmax of the model's logits at one place: of the token that stands there, and of the likeliest ids, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one sequence got: a token, with ``logprob`` where it was asked for, or the error that ends this sequence and no other."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None
