@@ -20,7 +20,6 @@
 namespace hasten {
 namespace {
 
-constexpr int kStretch = 256;      // k of activations widened at a time
 constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
@@ -54,13 +53,14 @@ AVX2 inline void store_sums(const Vector (&total)[rows][2], Sums<Sum> sums) {
         UNROLLED for (int half = 0; half < 2; ++half) store(sums[r] + 8 * half, total[r][half]);
 }
 
-// What a product multiplies: X, activations as widened; Sum, what sums are; widen(), k of one row; add(), what `k` of some rows
-// contribute to their sums, with weights as PanelReader gives them.
+// What a product multiplies: X, activations as widened; Sum, what sums are; kStretch, k widened at a time; widen(), k of one row; add(),
+// what `k` of some rows contribute to their sums, with weights as PanelReader gives them.
 
 struct F32 {
     using X = float;
     using Sum = float;
     static constexpr Feed kFeed = Feed::f32;
+    static constexpr int kStretch = 256;
 
     AVX2 static void widen(const void* row, int at, int k, X* to) { std::memcpy(to, static_cast<const float*>(row) + at, static_cast<std::size_t>(k) * sizeof(X)); }
 
@@ -85,6 +85,7 @@ struct Bf16 {
     using X = float;
     using Sum = float;
     static constexpr Feed kFeed = Feed::bf16;
+    static constexpr int kStretch = 256;
 
     AVX2 static void widen(const void* row, int at, int k, X* to) {
         const bf16* const from = static_cast<const bf16*>(row) + at;
@@ -119,6 +120,7 @@ struct Int8 {
     using X = std::int16_t;
     using Sum = std::int32_t;
     static constexpr Feed kFeed = Feed::int8;
+    static constexpr int kStretch = 256;
 
     AVX2 static void widen(const void* row, int at, int k, X* to) {
         const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
@@ -156,6 +158,7 @@ struct Int4 {
     using X = std::int8_t;
     using Sum = std::int32_t;
     static constexpr Feed kFeed = Feed::int8;
+    static constexpr int kStretch = 1024;
     static constexpr int kUnit = 32;  // k
 
     AVX2 static void widen(const void* row, int at, int k, X* to) { std::memcpy(to, static_cast<const std::int8_t*>(row) + at, static_cast<std::size_t>(k)); }
@@ -171,20 +174,55 @@ struct Int4 {
         return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
     }
 
-    // `w` is the panel, `at` where in it the k begin.
+    // `at` is where in the panel the k begin.
     template <int rows>
     AVX2 static void add(const std::byte* panel, int at, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
-        for (int i = 0; i < k; i += kUnit) {
+        for (int i = 0; i < k;) {
             const int unit = (at + i) / kUnit;
             const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
+            if (rows <= 2 && unit % 4 == 0 && k - i >= 4 * kUnit) {  // registers for both nibbles' sums
+                add_tile<rows>(w, x + i, stride, sums);
+                i += 4 * kUnit;
+                continue;
+            }
             if (unit & 2)
                 add_unit<rows, 4>(w, x + i, stride, sums);
             else
                 add_unit<rows, 0>(w, x + i, stride, sums);
+            i += kUnit;
         }
     }
 
    private:
+    // All 128 k of a tile: each byte is taken apart once.
+    template <int rows>
+    AVX2 static void add_tile(const std::byte* w, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i low = _mm256_set1_epi8(0x0f), eights = _mm256_set1_epi8(static_cast<char>(0x88)), one = _mm256_set1_epi16(1);
+        __m256i total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int unit = 0; unit < 2; ++unit, x += kUnit) {
+            __m256i pairs[rows][2][2];  // by half of the channels and nibble
+            UNROLLED for (int r = 0; r < rows; ++r)
+                UNROLLED for (int i = 0; i < 4; ++i) pairs[r][i / 2][i % 2] = _mm256_setzero_si256();
+            for (int i = 0; i < kUnit; i += 4, w += 64) {
+                ahead(w);
+                UNROLLED for (int half = 0; half < 2; ++half) {
+                    const __m256i both = _mm256_xor_si256(words(w + 32 * half), eights);
+                    const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+                    UNROLLED for (int r = 0; r < rows; ++r) {
+                        pairs[r][half][0] = _mm256_add_epi16(pairs[r][half][0], _mm256_maddubs_epi16(first, broadcast(x + r * stride + i)));
+                        pairs[r][half][1] = _mm256_add_epi16(pairs[r][half][1], _mm256_maddubs_epi16(second, broadcast(x + r * stride + 2 * kUnit + i)));
+                    }
+                }
+            }
+            UNROLLED for (int r = 0; r < rows; ++r)
+                UNROLLED for (int half = 0; half < 2; ++half)
+                    UNROLLED for (int nibble = 0; nibble < 2; ++nibble)
+                        total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(pairs[r][half][nibble], one));
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+
     template <int rows, int shift>
     AVX2 static void add_unit(const std::byte* w, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
         const __m256i low = _mm256_set1_epi8(0x0f), eight = _mm256_set1_epi8(0x08), one = _mm256_set1_epi16(1);
@@ -225,8 +263,8 @@ AVX2 inline void by_rows(int rows, const Body& body) {
 // Some rows of activations, a stretch of k widened.
 template <class Product>
 struct Stretch {
-    alignas(64) typename Product::X x[kBlock * kStretch];
-    std::int32_t sums[kStretch / Int4::kUnit][kBlock];  // of Int4: by part of a group
+    alignas(64) typename Product::X x[kBlock * Product::kStretch];
+    std::int32_t sums[Product::kStretch / Int4::kUnit][kBlock];  // of Int4: by part of a group
 };
 
 // The sums of one panel with a block of rows.
@@ -268,6 +306,8 @@ AVX2 void take_off(Sums<std::int32_t> group, int rows, const std::int8_t* zeros,
 
 template <class Product>
 struct Body {
+    static constexpr int kStretch = Product::kStretch;
+
     const PackedLinear& weight;
     const Activations& x;
     const float* bias;
