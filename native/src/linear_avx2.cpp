@@ -1,6 +1,7 @@
 // Linear layers at AVX2, which has neither tiles nor products of bytes that hold their sums. Rows of activations are widened a stretch of
 // k at a time, for several panels; weights are widened in registers, for up to five rows. The blocking is that of Goto & van de Geijn 2008.
 // The order of sums is written at linear_levels.cpp: it does not depend on how rows and panels are blocked.
+#include <algorithm>
 #include <cstring>
 #include <optional>
 
@@ -260,11 +261,17 @@ AVX2 inline void by_rows(int rows, const Body& body) {
     }
 }
 
-// Some rows of activations, a stretch of k widened.
+// Activations widened: `rows` rows from `row`, k from `begin` to `end`.
 template <class Product>
-struct Stretch {
-    alignas(64) typename Product::X x[kBlock * Product::kStretch];
-    std::int32_t sums[Product::kStretch / Int4::kUnit][kBlock];  // of Int4: by part of a group
+struct Widened {
+    static constexpr int kRoom = kBlock * Product::kStretch;
+    int row = 0, rows = 0, begin = 0, end = 0;
+    alignas(64) typename Product::X x[kRoom];
+    std::int32_t sums[kRoom / Int4::kUnit];  // of Int4: Σ x of a part of a group, where its first unit is
+
+    const typename Product::X* at(int r, int k) const { return x + r * (end - begin) + (k - begin); }
+    std::int32_t* sum(int k) { return sums + (k - begin) / Int4::kUnit * rows; }
+    const std::int32_t* sum(int k) const { return sums + (k - begin) / Int4::kUnit * rows; }
 };
 
 // The sums of one panel with a block of rows.
@@ -320,7 +327,7 @@ struct Body {
     const float factor = !kNibbles && shifted(weight) ? 0.0625f : 1.0f;
 
     // Panels [first, first + count), rows [row, row + rows).
-    AVX2 void play(int first, int count, int row, int rows, Stretch<Product>& stretch, PanelSums<Product>* panels) const {
+    AVX2 void play(int first, int count, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels) const {
         for (int p = 0; p < count; ++p) {
             std::memset(panels[p].group, 0, static_cast<std::size_t>(rows) * sizeof panels[p].group[0]);
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
@@ -328,48 +335,50 @@ struct Body {
         }
         for (int at = 0; at < depth; at += kStretch) {
             const int end = std::min(at + kStretch, depth);
-            widen(row, rows, at, end, stretch);
-            for (int p = 0; p < count; ++p) add_stretch(first + p, rows, at, end, stretch, panels[p]);
+            if (widened.row != row || widened.rows != rows || at < widened.begin || end > widened.end) {
+                const bool all = rows * depth <= Widened<Product>::kRoom;  // and then for all panels
+                widen(row, rows, all ? 0 : at, all ? depth : end, widened);
+            }
+            for (int p = 0; p < count; ++p) add_stretch(first + p, rows, at, end, widened, panels[p]);
         }
         for (int p = 0; p < count; ++p) finish(first + p, row, rows, panels[p]);
     }
 
    private:
-    AVX2 void widen(int row, int rows, int at, int end, Stretch<Product>& stretch) const {
-        const int element = element_bytes(Product::kFeed);
+    AVX2 void widen(int row, int rows, int begin, int end, Widened<Product>& widened) const {
+        widened.row = row, widened.rows = rows, widened.begin = begin, widened.end = end;
         for (int r = 0; r < rows; ++r) {
-            typename Product::X* const to = stretch.x + r * kStretch;
-            Product::widen(static_cast<const std::byte*>(x.rows) + (row + r) * x.stride * element, at, end - at, to);
+            typename Product::X* const to = widened.x + r * (end - begin);
+            Product::widen(static_cast<const std::byte*>(x.rows) + (row + r) * x.stride * element_bytes(Product::kFeed), begin, end - begin, to);
             if constexpr (kNibbles)
-                for (int part = 0, from = at; from < end; ++part) {
-                    const int until = group_end(from, end);
-                    stretch.sums[part][r] = Product::sum(to + (from - at), until - from);
-                    from = until;
+                for (int from = begin, until; from < end; from = until) {
+                    until = part_end(from);
+                    widened.sum(from)[r] = Product::sum(to + (from - begin), until - from);
                 }
         }
     }
 
-    // Where the part of a group that begins at `from` ends.
-    int group_end(int from, int end) const { return std::min(end, (from / per_group + 1) * per_group); }
+    // Where the part of a group and of a stretch that begins at `from` ends.
+    int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / kStretch + 1) * kStretch}); }
 
-    AVX2 void add_stretch(int panel, int rows, int at, int end, const Stretch<Product>& stretch, PanelSums<Product>& sums) const {
+    AVX2 void add_stretch(int panel, int rows, int at, int end, const Widened<Product>& widened, PanelSums<Product>& sums) const {
         const std::byte* tiles = kNibbles ? panel_tiles(weight, panel) : sums.reader->next(kStretch);
-        for (int part = 0, from = at; from < end; ++part) {
-            const int until = group_end(from, end), k = until - from, group = from / per_group;
-            const auto* const begin = stretch.x + (from - at);
+        const int stride = widened.end - widened.begin;
+        for (int from = at, until; from < end; from = until) {
+            until = part_end(from);
+            const int k = until - from, group = from / per_group;
             by_rows(rows, [&]<int some>(int r) {
                 if constexpr (kNibbles)
-                    Product::template add<some>(tiles, from, k, begin + r * kStretch, kStretch, sums.group + r);
+                    Product::template add<some>(tiles, from, k, widened.at(r, from), stride, sums.group + r);
                 else
-                    Product::template add<some>(tiles, k, begin + r * kStretch, kStretch, sums.group + r);
+                    Product::template add<some>(tiles, k, widened.at(r, from), stride, sums.group + r);
             });
             if constexpr (kNibbles)
-                take_off(sums.group, rows, weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr, stretch.sums[part]);
+                take_off(sums.group, rows, weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr, widened.sum(from));
             else
                 tiles += static_cast<std::ptrdiff_t>(k) * kChannels * element_bytes(Product::kFeed);
             if (groups && (until % per_group == 0 || until == depth))
                 fold<typename Product::Sum>(sums.group, sums.total, rows, panel_scales(weight, panel) + group * kChannels, factor);
-            from = until;
         }
     }
 
@@ -396,12 +405,12 @@ struct Body {
 template <class Product>
 AVX2 void play(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
     const Body<Product> body{weight, x, bias, y, y_stride};
-    Stretch<Product> stretch;
+    Widened<Product> widened;
     PanelSums<Product> panels[kPanels];
     const int together = x.count <= kFew ? 1 : kPanels;
     for (int panel = first; panel < last; panel += together)
         for (int row = 0; row < x.count; row += kBlock)
-            body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), stretch, panels);
+            body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels);
 }
 
 }  // namespace
