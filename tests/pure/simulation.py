@@ -193,8 +193,9 @@ class Simulation:
         self.note(why)
 
     def _step(self) -> None:
-        plan = self.scheduler.plan(self.now)
-        self._check_plan(plan)
+        held = [job for job in self.clients if self.random.random() < 0.02]
+        plan = self.scheduler.plan(self.now, held)
+        self._check_plan(plan, held)
         self.backend.run(plan, {entry.sequence: self._hashes(entry) for entry in plan.entries})
         failed = {entry.sequence for entry in plan.entries if self.random.random() < 0.002}
         draws: dict[int, list[tuple[int, int]]] = {}
@@ -256,15 +257,18 @@ class Simulation:
 
     # --- invariants
 
-    def _check_plan(self, plan: StepPlan) -> None:
+    def _check_plan(self, plan: StepPlan, held: list[int]) -> None:
         batching, tokens = self.settings.batching, sum(len(entry.tokens) for entry in plan.entries)
         check(tokens <= self.settings.step_tokens, "more tokens than the budget")
         check(len(plan.entries) <= batching.slots, "more sequences than slots")
         check(len({entry.sequence for entry in plan.entries}) == len(plan.entries), "a sequence twice in a step")
         check(all(entry.tokens for entry in plan.entries), "an entry without tokens")
+        check(not any(entry.draws and self.of[entry.sequence].job.id in held for entry in plan.entries), "one that was held draws")
         if not self.clients:
             return
-        if isinstance(batching, Continuous):
+        if held:
+            self.note("held")
+        elif isinstance(batching, Continuous):
             first = min(self.clients.values(), key=lambda client: client.rank)
             check(any(self.of[entry.sequence] is first for entry in plan.entries), "who comes first does not advance")
         elif isinstance(batching, Static):

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from hasten.cache.groups import PageGroup, StatePages, TokenPages
 from hasten.cache.pool import PagePool
 from hasten.cache.tree import NONE, Match, Node, PrefixTree
-from hasten.program.moves import CopyPage, Move, PageLists, SwapIn, SwapOut
+from hasten.program.pages import CopyPage, Move, PageLists, SwapIn, SwapOut
 
 STANDS_IN = 0  # in a list of pages, for one that went back
 

@@ -58,6 +58,8 @@ def generate(
         began = time.perf_counter()
         (done,) = llm.generate([given], params)
         seconds = time.perf_counter() - began
+        if done.error is not None:
+            raise UserError(done.error)
         typer.echo(
             json.dumps(
                 {
@@ -72,6 +74,8 @@ def generate(
         write(text)
     began, count, has_text = time.perf_counter(), 0, llm.model.tokenizer is not None
     for chunk in llm.stream([given], params):
+        if chunk.error is not None:
+            raise UserError(chunk.error)
         count += len(chunk.token_ids)
         write(chunk.text if has_text else "".join(f"{token} " for token in chunk.token_ids))
     seconds = time.perf_counter() - began

@@ -1,66 +1,68 @@
 """LLM: a model and a backend, ready to complete prompts, many at a time."""
 
 import dataclasses
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, one_line
 from hasten.checkpoint import load
+from hasten.engine.batching import Continuous
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
+from hasten.engine.engine import Engine
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
+from hasten.engine.scheduler import NeverFitsError, Settings
+from hasten.engine.session import Session
 from hasten.formats.cache import cache_format
 from hasten.model import Model, find_backend, load_backend
 from hasten.program import Batch, Formats, lowering_contexts, token_array
-
-if TYPE_CHECKING:
-    from hasten import _native
 
 Prompt = str | Sequence[int]
 
 AUTO = "auto"
 """The backend that is best for a model on this machine."""
 
+STEP_TOKENS = 512
+"""Tokens of a step, at most."""
 
-class Session(Protocol):
-    """What the engine needs of a backend: a state for new sequences, and a step that takes and returns one.
 
-    The state is the backend's own; it can ``select`` sequences and be ``joined`` with another."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixKey:
+    """What two requests must have in common to share what they begin with, beside the tokens."""
 
-    @property
-    def threads(self) -> "_native.ThreadPool | None":
-        """Threads that sampling may share between steps; None where there are none of its own."""
-        ...
-
-    def start(self, sequences: int) -> Any:
-        """The state of sequences that have seen nothing."""
-        ...
-
-    def step(self, batch: Batch, state: Any) -> tuple[NDArray[np.float32], Any]:
-        """Logits [R, vocab] of the batch's rows, and the state afterwards."""
-        ...
+    model: str
+    cache: str | None
+    adapter: str = ""
+    exits: str = ""
+    tenant: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-    """One prompt's output. ``finish_reason`` is 'stop' (end of text, stop string or stop token) or 'length'."""
+    """One prompt's output. ``finish_reason`` is 'stop' (end of text, stop string or stop token), 'length', or 'error', and ``error`` then
+    says what was wrong with this one."""
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
+    error: str | None = None
 
 
 class LLM:
     """Completes prompts. ``model`` is whatever `hasten.load` takes, or a loaded Model.
 
-    At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
-    own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a user should know of the choice;
-    ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless given."""
+    At most ``max_sequences`` run together; the next prompt joins as soon as one ends, unless ``scheduling`` says otherwise. ``context``
+    bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a
+    user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless
+    given. ``cache_bytes`` is how much the cache may hold, ``swap_bytes`` how much more those may take outside it who must wait; with
+    ``prefixes`` a prompt is computed only from where it differs from what the cache still holds."""
 
     def __init__(
         self,
@@ -70,6 +72,10 @@ class LLM:
         formats: Formats | None = None,
         context: int | None = None,
         max_sequences: int = 16,
+        scheduling: Settings | None = None,
+        cache_bytes: int | None = None,
+        swap_bytes: int = 0,
+        prefixes: bool = True,
     ) -> None:
         self.model = model if isinstance(model, Model) else load(model)
         longest = self.model.spec.context
@@ -79,24 +85,31 @@ class LLM:
         if max_sequences < 1:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
+        self.scheduling = scheduling or Settings(max(STEP_TOKENS, max_sequences), Continuous(max_sequences))
+        self._cache_bytes, self._swap_bytes, self._prefixes = cache_bytes, swap_bytes, prefixes
         self.backend, self.notice = choose_backend(self.model, backend, formats)
         self._formats = formats
         if formats is not None and formats.cache is not None:
             cache_format(formats.cache)  # a wrong name is told at once, not with the first prompt
         self._contexts = lowering_contexts(self.model.spec, self.context)
-        self._sessions: dict[int, Session] = {}
+        self._engines: dict[int, Engine] = {}
+        self._numbers = itertools.count()  # of requests, over all calls
+        self._news: dict[int, deque[Chunk]] = {}  # by request: where its stream takes its chunks from
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """One Completion per prompt, in order. A prompt is text or token ids; ``params`` is one for all or one per prompt."""
+        """One Completion per prompt, in order. A prompt is text or token ids; ``params`` is one for all or one per prompt. What fails one
+        prompt is its ``error``, and no other's."""
         requests = self._requests(prompts, params)
-        texts = [""] * len(requests)
+        texts, ends = [""] * len(requests), dict[int, Chunk]()
         for chunk in self._run(requests):
             texts[chunk.index] += chunk.text
+            if chunk.finish_reason is not None:
+                ends[chunk.index] = chunk
         return [
-            Completion(request.prompt, tuple(request.output), text, request.finish_reason or "length")
-            for request, text in zip(requests, texts)
+            Completion(request.prompt, tuple(request.output), text, ends[index].finish_reason or "length", ends[index].error)
+            for index, (request, text) in enumerate(zip(requests, texts))
         ]
 
     def stream(
@@ -125,8 +138,8 @@ class LLM:
             self.model.text_tokenizer()  # a stop string needs text
         needed = min(len(ids) + params.max_tokens, self.context)
         return Request(
-            index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
-            program_context=next(context for context in self._contexts if needed <= context),
+            next(self._numbers), ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids),
+            detokenizer=self._detokenizer(), program_context=next(context for context in self._contexts if needed <= context),
         )  # fmt: skip
 
     def encode(self, text: str) -> list[int]:
@@ -147,38 +160,44 @@ class LLM:
         return Detokenizer(tokenizer.decode, skipped_ids=tokenizer.special_ids, byte_ids=byte_token_ids(tokenizer.vocabulary))
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        """Requests that one Program serves run together."""
+        """Requests that one Program serves run together, beside those of other streams that are not at their end."""
+        places = {request.index: place for place, request in enumerate(requests)}
         for context in self._contexts:
             if together := [request for request in requests if request.program_context == context]:
-                yield from self._run_together(self._session(context), together)
+                for chunk in self._run_together(self.engine(context), together):
+                    yield dataclasses.replace(chunk, index=places[chunk.index])
 
-    def _session(self, context: int) -> Session:
-        if context not in self._sessions:
-            self._sessions[context] = open_session(self.model, self.backend, context, self._formats)
-        return self._sessions[context]
+    def engine(self, context: int | None = None) -> Engine:
+        """The engine of the Program for sequences of up to ``context`` tokens, of which LongRoPE models have two; the longest unless
+        given. Made when it is first asked for."""
+        context = self._contexts[-1] if context is None else context
+        if context not in self._engines:
+            session = open_session(self.model, self.backend, context, self._formats, self._cache_bytes)
+            self._engines[context] = Engine(session, self.scheduling, swap_bytes=self._swap_bytes, prefixes=self._prefixes)
+        return self._engines[context]
 
-    def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
-        """Every running request catches its computed tokens up to its known ones, one step after another."""
-        from hasten.engine.sampler import Sampler  # late: it needs the native code, which importing the engine does not
-
-        waiting, running = list(requests), list[Request]()
-        sampler = Sampler(session.threads)
-        state = session.start(0)
-        while waiting or running:
-            joining = waiting[: self.max_sequences - len(running)]
-            waiting, running = waiting[len(joining) :], running + joining
-            if joining:
-                state = state.joined(session.start(len(joining)))
-            batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
-            logits, state = session.step(batch, state)
-            chunks = []
-            for request, token in zip(running, sampler.draw(logits, running), strict=True):
-                request.computed += len(request.pending)
-                chunks.append(request.take(token))
-            staying = [index for index, request in enumerate(running) if request.finish_reason is None]
-            if len(staying) < len(running):
-                running, state = [running[index] for index in staying], state.select(staying)
-            yield from chunks
+    def _run_together(self, engine: Engine, requests: Sequence[Request]) -> Iterator[Chunk]:
+        mine, numbers, left = deque[Chunk](), list[int](), len(requests)
+        self._news.update((request.index, mine) for request in requests)
+        key = PrefixKey(self.model.name, None if self._formats is None else self._formats.cache)
+        try:
+            for request in requests:
+                try:
+                    numbers.append(engine.submit([request], key=key))
+                except NeverFitsError as error:
+                    mine.append(request.end("error", str(error)))
+            while left:
+                while mine:
+                    chunk = mine.popleft()
+                    left -= chunk.finish_reason is not None
+                    yield chunk
+                for chunk in engine.step() if left else ():
+                    self._news[chunk.index].append(chunk)
+        finally:  # an abandoned stream ends here too
+            for number in numbers:
+                engine.abort(number)
+            for request in requests:
+                del self._news[request.index]
 
 
 class Scorer(Protocol):
@@ -208,9 +227,10 @@ def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = 
     return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
 
 
-def open_session(model: Model, backend: str, context: int, formats: Formats | None = None) -> Session:
-    """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
-    session: Session = _open(model, backend, context, formats)
+def open_session(model: Model, backend: str, context: int, formats: Formats | None = None, cache_bytes: int | None = None) -> Session:
+    """A session of the named backend, whose pages take ``cache_bytes``, as many as the backend thinks fit unless given. Raises
+    MissingExtraError where the backend's library is not installed."""
+    session: Session = _open(model, backend, context, formats, cache_bytes)
     return session
 
 
@@ -220,9 +240,9 @@ def open_scorer(model: Model, backend: str, context: int, formats: Formats | Non
     return scorer
 
 
-def _open(model: Model, backend: str, context: int, formats: Formats | None) -> Any:
+def _open(model: Model, backend: str, context: int, formats: Formats | None, cache_bytes: int | None = None) -> Any:
     try:
-        return load_backend(backend).session(model, context, formats)
+        return load_backend(backend).session(model, context, formats, cache_bytes)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -1,4 +1,4 @@
-"""Request: one prompt on its way to text. Knows tokens and text; knows no model and no backend."""
+"""Request: one output on its way to text. Knows tokens and text; knows no model and no backend."""
 
 import dataclasses
 import secrets
@@ -8,35 +8,41 @@ from typing import Literal
 from hasten.engine.detokenize import Detokenizer, StopMatcher
 from hasten.engine.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """News of one request: text that is settled, the token ids that were drawn, and why it ended, on the last one."""
+    """News of one output: text that is settled, the token ids that were drawn, and why it ended, on the last one.
+
+    ``index`` says whose prompt it is, ``choice`` which of its outputs; ``error`` says what was wrong with one that ended so."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    choice: int = 0
+    error: str | None = None
 
 
 class Request:
-    """Known tokens (prompt, then output), how many of them are computed, and the text made of the output so far.
+    """One output: its tokens, and the text made of them so far.
 
-    ``limit`` is the most tokens prompt and output may have together; ``end_ids`` end the output and make no text;
-    ``program_context`` is the context of the Program that serves it."""
+    ``limit`` is the most tokens prompt and output may have together, so that ``most`` may come; ``end_ids`` end the output and make no
+    text; ``program_context`` is the context of the Program that serves it; ``choice`` says which output of its prompt this is, all of
+    which share ``seed`` (a fresh one if None)."""
 
     def __init__(
         self, index: int, prompt: Sequence[int], params: SamplingParams, *, limit: int, end_ids: frozenset[int],
-        detokenizer: Detokenizer | None, program_context: int,
+        detokenizer: Detokenizer | None, program_context: int, choice: int = 0, seed: int | None = None,
     ) -> None:  # fmt: skip
+        self.choice = choice
         self.index, self.params, self.prompt, self.program_context = index, params, tuple(prompt), program_context
         self.output: list[int] = []
-        self.computed = 0
         self.finish_reason: FinishReason | None = None
-        self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._most = min(params.max_tokens, limit - len(prompt))
+        chosen = params.seed if seed is None else seed
+        self.seed = secrets.randbits(63) if chosen is None else chosen
+        self.most = min(params.max_tokens, limit - len(prompt))
         self._end_ids = (frozenset() if params.ignore_eos else end_ids) | frozenset(params.stop_token_ids)
         self._detokenizer, self._stops = detokenizer, StopMatcher(tuple(params.stop))
         if detokenizer is not None:
@@ -44,9 +50,9 @@ class Request:
             detokenizer.flush()
 
     @property
-    def pending(self) -> tuple[int, ...]:
-        """Known tokens that are not computed yet."""
-        return (self.prompt + tuple(self.output))[self.computed :]
+    def key(self) -> tuple[int, int]:
+        """Its name among the engine's outputs."""
+        return self.index, self.choice
 
     @property
     def forbidden(self) -> frozenset[int]:
@@ -61,11 +67,19 @@ class Request:
             text, ended = self._until_stop(self._detokenizer.feed([token]))
         if ended:
             self.finish_reason = "stop"
-        elif len(self.output) >= self._most:
+        elif len(self.output) >= self.most:
             self.finish_reason = "length"
+        return self._news(text, (token,))
+
+    def end(self, reason: FinishReason, error: str | None = None) -> Chunk:
+        """End the output where it stands, and say what was still held."""
+        self.finish_reason = reason
+        return self._news("", (), error)
+
+    def _news(self, text: str, tokens: tuple[int, ...], error: str | None = None) -> Chunk:
         if self.finish_reason is not None:
             text += self._flush()
-        return Chunk(self.index, text, (token,), self.finish_reason)
+        return Chunk(self.index, text, tokens, self.finish_reason, self.choice, error)
 
     def _until_stop(self, text: str) -> tuple[str, bool]:
         """What of the next text can be emitted, and whether a stop string ended it; none does in the text of ``min_tokens`` tokens."""
@@ -80,6 +94,6 @@ class Request:
             return ""
         text, stopped = self._until_stop(self._detokenizer.flush())
         if stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = self.finish_reason if self.finish_reason == "error" else "stop"
             return text
         return text + self._stops.flush()

@@ -16,13 +16,15 @@ class Sampler:
 
     def __init__(self, threads: _native.ThreadPool | None = None) -> None:
         self._native = _native.Sampler(threads)
-        self._rows: dict[int, tuple[_native.SamplingRow, int]] = {}  # by request: its row, and how much of the output that has seen
+        self._rows: dict[
+            tuple[int, int], tuple[_native.SamplingRow, int]
+        ] = {}  # by request: its row, and how much of the output that has seen
 
     def draw(self, logits: NDArray[np.float32], requests: Sequence[Request]) -> list[int]:
         """One token id a request, from logits [R, vocab]; the last call's other requests are forgotten.
 
         Raises `UserError`, naming the prompt, where logits hold NaN or +inf or leave no id."""
-        self._rows = {request.index: self._row(request) for request in requests}
+        self._rows = {request.key: self._row(request) for request in requests}
         rows = [row for row, _ in self._rows.values()]
         positions = np.array([len(request.prompt) + len(request.output) for request in requests], np.int64)
         forbidden = [request.forbidden for request in requests]
@@ -39,7 +41,7 @@ class Sampler:
 
     def _row(self, request: Request) -> tuple[_native.SamplingRow, int]:
         """The request's row, which has seen all of its output so far."""
-        row, seen = self._rows.get(request.index) or (native_row(request.params, request.prompt, request.seed), 0)
+        row, seen = self._rows.get(request.key) or (native_row(request.params, request.prompt, request.seed, request.choice), 0)
         for token in request.output[seen:]:
             row.append(token)
         return row, len(request.output)

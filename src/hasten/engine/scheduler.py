@@ -148,6 +148,7 @@ class Scheduler:
         self._places = 0  # of those running
         self._planned: dict[int, Entry] = {}  # by sequence, while a plan is made
         self._gave_way: list[_Running] = []  # in this plan
+        self._held: Collection[int] = ()  # in this plan
 
     # --- from outside
 
@@ -191,10 +192,13 @@ class Scheduler:
 
     # --- a step
 
-    def plan(self, now_s: float) -> StepPlan:
-        """What to compute next. It has no entries where nothing can be done now: there is no work, or a batch is not to begin yet."""
+    def plan(self, now_s: float, held: Collection[int] = ()) -> StepPlan:
+        """What to compute next. It has no entries where nothing can be done now: there is no work, or a batch is not to begin yet.
+
+        Of the jobs ``held`` nothing is drawn in this step: their last known token waits."""
         batching = self.settings.batching
         self._planned.clear()
+        self._held = held
         self._gave_way.clear()
         if batching.rectangular and all(each.ended for running in self._running for each in running.sequences):
             for each in [each for running in self._running for each in running.sequences]:
@@ -240,10 +244,11 @@ class Scheduler:
             self._add_ready(running)
             return spare
         together = len(running.sequences) > 1
+        stays = together or running.job.id in self._held  # several draw together, when all have only that to do
         for sequence in running.sequences:
             if sequence.pages.fresh:
                 self.cache.adopt(sequence.pages, self.cache.find(sequence.pages, sequence.known))
-            behind = len(sequence.known) - sequence.pages.length - together  # several draw together, when all have only that to do
+            behind = len(sequence.known) - sequence.pages.length - stays
             if behind < 1:
                 continue
             if spare and (entry := self._entry(sequence, min(behind, spare))) is not None:
@@ -258,6 +263,8 @@ class Scheduler:
 
     def _add_ready(self, running: _Running) -> None:
         """Plan one token of each of its sequences, or none."""
+        if running.job.id in self._held:
+            return
         live = [(sequence, self._entry(sequence, 1)) for sequence in running.sequences if not sequence.ended]
         if all(entry is not None for _, entry in live):
             padding = [(sequence, self._entry(sequence, 1)) for sequence in running.sequences if sequence.ended]
