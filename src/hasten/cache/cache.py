@@ -44,6 +44,7 @@ class Cache:
         self.snapshots = any(isinstance(group, StatePages) for group in groups)
         """Can a sequence go on only from where a snapshot was taken?"""
         self._moves: list[Move] = []
+        self._paged = [index for index, group in enumerate(groups) if isinstance(group, TokenPages)]
         self._windowed = [(index, group) for index, group in enumerate(groups) if isinstance(group, TokenPages) and not group.sees_all]
 
     def start(self, key: Hashable | None = None) -> SequencePages:
@@ -59,8 +60,10 @@ class Cache:
 
     def grow(self, sequence: SequencePages, length: int) -> bool:
         """Make room for ``length`` tokens, more than it has; those to come go to pages of its own. False where there are no pages."""
-        filled = sequence.length % self.page
-        copied = [index for index in range(len(self.groups)) if filled and self._shared(sequence, index)]
+        last, filled = divmod(sequence.length, self.page)
+        copied = []
+        if filled:
+            copied = [index for index in self._paged if self.pools[index].holders[sequence.tables[index][last]] > 1]
         if length <= sequence.room and not copied:
             return True
         more = max(0, -(-(length - sequence.room) // self.page))
@@ -68,7 +71,6 @@ class Cache:
             needed = more + (index in copied) if isinstance(group, TokenPages) else not sequence.tables[index]
             if self.pools[index].available < needed:
                 return False
-        last = sequence.length // self.page
         for index in copied:
             shared, own = sequence.tables[index][last], self._take(index)
             self._moves.append(CopyPage(index, shared, own))
@@ -81,11 +83,6 @@ class Cache:
                 table.append(self._take(index))
         sequence.room += more * self.page
         return True
-
-    def _shared(self, sequence: SequencePages, index: int) -> bool:
-        """Is the page that its next token goes to another's too?"""
-        last = sequence.length // self.page
-        return isinstance(self.groups[index], TokenPages) and self.pools[index].holders[sequence.tables[index][last]] > 1
 
     def _take(self, index: int) -> int:
         pool = self.pools[index]

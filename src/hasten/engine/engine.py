@@ -89,7 +89,7 @@ class Engine:
         return chunks
 
     def _compute(self, entries: Sequence[Entry], errors: dict[int, str]) -> list[tuple[int, NDArray[np.float32]]]:
-        """Logits [vocab] of each entry that draws, by sequence. What fails is tried again in halves, until it is known whose fault it is."""
+        """Logits [vocab] of each entry that draws, by sequence. What fails is tried again in halves, to find whose fault it is."""
         try:
             logits = self._session.run(batch_of(entries), [entry.pages for entry in entries])
         except Exception as error:

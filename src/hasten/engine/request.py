@@ -83,6 +83,8 @@ class Request:
 
     def _until_stop(self, text: str) -> tuple[str, bool]:
         """What of the next text can be emitted, and whether a stop string ended it; none does in the text of ``min_tokens`` tokens."""
+        if not self.params.stop:
+            return text, False
         if len(self.output) <= self.params.min_tokens:
             return self._stops.skip(text), False
         text, stop = self._stops.feed(text)

@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.cache import Cache, SequencePages, TokenPages
@@ -66,8 +67,7 @@ class Job:
     key: Hashable | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One sequence's part of a step: ``tokens`` at positions from ``start`` on, with ``pages`` as they are until the commit."""
 
     sequence: int
@@ -265,6 +265,10 @@ class Scheduler:
         """Plan one token of each of its sequences, or none."""
         if running.job.id in self._held:
             return
+        if len(running.sequences) == 1:  # as nearly always
+            if (only := self._entry(running.sequences[0], 1)) is not None:
+                self._planned[only.sequence] = only
+            return
         live = [(sequence, self._entry(sequence, 1)) for sequence in running.sequences if not sequence.ended]
         if all(entry is not None for _, entry in live):
             padding = [(sequence, self._entry(sequence, 1)) for sequence in running.sequences if sequence.ended]
@@ -409,6 +413,10 @@ class Scheduler:
 
     def _go_on(self, sequence: _Sequence, tokens: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Append what was drawn for ``sequence`` and for those that fork from it here."""
+        if len(tokens) == 1 and tokens[0][0] == sequence.id:  # as nearly always
+            sequence.known.append(tokens[0][1])
+            self.counters.drawn_tokens += 1
+            return list(tokens)
         drawn = []
         for id, token in tokens:
             if id != sequence.id:
@@ -447,4 +455,7 @@ def _rank(running: _Running) -> tuple[float, int]:
 
 def _ready(running: _Running) -> bool:
     """Has each of its sequences one token to go?"""
-    return all(sequence.ended or len(sequence.known) - sequence.pages.length == 1 for sequence in running.sequences)
+    for sequence in running.sequences:  # noqa: SIM110 (asked of every sequence at every step: all() takes twice as long)
+        if len(sequence.known) - sequence.pages.length != 1 and not sequence.ended:
+            return False
+    return True
