@@ -3,13 +3,18 @@
 import json
 import sys
 import time
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli import options
 from hasten.cli.terminal import notify, write
+
+if TYPE_CHECKING:
+    from hasten.engine import SamplingParams
+    from hasten.program import Formats
 
 
 def generate(
@@ -35,11 +40,20 @@ def generate(
     weights: options.WeightsOption = None,
     activations: options.ActivationsOption = None,
     cache: options.CacheOption = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help='Prompts as JSON lines: {"prompt": TEXT} or {"token_ids": [1, 2]}, and sampling fields.')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where the answers to --input go. One that is there is gone on with.")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="Most prompts of --input that run together.")] = 32,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Continue a prompt, printing text as it comes."""
-    if (prompt is None) == (token_ids is None):
-        raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, or --token-ids 1,2,3")
+    """Continue a prompt, printing text as it comes, or every prompt of a file."""
+    if (source is None) != (output is None):
+        raise ConfigError("--input and --output go together: prompts from one file, answers to another")
+    if [prompt, token_ids, source].count(None) != 2:
+        raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, --token-ids 1,2,3, or --input FILE")
     from hasten.engine import LLM, SamplingParams
     from hasten.program import Formats
 
@@ -48,6 +62,9 @@ def generate(
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
         min_tokens=min_tokens,
     )  # fmt: skip
+    if source is not None and output is not None:
+        _generate_file(model, source, output, params, backend, Formats(weights, activations, cache), max_sequences)
+        return
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
     llm = LLM(model, backend=backend, formats=Formats(weights, activations, cache))
@@ -82,6 +99,30 @@ def generate(
     write("\n")
     if sys.stderr.isatty():
         print(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, {chunk.finish_reason}]", file=sys.stderr)
+
+
+def _generate_file(
+    model: str, source: Path, output: Path, params: "SamplingParams", backend: str, formats: "Formats", max_sequences: int
+) -> None:
+    """Answer the prompts of a file that an earlier run left, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hasten.engine import LLM
+    from hasten.engine.jsonl import answer_lines, done_lines, read_lines
+
+    lines = read_lines(source, params)
+    done = done_lines(output)
+    llm = LLM(model, backend=backend, formats=formats, max_sequences=max_sequences)
+    notify(llm.notice)
+    left, failed, console = [line for line in lines if line.number not in done], 0, Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"{source.name} → {output.name}", total=len(lines), completed=len(lines) - len(left))
+        for answer in answer_lines(llm, left, output):
+            failed += answer["finish_reason"] == "error"
+            progress.advance(task)
+    earlier = f", {len(lines) - len(left)} were answered before" if len(left) < len(lines) else ""
+    print(f"answered {len(left) - failed} prompts in {output}, {failed} with an error{earlier}", file=sys.stderr)
 
 
 def read_stdin() -> str:

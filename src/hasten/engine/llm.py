@@ -126,14 +126,7 @@ class LLM:
         return [self._request(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, each))]
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).tolist()
-        vocab = self.model.spec.vocab
-        if max(ids) >= vocab:
-            raise ConfigError(f"prompt {index}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
-        if len(ids) >= self.context:
-            raise ConfigError(
-                f"prompt {index} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer"
-            )
+        ids = self.prompt_ids(prompt, f"prompt {index}")
         if params.stop:
             self.model.text_tokenizer()  # a stop string needs text
         needed = min(len(ids) + params.max_tokens, self.context)
@@ -141,6 +134,18 @@ class LLM:
             next(self._numbers), ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids),
             detokenizer=self._detokenizer(), program_context=next(context for context in self._contexts if needed <= context),
         )  # fmt: skip
+
+    def prompt_ids(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """Token ids of a prompt, which is called ``name`` in errors. Raises ConfigError for one that this model does not take."""
+        ids: list[int] = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).tolist()
+        vocab = self.model.spec.vocab
+        if max(ids) >= vocab:
+            raise ConfigError(f"{name}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
+        if len(ids) >= self.context:
+            raise ConfigError(
+                f"{name} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer"
+            )
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, begun as the model's own tokenizer begins it; an empty one is the document start alone."""
