@@ -13,7 +13,7 @@ from hasten.cli import options
 from hasten.cli.terminal import notify, write
 
 if TYPE_CHECKING:
-    from hasten.engine import SamplingParams
+    from hasten.engine import LLM, SamplingParams
     from hasten.program import Formats
 
 
@@ -47,6 +47,8 @@ def generate(
         Path | None, typer.Option("--output", help="Where the answers to --input go. One that is there is gone on with.")
     ] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="Most prompts of --input that run together.")] = 32,
+    memory: options.MemoryOption = None,
+    context: options.ContextOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it comes, or every prompt of a file."""
@@ -54,7 +56,7 @@ def generate(
         raise ConfigError("--input and --output go together: prompts from one file, answers to another")
     if [prompt, token_ids, source].count(None) != 2:
         raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, --token-ids 1,2,3, or --input FILE")
-    from hasten.engine import LLM, SamplingParams
+    from hasten.engine import SamplingParams
     from hasten.program import Formats
 
     params = SamplingParams(
@@ -63,12 +65,12 @@ def generate(
         min_tokens=min_tokens,
     )  # fmt: skip
     if source is not None and output is not None:
-        _generate_file(model, source, output, params, backend, Formats(weights, activations, cache), max_sequences)
+        many = open_llm(model, backend, Formats(weights, activations, cache), context, memory, max_sequences)
+        _generate_file(many, source, output, params)
         return
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
-    llm = LLM(model, backend=backend, formats=Formats(weights, activations, cache))
-    notify(llm.notice)
+    llm = open_llm(model, backend, Formats(weights, activations, cache), context, memory, 1)
     if text is not None:
         given = llm.encode(text)
     if as_json:
@@ -101,20 +103,27 @@ def generate(
         print(f"[{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s, {chunk.finish_reason}]", file=sys.stderr)
 
 
-def _generate_file(
-    model: str, source: Path, output: Path, params: "SamplingParams", backend: str, formats: "Formats", max_sequences: int
-) -> None:
+def open_llm(model: str, backend: str, formats: "Formats", context: int | None, memory: str | None, max_sequences: int) -> "LLM":
+    """The LLM of a command. What it will take is said where its size was bounded."""
+    from hasten.engine import LLM
+
+    given = options.parse_bytes("memory", memory)
+    llm = LLM(model, backend=backend, formats=formats, context=context, memory=given, max_sequences=max_sequences)
+    notify(llm.notice)
+    if given is not None or context is not None:
+        notify(str(llm.memory_plan()))
+    return llm
+
+
+def _generate_file(llm: "LLM", source: Path, output: Path, params: "SamplingParams") -> None:
     """Answer the prompts of a file that an earlier run left, with a progress bar."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from hasten.engine import LLM
     from hasten.engine.jsonl import answer_lines, done_lines, read_lines
 
     lines = read_lines(source, params)
     done = done_lines(output)
-    llm = LLM(model, backend=backend, formats=formats, max_sequences=max_sequences)
-    notify(llm.notice)
     left, failed, console = [line for line in lines if line.number not in done], 0, Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{source.name} → {output.name}", total=len(lines), completed=len(lines) - len(left))

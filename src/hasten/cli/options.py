@@ -1,5 +1,6 @@
 """Options that several commands share, written once."""
 
+import re
 from typing import Annotated, NoReturn
 
 import typer
@@ -22,6 +23,13 @@ ActivationsOption = Annotated[
 CacheOption = Annotated[
     str | None, typer.Option("--cache", help="How keys and values are kept: bf16, int8 or fp8. [default: bf16 natively]")
 ]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Most memory for weights, cache and arena together: 8GB, 500MiB or bytes.")
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--max-model-len", min=2, help="Most tokens of a prompt and its output; the model's own unless given."),
+]
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own distribution.")]
@@ -35,6 +43,19 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")]
 MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")]
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(name: str, text: str | None) -> int | None:
+    """Bytes as a user writes them, None for None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)", text.strip())
+    if found is None or found.group(2).lower() not in _UNITS:
+        refuse(name, text, "a number of bytes, or of kB, MB, GB, KiB, MiB or GiB, as in 8GB")
+    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
 
 
 def refuse(name: str, value: object, accepted: str) -> NoReturn:

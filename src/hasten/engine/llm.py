@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.base import hardware
 from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, one_line
 from hasten.checkpoint import load
 from hasten.engine.batching import Continuous
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
 from hasten.engine.engine import Engine
+from hasten.engine.memory import MemoryPlan, plan_memory
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
 from hasten.engine.scheduler import NeverFitsError, Settings
@@ -61,8 +63,9 @@ class LLM:
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends, unless ``scheduling`` says otherwise. ``context``
     bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a
     user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless
-    given. ``cache_bytes`` is how much the cache may hold, ``swap_bytes`` how much more those may take outside it who must wait; with
-    ``prefixes`` a prompt is computed only from where it differs from what the cache still holds."""
+    given. ``memory`` bounds the bytes of all, ``cache_bytes`` those of the cache alone, and ``swap_bytes`` is how much more those may take
+    outside it who must wait; `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only
+    from where it differs from what the cache still holds."""
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class LLM:
         context: int | None = None,
         max_sequences: int = 16,
         scheduling: Settings | None = None,
+        memory: int | None = None,
         cache_bytes: int | None = None,
         swap_bytes: int = 0,
         prefixes: bool = True,
@@ -86,12 +90,14 @@ class LLM:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
         self.scheduling = scheduling or Settings(max(STEP_TOKENS, max_sequences), Continuous(max_sequences))
-        self._cache_bytes, self._swap_bytes, self._prefixes = cache_bytes, swap_bytes, prefixes
+        self._memory, self._cache_bytes, self._swap_bytes, self._prefixes = memory, cache_bytes, swap_bytes, prefixes
         self.backend, self.notice = choose_backend(self.model, backend, formats)
         self._formats = formats
         if formats is not None and formats.cache is not None:
             cache_format(formats.cache)  # a wrong name is told at once, not with the first prompt
         self._contexts = lowering_contexts(self.model.spec, self.context)
+        if memory is not None:
+            self.memory_plan()  # what is not enough is told before anything is loaded
         self._engines: dict[int, Engine] = {}
         self._numbers = itertools.count()  # of requests, over all calls
         self._news: dict[int, deque[Chunk]] = {}  # by request: where its stream takes its chunks from
@@ -177,9 +183,20 @@ class LLM:
         given. Made when it is first asked for."""
         context = self._contexts[-1] if context is None else context
         if context not in self._engines:
-            session = open_session(self.model, self.backend, context, self._formats, self._cache_bytes)
+            cache_bytes = self.memory_plan(context).cache if self._cache_bytes is None else self._cache_bytes
+            session = open_session(self.model, self.backend, context, self._formats, cache_bytes)
             self._engines[context] = Engine(session, self.scheduling, swap_bytes=self._swap_bytes, prefixes=self._prefixes)
         return self._engines[context]
+
+    def memory_plan(self, context: int | None = None) -> MemoryPlan:
+        """What weights, cache and arena of `engine` take, which need not be there yet. Raises UserError where ``memory`` is not enough."""
+        backend = find_loaded(self.backend, self.model)
+        program = backend.program(self.model, self._contexts[-1] if context is None else context, self._formats)
+        free = hardware.memory(hardware.ROOT).available or 8 << 30
+        return plan_memory(
+            program, backend.weight_bytes(program), slots=self.max_sequences, step_tokens=self.scheduling.step_tokens, memory=self._memory,
+            free=free, outside=self._swap_bytes,
+        )  # fmt: skip
 
     def _run_together(self, engine: Engine, requests: Sequence[Request]) -> Iterator[Chunk]:
         mine, numbers, left = deque[Chunk](), list[int](), len(requests)
@@ -246,8 +263,13 @@ def open_scorer(model: Model, backend: str, context: int, formats: Formats | Non
 
 
 def _open(model: Model, backend: str, context: int, formats: Formats | None, cache_bytes: int | None = None) -> Any:
+    return find_loaded(backend, model).session(model, context, formats, cache_bytes)
+
+
+def find_loaded(backend: str, model: Model) -> Any:
+    """The backend of that name, which ``model`` is to run on. Raises MissingExtraError where its library is not installed."""
     try:
-        return load_backend(backend).session(model, context, formats, cache_bytes)
+        return load_backend(backend)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -1,6 +1,7 @@
 """The native backend as an engine sees it."""
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from hasten import _native
 from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
 from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
+from hasten.backends.cpu.rows import format_of
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
 from hasten.formats.cache import cache_format
@@ -29,8 +31,10 @@ from hasten.program import (
     fuse,
     linear_formats,
     lower,
+    ops,
     page_counts,
-)  # fmt: skip
+    parts_of,
+)
 from hasten.spec import Spec
 
 PAGE = 16  # tokens
@@ -51,13 +55,32 @@ class CpuBackend:
         formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
         return (*unsupported_ops(lower(model.spec)), *formats)
 
+    def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
+        """What a session would play."""
+        return native_program(model.spec, context, formats)
+
+    def weight_bytes(self, program: Program) -> int:
+        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
+        found: dict[tuple[str, str], float] = {}
+        for op in (part for whole in program.ops for part in parts_of(whole)):
+            match op:
+                case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear():
+                    form = format_of(op)
+                    bits = form.bits + 32 / form.group if form.group else form.bits
+                    found[op.weight, str(form)] = math.prod(program.params[op.weight]) * bits / 8
+                case ops.Embed():
+                    found[op.weight, "table"] = math.prod(program.params[op.weight]) * 2
+                case _:
+                    found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params})
+        return round(sum(found.values()))
+
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
     ) -> "CpuSession":
         """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise.
 
         ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given; no page costs anything till used."""
-        program = native_program(model.spec, context, formats)
+        program = self.program(model, context, formats)
         free = hardware.memory(hardware.ROOT).available or 8 << 30
         pages = page_counts(program, PAGE, free // 4 if cache_bytes is None else cache_bytes)
         threads = _native.ThreadPool(self.threads)

@@ -1,5 +1,6 @@
 """The reference backend as an engine sees it: sessions that take batches and return logits as numpy."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,18 @@ class ReferenceBackend:
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
         self.device, self.precision = device, precision
 
+    def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
+        """What a session would play."""
+        formats, precision = formats or Formats(), self.precision or Precision(residual=model.spec.residual)
+        linear = linear_formats(lower(model.spec, context=context), formats)
+        cache = None if formats.cache is None else cache_format(formats.cache)
+        return lower(model.spec, context=context, precision=precision, formats=linear, cache=cache)
+
+    def weight_bytes(self, program: Program) -> int:
+        """Bytes that the weights of ``program`` take here: all in the compute dtype, whatever the format says."""
+        compute = TORCH_DTYPES[(self.precision or Precision()).compute]
+        return sum(math.prod(shape) for shape in program.params.values()) * compute.itemsize
+
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
     ) -> "ReferenceSession":
@@ -34,12 +47,10 @@ class ReferenceBackend:
         keys and values are kept in the compute dtype unless they say otherwise.
 
         ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given."""
-        formats, precision = formats or Formats(), self.precision or Precision(residual=model.spec.residual)
-        linear = linear_formats(lower(model.spec, context=context), formats)
-        cache = None if formats.cache is None else cache_format(formats.cache)
-        program = lower(model.spec, context=context, precision=precision, formats=linear, cache=cache)
+        program = self.program(model, context, formats)
         memory = (hardware.memory(hardware.ROOT).available or 8 << 30) // 4 if cache_bytes is None else cache_bytes
-        return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[precision.compute]), memory)
+        compute = TORCH_DTYPES[(self.precision or Precision()).compute]
+        return ReferenceSession(program, weights_of(program, model.weights, self.device, compute), memory)
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
