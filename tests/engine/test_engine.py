@@ -10,8 +10,8 @@ from hasten import LLM, SamplingParams, load
 from hasten.backends.cpu import CpuBackend
 from hasten.engine.batching import ByPriority, Continuous, Dynamic, Static
 from hasten.engine.engine import Engine
+from hasten.engine.plan import Costs, NeverFitsError, Settings
 from hasten.engine.request import Request
-from hasten.engine.scheduler import Costs, NeverFitsError, Settings
 from hasten.program import Batch, Formats
 from tests.families.oracles import make_checkpoint
 
@@ -269,7 +269,8 @@ class Nothing:
 
 
 def test_plan_commit_and_detokenize_of_64_sequences_take_a_millisecond(monkeypatch):
-    """Of the fastest of several runs: the promise is about the work, not about what else the machine does."""
+    """On a machine where 64 times decoding 20 tokens takes 0.22 ms, as on the quiet one where 0.81 ms were measured. Both are timed by
+    turns, and their ratio counts: the promise is about the work, not about what else the machine does."""
     llm = LLM(MODEL, backend="cpu", max_sequences=64)
     text = llm.encode("for name, value in sorted(settings.items()):\n    print(f'{name}: {value!r}')\n" * 40)
     engine = Engine(Nothing(CpuBackend().session(MODEL, 2048)), Settings(512, Continuous(64)))
@@ -294,13 +295,19 @@ def test_plan_commit_and_detokenize_of_64_sequences_take_a_millisecond(monkeypat
         engine.submit([one], key="all")
     for _ in range(30):
         engine.step()
-    runs = []
+    runs, ratios = [], []
+    decode, window = llm.model.text_tokenizer()._rust.decode, text[:20]
     for _ in range(12):
-        times = []
+        times, yardstick = [], []
         for _ in range(25):
+            began = time.perf_counter()
+            for _ in range(64):
+                decode(window)
+            yardstick.append(time.perf_counter() - began)
             drawing[0], began = 0.0, time.perf_counter()
             assert len(engine.step()) == 64
             times.append(time.perf_counter() - began - drawing[0])
         runs.append(statistics.median(times))
-    print(f"plan + commit + detokenize, 64 sequences: {min(runs) * 1e3:.2f} ms (median run {statistics.median(runs) * 1e3:.2f})")
-    assert min(runs) <= 1e-3, runs
+        ratios.append(runs[-1] / statistics.median(yardstick))
+    print(f"plan + commit + detokenize, 64 sequences: {min(runs) * 1e3:.2f} ms, {min(ratios):.2f} × 64 decodings")
+    assert min(ratios) <= 1e-3 / 0.22e-3, ratios

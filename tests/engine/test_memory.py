@@ -7,7 +7,7 @@ from hasten.backends.cpu import CpuBackend
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli.options import parse_bytes
 from hasten.engine.memory import plan_memory
-from hasten.engine.scheduler import Settings
+from hasten.engine.plan import Settings
 from hasten.program import Formats
 from tests.cli import main
 from tests.families.oracles import make_checkpoint

@@ -9,7 +9,8 @@ import random
 
 from hasten.cache import Cache, PageGroup, StatePages, TokenPages
 from hasten.engine.batching import Batching, ByPriority, Continuous, Dynamic, FirstCome, Static
-from hasten.engine.scheduler import Costs, Draws, Entry, Job, NeverFitsError, Scheduler, Settings, StepPlan
+from hasten.engine.plan import Costs, Draws, Entry, Job, NeverFitsError, Settings, StepPlan
+from hasten.engine.scheduler import Scheduler
 from hasten.program import CopyPage, SwapIn, SwapOut
 from hasten.spec import Causal, SegmentMemory, SlidingWindow
 

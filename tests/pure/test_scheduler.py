@@ -7,7 +7,8 @@ import pytest
 from hasten.base.errors import ConfigError
 from hasten.cache import Cache, StatePages, TokenPages
 from hasten.engine.batching import ByPriority, Continuous, Dynamic, Static
-from hasten.engine.scheduler import Costs, Job, NeverFitsError, Scheduler, Settings
+from hasten.engine.plan import Costs, Job, NeverFitsError, Settings
+from hasten.engine.scheduler import Scheduler
 from hasten.program import CopyPage, SwapIn, SwapOut
 from hasten.spec import SlidingWindow
 

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.cache import Cache, page_groups
+from hasten.engine.plan import Counters, Entry, Job, Settings
 from hasten.engine.request import Chunk, Request
-from hasten.engine.scheduler import Counters, Entry, Job, Scheduler, Settings
+from hasten.engine.scheduler import Scheduler
 from hasten.engine.session import Session
 from hasten.program import Batch
 

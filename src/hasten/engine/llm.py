@@ -17,9 +17,9 @@ from hasten.engine.batching import Continuous
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
 from hasten.engine.engine import Engine
 from hasten.engine.memory import MemoryPlan, plan_memory
+from hasten.engine.plan import NeverFitsError, Settings
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams
-from hasten.engine.scheduler import NeverFitsError, Settings
 from hasten.engine.session import Session
 from hasten.formats.cache import cache_format
 from hasten.model import Model, find_backend, load_backend

@@ -7,108 +7,11 @@ prompt beside them only takes what the budget leaves."""
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
 
-from hasten.base.errors import ConfigError, UserError
 from hasten.cache import Cache, SequencePages, TokenPages
-from hasten.engine.batching import Batching, Continuous, FirstCome, Order
-from hasten.program import Move, PageLists
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Costs:
-    """What preemption costs. A sequence of n tokens in b bytes is computed again for n · ``token_s`` seconds, or goes out and comes back
-    for 2 · b · ``byte_s``. The defaults are a model of 1 G parameters at 100 GFLOP/s, and 5 GB/s."""
-
-    token_s: float = 0.02
-    byte_s: float = 2e-10
-
-    def swap_pays(self, tokens: int, size: int) -> bool:
-        """Is moving ``size`` bytes out and in cheaper than computing ``tokens`` again?"""
-        return 2 * size * self.byte_s < tokens * self.token_s
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Settings:
-    """``step_tokens`` is the budget of one step. A request is let in where the pages are there for its prompt and ``output_share`` of the
-    most it may put out, beside what those already in are counted with so: 1 means that nobody is ever preempted for pages."""
-
-    step_tokens: int = 512
-    batching: Batching = Continuous()
-    order: Order = FirstCome()
-    output_share: float = 0.5
-    costs: Costs = Costs()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.batching.slots <= self.step_tokens:
-            raise ConfigError(f"a step of {self.step_tokens} tokens cannot serve {self.batching.slots} sequences; give at least as many")
-        if not 0 <= self.output_share <= 1:
-            raise ConfigError(f"output_share is {self.output_share}; accepted are 0 to 1")
-
-
-class NeverFitsError(UserError):
-    """A request that could not run even if it were alone."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Job:
-    """A request as the scheduler sees it: ``prompt`` may become up to ``sequences`` sequences, of ``most`` tokens of output each.
-
-    ``key`` is what prefixes must have in common to be shared, None for a request that shares none."""
-
-    id: int
-    prompt: tuple[int, ...]
-    most: int
-    sequences: int = 1
-    priority: int = 0
-    key: Hashable | None = None
-
-
-class Entry(NamedTuple):
-    """One sequence's part of a step: ``tokens`` at positions from ``start`` on, with ``pages`` as they are until the commit."""
-
-    sequence: int
-    start: int
-    tokens: Sequence[int]
-    pages: PageLists
-    draws: bool
-    """Is a token to be drawn from the last one's logits?"""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepPlan:
-    """``moves`` are carried out first, then all ``entries`` are computed together."""
-
-    moves: tuple[Move, ...]
-    entries: tuple[Entry, ...]
-
-
-Draws = Mapping[int, Sequence[tuple[int, int]]]
-"""By drawing sequence, how it goes on: (sequence, next token) for itself and for each that forks from it. Not naming itself ends it."""
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """What happened so far. Tokens computed again after a preemption are counted apart from prompts, and never as prefix hits."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    """Of requests let in."""
-    hit_tokens: int = 0
-    """Of those, found in the cache."""
-    computed_tokens: int = 0
-    drawn_tokens: int = 0
-    padding_tokens: int = 0
-    recomputed: int = 0
-    """Requests whose pages were given up."""
-    swapped: int = 0
-    """Requests whose pages were moved out."""
-    forks: int = 0
-    shared_steps: int = 0
-    """Steps of several sequences."""
+from hasten.engine.plan import Counters, Draws, Entry, Job, NeverFitsError, Settings, StepPlan
 
 
 class _Sequence:
@@ -116,12 +19,12 @@ class _Sequence:
 
     __slots__ = ("ended", "id", "job", "known", "pages")
 
-    def __init__(self, id: int, job: _Running, known: list[int], pages: SequencePages) -> None:
+    def __init__(self, id: int, job: _Live, known: list[int], pages: SequencePages) -> None:
         self.id, self.job, self.known, self.pages = id, job, known, pages
         self.ended = False  # and there for the rectangle of its batch only
 
 
-class _Running:
+class _Live:
     """A job on its way: waiting, or with its sequences in the batch."""
 
     __slots__ = ("arrived_s", "counted", "given_up", "job", "joined", "rank", "sequences")
@@ -137,17 +40,17 @@ class _Running:
 class Scheduler:
     """``plan`` says what to compute, ``commit`` takes what came of it; between the two nothing but ``abort`` and ``finish`` may come."""
 
-    def __init__(self, cache: Cache, settings: Settings = Settings()) -> None:
+    def __init__(self, cache: Cache, settings: Settings) -> None:
         self.cache, self.settings = cache, settings
         self.counters = Counters()
-        self._waiting: list[_Running] = []  # by rank
-        self._running: list[_Running] = []  # by rank
-        self._jobs: dict[int, _Running] = {}
+        self._waiting: list[_Live] = []  # by rank
+        self._running: list[_Live] = []  # by rank
+        self._jobs: dict[int, _Live] = {}
         self._sequences: dict[int, _Sequence] = {}
         self._arrivals = itertools.count()
-        self._places = 0  # of those running
+        self._places = self._places_wanted = 0  # slots of those running, and of those waiting
         self._planned: dict[int, Entry] = {}  # by sequence, while a plan is made
-        self._gave_way: list[_Running] = []  # in this plan
+        self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
 
     # --- from outside
@@ -169,11 +72,11 @@ class Scheduler:
     def submit(self, job: Job, sequence: int, now_s: float) -> None:
         """Let ``job`` wait; its first sequence is called ``sequence``. Raises NeverFitsError for one that could not run alone."""
         self._check_fits(job)
-        waiting = _Running(job, (self.settings.order.rank(now_s, job.priority), next(self._arrivals)), now_s)
+        waiting = _Live(job, (self.settings.order.rank(now_s, job.priority), next(self._arrivals)), now_s)
         first = _Sequence(sequence, waiting, list(job.prompt), self.cache.start(job.key))
         waiting.sequences.append(first)
         self._jobs[job.id], self._sequences[sequence] = waiting, first
-        bisect.insort(self._waiting, waiting, key=_rank)
+        self._wait(waiting)
 
     def abort(self, job: int) -> None:
         """End all of a request, wherever it is; an unknown one has ended already."""
@@ -208,10 +111,8 @@ class Scheduler:
         for running, ready in each_ready:
             if running.joined:  # not so who gave way to one before
                 spare = self._add(running, spare, ready)
-        if self._waiting:
-            waiting = sum(each.job.sequences for each in self._waiting)
-            if batching.opens(len(self._running), waiting, now_s - self._waiting[0].arrived_s):
-                self._let_in(spare)
+        if self._waiting and batching.opens(len(self._running), self._places_wanted, now_s - self._waiting[0].arrived_s):
+            self._let_in(spare)
         return StepPlan(self.cache.take_moves(), tuple(self._planned.values()))
 
     def commit(self, plan: StepPlan, draws: Draws, failed: Collection[int] = ()) -> list[tuple[int, int]]:
@@ -238,7 +139,7 @@ class Scheduler:
 
     # --- planning
 
-    def _add(self, running: _Running, spare: int, ready: bool) -> int:
+    def _add(self, running: _Live, spare: int, ready: bool) -> int:
         """Plan what ``running`` computes; what is left of the budget. One that is not ready takes of it, a ready one has its own share."""
         if ready:
             self._add_ready(running)
@@ -261,7 +162,7 @@ class Scheduler:
             spare -= len(running.sequences)
         return spare
 
-    def _add_ready(self, running: _Running) -> None:
+    def _add_ready(self, running: _Live) -> None:
         """Plan one token of each of its sequences, or none."""
         if running.job.id in self._held:
             return
@@ -301,7 +202,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, running: _Running) -> int:
+    def _preempt(self, running: _Live) -> int:
         """Take a job out of the batch, and of the plan; it waits where its rank puts it. Returns how many tokens were planned for it."""
         planned = [self._planned.pop(sequence.id, None) for sequence in running.sequences]
         for sequence in [each for each in running.sequences if each.ended]:
@@ -319,10 +220,10 @@ class Scheduler:
             self.counters.recomputed += 1
         running.given_up = True
         self._gave_way.append(running)
-        bisect.insort(self._waiting, running, key=_rank)
+        self._wait(running)
         return tokens
 
-    def _swap_pays(self, running: _Running) -> bool:
+    def _swap_pays(self, running: _Live) -> bool:
         """Are its pages better moved out than computed again? Those that several share would come back apart, and might not fit."""
         cache, pages = self.cache, running.sequences[0].pages
         if len(running.sequences) > 1 or not pages.length or not cache.can_swap_out(pages):
@@ -330,14 +231,22 @@ class Scheduler:
         size = sum(cache.held(pages, index) * group.page_bytes for index, group in enumerate(cache.groups))
         return self.settings.costs.swap_pays(pages.length, size)
 
-    def _join(self, waiting: _Running) -> None:
-        self._waiting.remove(waiting)
+    def _wait(self, live: _Live) -> None:
+        bisect.insort(self._waiting, live, key=_rank)
+        self._places_wanted += live.job.sequences
+
+    def _wait_no_more(self, live: _Live) -> None:
+        self._waiting.remove(live)
+        self._places_wanted -= live.job.sequences
+
+    def _join(self, waiting: _Live) -> None:
+        self._wait_no_more(waiting)
         bisect.insort(self._running, waiting, key=_rank)
         self._places += waiting.job.sequences
         waiting.joined = True
         waiting.counted = [self._counted(waiting, index) for index in range(len(self.cache.groups))]
 
-    def _leave(self, running: _Running) -> None:
+    def _leave(self, running: _Live) -> None:
         self._running.remove(running)
         self._places -= running.job.sequences
         running.joined = False
@@ -362,7 +271,7 @@ class Scheduler:
                 self.counters.prompt_tokens += len(first.job.prompt)
             spare = self._add(first, spare, ready=False)
 
-    def _can_join(self, waiting: _Running) -> bool:
+    def _can_join(self, waiting: _Live) -> bool:
         """Is there a slot, and room for what it is counted with beside what the others are?"""
         if self._places + waiting.job.sequences > self.settings.batching.slots:
             return False
@@ -380,7 +289,7 @@ class Scheduler:
                 return False
         return True
 
-    def _counted(self, running: _Running, index: int) -> int:
+    def _counted(self, running: _Live, index: int) -> int:
         """Pages of a group that a job is counted with."""
         longest = max(len(sequence.known) for sequence in running.sequences)
         most = len(running.job.prompt) + running.job.most - 1
@@ -446,14 +355,14 @@ class Scheduler:
         if running.joined:
             self._leave(running)
         else:
-            self._waiting.remove(running)
+            self._wait_no_more(running)
 
 
-def _rank(running: _Running) -> tuple[float, int]:
+def _rank(running: _Live) -> tuple[float, int]:
     return running.rank
 
 
-def _ready(running: _Running) -> bool:
+def _ready(running: _Live) -> bool:
     """Has each of its sequences one token to go?"""
     for sequence in running.sequences:  # noqa: SIM110 (asked of every sequence at every step: all() takes twice as long)
         if len(sequence.known) - sequence.pages.length != 1 and not sequence.ended:

@@ -11,7 +11,7 @@ import numpy as np
 from hasten.base.errors import ConfigError, UserError
 from hasten.engine import LLM, SamplingParams
 from hasten.engine.batching import Batching, Continuous, Dynamic, Static
-from hasten.engine.scheduler import Settings
+from hasten.engine.plan import Settings
 from hasten.model import Model
 from hasten.program import Formats
 
