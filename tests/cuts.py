@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hasten.backends.cpu import CpuSession
+from hasten.engine.stepper import Stepper
 from hasten.program import Batch
 
 
@@ -15,19 +16,20 @@ def assert_the_same_bits_however_cut(sessions: Sequence[CpuSession], ids: list[i
     assert np.isfinite(whole).all()
     for session, seed in itertools.product(sessions, range(seeds)):
         cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(ids)), 5, replace=False).tolist())
-        state, rows = session.start(3), []
+        stepper = Stepper(session)
+        state, rows = stepper.start(3), []
         others = [ids[7:19], ids[50:51]]
         for begin, end in zip([0, *cuts], [*cuts, len(ids)]):
             if begin == 0:  # the first piece beside two other prompts, the rest alone
-                logits, state = session.step(Batch.of([others[0], ids[:end], others[1]], [0, 0, 0]), state)
+                logits, state = stepper.step(Batch.of([others[0], ids[:end], others[1]], [0, 0, 0]), state)
                 rows.append(logits[12 : 12 + end])
                 state = state.select([1])
             else:
-                logits, state = session.step(Batch.of([ids[begin:end]], [begin]), state)
+                logits, state = stepper.step(Batch.of([ids[begin:end]], [begin]), state)
                 rows.append(logits)
         assert np.array_equal(np.concatenate(rows), whole)
-        state, rows = session.start(1), []
+        state, rows = stepper.start(1), []
         for position in range(20):
-            logits, state = session.step(Batch.of([[ids[position]]], [position]), state)
+            logits, state = stepper.step(Batch.of([[ids[position]]], [position]), state)
             rows.append(logits)
         assert np.array_equal(np.concatenate(rows), whole[:20])

@@ -28,7 +28,7 @@ def overrun():
     tape = native.Tape(native.ThreadPool(1), "generic", 4096, 4, 8, 16)
     tape.embed(np.zeros((8, 16), np.uint16), 1.0, 4096 - 64)
     ids, none = np.arange(2, dtype=np.int32), np.zeros(0, np.int32)
-    tape.run(ids, ids, np.array([0, 2], np.int32), none, [native.PageTable(0)], np.zeros((0, 8), np.float32))
+    tape.run(ids, ids, np.array([0, 2], np.int32), none, [native.PageTable([])], np.zeros((0, 8), np.float32))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -38,7 +39,18 @@ using OpTimes = nb::ndarray<std::int64_t, nb::ndim<2>, nb::c_contig, nb::device:
 using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = std::vector<float>;
 
+using Bytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 [[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
+
+// A page's memory, which is as long as `bytes`.
+template <class Array>
+std::uint8_t* page_of(const PagePool& pool, int page, const Array& bytes) {
+    if (page < 0 || page >= pool.pages()) refuse("page " + std::to_string(page) + " is outside the cache");
+    if (bytes.size() != pool.page_bytes()) refuse("a page has " + std::to_string(pool.page_bytes()) + " bytes, not " + std::to_string(bytes.size()));
+    return pool.page_memory(page);
+}
 
 Isa isa_named(const std::string& name) {
     const Isa limit = name == "best" || name == "amx" ? Isa::amx
@@ -357,16 +369,15 @@ void bind_executor(nb::module_& module) {
                      refuse("page " + std::to_string(from < 0 || from >= self.pages() ? from : to) + " is outside the cache");
                  self.copy_page(from, to);
              },
-             "from_"_a, "to"_a, "Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range.");
+             "from_"_a, "to"_a, "Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range.")
+        .def("read_page", [](const PagePool& self, int page, Bytes into) { std::memcpy(into.data(), page_of(self, page, into), into.size()); },
+             "page"_a, "into"_a.noconvert(), "Copy all of a page to ``into``. Raises ValueError for a page out of range or another size.")
+        .def("write_page", [](PagePool& self, int page, ConstBytes from) { std::memcpy(page_of(self, page, from), from.data(), from.size()); },
+             "page"_a, "from_"_a, "Copy what read_page gave over a page. Raises ValueError for a page out of range or another size.");
 
     nb::class_<PageTable>(module, "PageTable", "The pages that hold one sequence, per state group in the order of its positions.")
-        .def("__init__", [](PageTable* self, std::size_t groups) { new (self) PageTable{std::vector<std::vector<std::int32_t>>(groups)}; },
-             "groups"_a)
-        .def("append", [](PageTable& self, std::size_t group, std::int32_t page) { self.pages.at(group).push_back(page); }, "group"_a, "page"_a)
-        .def("replace", [](PageTable& self, std::size_t group, std::size_t index, std::int32_t page) { self.pages.at(group).at(index) = page; },
-             "group"_a, "index"_a, "page"_a)
-        .def("page", [](const PageTable& self, std::size_t group, std::size_t index) { return self.pages.at(group).at(index); }, "group"_a,
-             "index"_a)
+        .def("__init__", [](PageTable* self, std::vector<std::vector<std::int32_t>> pages) { new (self) PageTable{std::move(pages)}; },
+             "pages"_a)
         .def("pages", [](const PageTable& self, std::size_t group) { return self.pages.at(group); }, "group"_a);
 
     nb::class_<Player>(module, "Tape", "A compiled Program. Places are byte offsets into its arena, -1 is the caller's logits, and -2 - n is\n"

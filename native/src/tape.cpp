@@ -129,9 +129,10 @@ PagedLayer PagePool::layer(int slot) const {
     return layer;
 }
 
-void PagePool::copy_page(int from, int to) {
-    const std::size_t bytes = page_bytes();
-    std::memmove(memory_.data() + bytes * static_cast<std::size_t>(to), memory_.data() + bytes * static_cast<std::size_t>(from), bytes);
+void PagePool::copy_page(int from, int to) { std::memmove(page_memory(to), page_memory(from), page_bytes()); }
+
+std::uint8_t* PagePool::page_memory(int page) const {
+    return reinterpret_cast<std::uint8_t*>(memory_.data()) + page_bytes() * static_cast<std::size_t>(page);
 }
 
 Tape::Tape(std::shared_ptr<ThreadPool> pool, Isa isa, std::size_t arena_bytes, int most_tokens)

@@ -85,6 +85,9 @@ class PagePool {
     // All layers of one page over those of another; both must lie in the pool.
     void copy_page(int from, int to);
 
+    // The bytes of a page, which must lie in the pool: page_bytes() of them.
+    std::uint8_t* page_memory(int page) const;
+
    private:
     int pages_;
     PagedLayer layer_;  // the first; its base is set by layer()

@@ -1,5 +1,7 @@
 """hasten's native code: what the processor has, and how fast it is."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -295,13 +297,16 @@ class PagePool:
     def copy_page(self, from_: int, to: int) -> None:
         """Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range."""
 
+    def read_page(self, page: int, into: NDArray[np.uint8]) -> None:
+        """Copy all of a page to ``into`` [page_bytes]. Raises ValueError for a page out of range or another size."""
+
+    def write_page(self, page: int, from_: NDArray[np.uint8]) -> None:
+        """Copy what read_page gave over a page. Raises ValueError for a page out of range or another size."""
+
 class PageTable:
     """The pages that hold one sequence, per state group in the order of its positions."""
 
-    def __init__(self, groups: int) -> None: ...
-    def append(self, group: int, page: int) -> None: ...
-    def replace(self, group: int, index: int, page: int) -> None: ...
-    def page(self, group: int, index: int) -> int: ...
+    def __init__(self, pages: Sequence[Sequence[int]]) -> None: ...
     def pages(self, group: int) -> list[int]: ...
 
 class Tape:

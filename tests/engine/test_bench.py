@@ -12,6 +12,7 @@ from hasten.backends.cpu.compile import KERNELS
 from hasten.backends.cpu.levels import LEVELS, kernels
 from hasten.base.errors import UserError
 from hasten.checkpoint import SHAPES, load
+from hasten.engine.stepper import Stepper
 from hasten.formats.linear import NUMBERS, LinearFormat
 from hasten.measure.context import Line, context_points
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
@@ -207,17 +208,21 @@ def test_context(hasten):
     assert "R² " in table
 
 
-def test_a_grown_sequence_has_keys_everywhere():
+def test_a_grown_sequence_has_keys_everywhere(monkeypatch):
     """A page left out would hold zeros, or nothing of its own to read."""
     runner = open_runner(MODEL, [Case(1, 900, 1)], threads=1)
-    session = runner.session
     taken = {}
-    start = session.start
-    session.start = lambda sequences: taken.setdefault("state", start(sequences))
+    start = Stepper.start
+
+    def noted(stepper, sequences):
+        taken["stepper"], taken["state"] = stepper, start(stepper, sequences)
+        return taken["state"]
+
+    monkeypatch.setattr(Stepper, "start", noted)
     assert len([*context_points(runner, [20, 600, 900], 1, None)]) == 3
-    pages = taken["state"].sequences[0].pages(0)
+    (pages,) = taken["state"].sequences[0].pages.tables
     assert len(pages) == -(-901 // 16) == len({*pages})
-    logits, _ = session.step(Batch.of([[1]], [901]), taken["state"])
+    logits, _ = taken["stepper"].step(Batch.of([[1]], [901]), taken["state"])
     assert np.isfinite(logits).all()
 
 

@@ -222,19 +222,19 @@ def test_echo_begins_with_the_prompt(llm):
 
 def test_a_row_that_overflows_fails_its_request_alone(llm, monkeypatch):
     (good, expected) = llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=5))
-    session = llm._session(llm._contexts[0])
-    plain = session.step
+    session = llm.engine(llm._contexts[0])._session
+    plain = session.run
     steps = []
 
-    def step(batch, state):
-        logits, state = plain(batch, state)
+    def run(batch, pages):
+        logits = plain(batch, pages)
         steps.append(len(logits))
         if len(steps) == 3:
             logits = logits.copy()
             logits[0, 7] = np.nan
-        return logits, state
+        return logits
 
-    monkeypatch.setattr(session, "step", step, raising=False)
+    monkeypatch.setattr(session, "run", run, raising=False)
     bad, fine = llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=5))
     assert len(steps) == 5
     assert (bad.finish_reason, bad.token_ids) == ("error", good.token_ids[:2])

@@ -9,6 +9,7 @@ import torch
 from hasten.backends.reference import ReferenceBackend, play, weights_of
 from hasten.checkpoint import load, save
 from hasten.engine import LLM, SamplingParams
+from hasten.engine.stepper import Stepper
 from hasten.families import all_families, find_family
 from hasten.program import Batch, Precision, lower
 from hasten.spec import Spec
@@ -40,7 +41,7 @@ def greedy(oracle, ids, count):
 
 def steps(model, ids, cuts):
     """Logits of ``ids`` fed in the pieces that ``cuts`` leaves, state carried between them."""
-    session = ReferenceBackend().session(model, len(ids))
+    session = Stepper(ReferenceBackend().session(model, len(ids)))
     state, rows = session.start(1), []
     for begin, end in zip([0, *cuts], [*cuts, len(ids)]):
         logits, state = session.step(Batch.of([ids[begin:end]], [begin]), state)
@@ -99,9 +100,10 @@ def test_sequences_in_one_batch_do_not_touch(checkpoint):
     alone = np.concatenate([session.score(Batch.of([piece])) for piece in pieces])
     assert difference(together, alone) <= TOLERANCE
     # unequal lengths with state: two sequences at different points of their lives, then one row more each
-    state = session.start(2)
-    first, state = session.step(Batch.of([ids[:9], ids[:4]]), state)
-    second, state = session.step(Batch.of([ids[9:11], ids[4:10]], [9, 4]), state)
+    stepper = Stepper(session)
+    state = stepper.start(2)
+    first, state = stepper.step(Batch.of([ids[:9], ids[:4]]), state)
+    second, state = stepper.step(Batch.of([ids[9:11], ids[4:10]], [9, 4]), state)
     whole = session.score(Batch.of([ids[:11]]))
     assert difference(np.concatenate([first[:9], second[:2]]), whole) <= TOLERANCE
     assert difference(second[2:], session.score(Batch.of([ids[:10]]))[4:]) <= TOLERANCE

@@ -6,6 +6,7 @@ import pytest
 from hasten.backends.cpu import CpuBackend, unsupported_ops
 from hasten.backends.reference import ReferenceBackend
 from hasten.checkpoint import load
+from hasten.engine.stepper import Stepper
 from hasten.families import all_families
 from hasten.program import Batch, Formats, Precision, lower, ops
 from tests.cuts import assert_the_same_bits_however_cut
@@ -34,7 +35,7 @@ def test_logits(family, index, tmp_path):
     model = load(tmp_path)
     ids = np.random.default_rng(index).integers(0, config["vocab_size"], LENGTH).tolist()
     expected = ReferenceBackend().session(model, LENGTH).score(Batch.of([ids]))
-    session = CpuBackend().session(model, LENGTH)
+    session = Stepper(CpuBackend().session(model, LENGTH))
     whole = session.score(Batch.of([ids]))
     # What bf16 costs a model is measured, not guessed: torch playing the same Program in bf16 is the yardstick.
     in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model, LENGTH).score(Batch.of([ids]))

@@ -12,6 +12,7 @@ from hasten.backends.cpu.arena import Arena
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
+from hasten.engine.stepper import Stepper
 from hasten.program import Batch, Formats, lower
 from tests.cuts import assert_the_same_bits_however_cut
 
@@ -64,15 +65,15 @@ def test_the_same_bits_however_the_batch_is_cut(weights):
 
 
 def test_pages_come_back():
-    session = CpuBackend().session(MODEL, 256)
-    before = [allocator.free for allocator in session.allocators]
+    session = Stepper(CpuBackend().session(MODEL, 256))
+    before = [pool.free for pool in session.cache.pools]
     state = session.start(2)
     _, state = session.step(Batch.of([IDS[:40], IDS[:3]]), state)
-    assert [allocator.free for allocator in session.allocators] == [free - 4 for free in before]
+    assert [pool.free for pool in session.cache.pools] == [free - 4 for free in before]
     state = state.select([1])
-    assert [allocator.free for allocator in session.allocators] == [free - 1 for free in before]
+    assert [pool.free for pool in session.cache.pools] == [free - 1 for free in before]
     del state
-    assert [allocator.free for allocator in session.allocators] == before
+    assert [pool.free for pool in session.cache.pools] == before
 
 
 def test_more_tokens_than_a_step_takes():
@@ -83,7 +84,7 @@ def test_more_tokens_than_a_step_takes():
 
 
 def test_what_a_step_refuses():
-    session = CpuBackend().session(MODEL, 64)
+    session = Stepper(CpuBackend().session(MODEL, 64))
     with pytest.raises(ConfigError, match="8192"):
         session.step(Batch.of([[8192]]), session.start(1))
     with pytest.raises(ConfigError, match="beyond the context"):
@@ -94,7 +95,8 @@ def test_what_a_step_refuses():
 
 def _at(session, length):
     state = session.start(1)
-    state.sequences[0].length = length
+    assert session.cache.grow(state.sequences[0].pages, length)
+    state.sequences[0].pages.length = length
     return state
 
 

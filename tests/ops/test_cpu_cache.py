@@ -10,12 +10,12 @@ import torch
 from hasten import _native
 from hasten.backends.cpu import CpuBackend
 from hasten.backends.cpu.backend import PAGE, STEP_TOKENS
-from hasten.backends.cpu.cache import GONE, CachedSequence, CpuState, PageAllocator, PagedGroup
 from hasten.backends.reference import ReferenceBackend
 from hasten.backends.reference.attention import as_cached
-from hasten.base.errors import UnsupportedError, UserError
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
 from hasten.engine import LLM, SamplingParams
+from hasten.engine.stepper import Stepper
 from hasten.formats.cache import CACHE_FORMATS, ROW_FORMATS
 from hasten.measure import Evaluation, cut_windows, held_out, score_windows
 from hasten.program import Batch, Formats
@@ -89,7 +89,7 @@ def test_held_out_loss():
 
 @pytest.mark.parametrize(("weights", "cache"), list(itertools.product(["bf16", "int8"], ["int8", "fp8"])))
 def test_the_same_bits_however_the_batch_is_cut(weights, cache):
-    sessions = [CpuBackend(threads=threads).session(MODEL, 256, Formats(weights, cache=cache)) for threads in (1, 2)]
+    sessions = [Stepper(CpuBackend(threads=threads).session(MODEL, 256, Formats(weights, cache=cache))) for threads in (1, 2)]
     whole = sessions[0].score(Batch.of([IDS]))
     assert np.isfinite(whole).all()
     for session, seed in itertools.product(sessions, range(2)):
@@ -128,87 +128,19 @@ def test_an_engine_keeps_its_cache_as_asked():
     assert {len(tokens) for tokens in completions.values()} == {12}
 
 
-# --- pages and their holders
-
-
-def paged_groups(pages, page, window, stored):
-    """A group that sees everything and one with a window, over arrays that hold one number per token."""
-
-    def group(number, oldest):
-        def copy(begin, end):
-            stored[number][end] = stored[number][begin]
-            copies.append(number)
-
-        return PagedGroup(PageAllocator(pages), copy, oldest)
-
-    copies: list[int] = []
-    return [group(0, lambda position: 0), group(1, lambda position: max(0, position - window + 1))], copies
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_pages_against_a_plain_model(seed):
-    """Sequences start, grow, fork, leave and are joined at random; each must read back its own tokens, and pages go back exactly once."""
-    rng = np.random.default_rng(seed)
-    pages, page, window = 25, 4, int(rng.integers(1, 14))
-    stored = np.full((2, pages, page), GONE)
-    groups, copies = paged_groups(pages, page, window, stored)
-    state, plain, full = CpuState(()), list[list[int]](), 0
-    for _ in range(600):
-        act = rng.random()
-        if act < 0.15:
-            state, plain = state.joined(CpuState((CachedSequence(groups, page),))), [*plain, []]
-        elif act < 0.3 and plain:  # drop, reorder and fork
-            chosen = rng.integers(0, len(plain), int(rng.integers(0, 8))).tolist()
-            state, plain = state.select(chosen), [list(plain[index]) for index in chosen]
-        elif plain:
-            index = int(rng.integers(len(plain)))
-            sequence, count = state.sequences[index], int(rng.integers(1, 12))
-            try:
-                sequence.grow(len(plain[index]) + count)
-            except UserError:  # it stays as it was, though it may hold pages to come
-                full += 1
-                state, plain = state.select(range(0, len(plain), 2)), plain[::2]
-            else:
-                begin = len(plain[index])
-                plain[index].extend(rng.integers(1 << 30, size=count).tolist())
-                for number, position in itertools.product(range(2), range(begin, begin + count)):
-                    at = sequence.pages(number)[position // page]
-                    assert not groups[number].allocator.shared(at)
-                    stored[number, at, position % page] = plain[index][position]
-                sequence.length = len(plain[index])
-                sequence.release()
-        sequence = None  # a name left over would hold pages
-        for sequence, tokens in zip(state.sequences, plain, strict=True):
-            assert sequence.length == len(tokens)
-            for number, group in enumerate(groups):
-                oldest = group.oldest(len(tokens))
-                read = [
-                    stored[number, sequence.pages(number)[position // page], position % page] for position in range(oldest, len(tokens))
-                ]
-                assert read == tokens[oldest:]
-            assert sum(at != GONE for at in sequence.pages(1)) <= (window + 12) // page + 3
-        sequence = None
-        for number, group in enumerate(groups):
-            held = {at for one in state.sequences for at in one.pages(number) if at != GONE}
-            assert group.allocator.free == pages - len(held)
-    assert copies
-    assert full
-    state = CpuState(())
-    assert [group.allocator.free for group in groups] == [pages, pages]
-    with pytest.raises(ValueError, match="held by nobody"):
-        groups[0].allocator.give_back([0])
+# --- pages and their holders (tests/pure/test_simulation.py has who holds which)
 
 
 @CACHES
 def test_a_fork_goes_on_as_if_it_had_never_been_one(cache):
-    session = CpuBackend().session(MODEL, 256, Formats(cache=cache))
+    session = Stepper(CpuBackend().session(MODEL, 256, Formats(cache=cache)))
     copied = spy_on_copies(session)
     tails = [IDS[40:60], IDS[60:61], IDS[70:110]]
     alone = [session.score(Batch.of([IDS[:37] + tail]))[37:] for tail in tails]
-    free = session.allocators[0].free
+    free = session.cache.pools[0].free
     _, state = session.step(Batch.of([IDS[:37]], rows="none"), session.start(1))
     state = state.select([0, 0, 0])
-    assert free - session.allocators[0].free == 3  # 37 tokens, once
+    assert free - session.cache.pools[0].free == 3  # 37 tokens, once
     logits, state = session.step(Batch.of(tails, [37] * 3), state)
     assert np.array_equal(logits, np.concatenate(alone))
     assert len(copied) == 2  # the last to write has the page to itself
@@ -217,21 +149,22 @@ def test_a_fork_goes_on_as_if_it_had_never_been_one(cache):
     assert len(copied) == 2
     del state
     gc.collect()
-    assert session.allocators[0].free == free
+    assert session.cache.pools[0].free == free
 
 
-def spy_on_copies(session):
-    copied = []
+def spy_on_copies(stepper):
+    copied, carry_out = [], stepper.session.carry_out
 
-    def seen(copy):
-        return lambda begin, end: (copied.append((begin, end)), copy(begin, end))
+    def seen(moves):
+        copied.extend(moves)
+        carry_out(moves)
 
-    session._groups = [PagedGroup(group.allocator, seen(group.copy), group.oldest) for group in session._groups]
+    stepper.session.carry_out = seen
     return copied
 
 
 def test_a_fork_at_the_end_of_a_page_copies_nothing():
-    session = CpuBackend().session(MODEL, 256)
+    session = Stepper(CpuBackend().session(MODEL, 256))
     copied = spy_on_copies(session)
     _, state = session.step(Batch.of([IDS[:32]], rows="none"), session.start(1))
     logits, _ = session.step(Batch.of([IDS[40:50], IDS[50:60]], [32, 32]), state.select([0, 0]))
@@ -246,6 +179,18 @@ def test_native_copies_of_pages():
         with pytest.raises(ValueError, match="outside the cache"):
             pool.copy_page(*pages)
     pool.copy_page(1, 1)
+    kept = np.random.default_rng(5).integers(0, 256, (3, pool.page_bytes), np.uint8)
+    for page, data in enumerate(kept):
+        pool.write_page(page, data)
+    pool.copy_page(0, 2)
+    read = np.zeros_like(kept)
+    for page, into in enumerate(read):
+        pool.read_page(page, into)
+    assert np.array_equal(read, kept[[0, 1, 0]])
+    for wrong in ((3, read[0]), (-1, read[0]), (0, read[0][1:])):
+        for call in (pool.read_page, pool.write_page):
+            with pytest.raises(ValueError, match="outside the cache|bytes, not"):
+                call(*wrong)
 
 
 # --- windows
@@ -253,8 +198,8 @@ def test_native_copies_of_pages():
 
 @CACHES
 def test_a_window_gives_its_pages_back(windowed, cache):
-    session = CpuBackend().session(windowed, 4096, Formats(cache=cache))
-    (allocator,) = session.allocators
+    session = Stepper(CpuBackend().session(windowed, 4096, Formats(cache=cache)))
+    (allocator,) = session.cache.pools
     ids = np.random.default_rng(3).integers(0, 97, 1500).tolist()
     free, fewest = allocator.free, allocator.free
     state, rows, at = session.start(1), [], 0
@@ -265,8 +210,9 @@ def test_a_window_gives_its_pages_back(windowed, cache):
         rows.append(logits)
         at = min(at + count, len(ids))
         fewest = min(fewest, allocator.free)
-    assert free - fewest <= WINDOW // PAGE + 2
-    assert state.sequences[0].pages(0)[: (1500 - WINDOW) // PAGE] == [GONE] * ((1500 - WINDOW) // PAGE)
+    assert free - fewest <= (WINDOW + 200) // PAGE + 2
+    assert free - allocator.free <= WINDOW // PAGE + 2
+    assert state.sequences[0].pages.gone == [(1500 - WINDOW + 1) // PAGE]
     whole = session.score(Batch.of([ids]))  # in steps of 512, where what the first sees is gone when the last begins
     assert np.array_equal(np.concatenate(rows), whole)
     if cache == "bf16":
@@ -307,9 +253,6 @@ def test_a_table_that_points_outside():
         with pytest.raises(ValueError, match="table must name pages"):
             _native.attend("generic", store, "int8", 8, 1, 4, 4, np.array(table, np.int32), ones, 0, 1.0, ones.copy())
     session = CpuBackend().session(MODEL, 64, Formats(cache="int8"))
-    _, state = session.step(Batch.of([IDS[:20]]), session.start(1))
-    page = state.sequences[0].table.page(0, 0)
-    state.sequences[0].table.replace(0, 0, 10**6)
-    with pytest.raises(ValueError, match="page 1000000 is outside the cache"):
-        session.step(Batch.of([IDS[20:21]], [20]), state)
-    state.sequences[0].table.replace(0, 0, page)
+    for table, said in (([10**6, 0], "page 1000000 is outside the cache"), ([0], "too short"), ([0, -1], "page -1 is outside")):
+        with pytest.raises(ConfigError, match=said):
+            session.run(Batch.of([IDS[:20]]), [[table]])

@@ -14,6 +14,7 @@ from hasten.backends.cpu.compile import compile_program
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UnsupportedError, UserError
 from hasten.checkpoint import load
+from hasten.engine.stepper import Stepper
 from hasten.formats.weights import Weight, Weights
 from hasten.model import Model
 from hasten.program import Batch, Formats, Products, RowChain, lower, unfuse
@@ -71,7 +72,7 @@ def session(name, weights, *, fused, threads=2, isa="best", most_tokens=64, page
     compiled = compile_program(
         program, model(name).weights, all_packed(pool), pool, isa=isa, most_tokens=most_tokens, page=PAGE, pages=counts
     )  # fmt: skip
-    made = CpuSession(program, compiled, pool)
+    made = Stepper(CpuSession(program, compiled, pool))
     if name == "awkward":
         assert np.isnan(made.score(Batch.of([[NAN] * 64]))).all()
     return made
@@ -109,9 +110,10 @@ def test_the_awkward_model_is_near_the_reference():
 def meetings(session, batch):
     state = session.start(len(batch.offsets) - 1)
     for sequence in state.sequences:
-        sequence.grow(5)
-    tables, logits = [sequence.table for sequence in state.sequences], np.empty((len(batch.rows), session.vocab), np.float32)
-    return session.compiled.tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
+        assert session.cache.grow(sequence.pages, 5)
+    tables = [_native.PageTable(sequence.pages.tables) for sequence in state.sequences]
+    logits = np.empty((len(batch.rows), session.session.vocab), np.float32)
+    return session.session.compiled.tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
 
 
 def test_threads_meet_less_often_fused():
@@ -121,8 +123,8 @@ def test_threads_meet_less_often_fused():
     assert meetings(fused, token) < meetings(fused, prompt)  # where there is one row, one thread goes on alone
     layers = len(model("code-8m").spec.blocks)
     assert meetings(fused, token) <= 8 * layers + 2
-    assert plain.compiled.tape.ops - 1 == len(plain.program.ops)  # and the table of cosines
-    assert fused.compiled.tape.ops - 1 == len(fused.program.ops)
+    assert plain.session.compiled.tape.ops - 1 == len(plain.session.program.ops)  # and the table of cosines
+    assert fused.session.compiled.tape.ops - 1 == len(fused.session.program.ops)
 
 
 @FORMATS
@@ -173,28 +175,22 @@ def test_a_refused_batch_changes_nothing(said):
 def test_pages_run_out_and_come_back():
     here = session("awkward", "bf16", fused=True, pages=5)
     state = here.start(2)
-    with pytest.raises(UserError, match="5 pages are all in use"):
+    with pytest.raises(UserError, match="5 pages of .* are all in use"):
         here.step(Batch.of([[1] * 40, [2] * 40]), state)
     del state
-    assert [allocator.free for allocator in here.allocators] == [5] * len(here.allocators)
+    assert [pool.free for pool in here.cache.pools] == [5] * len(here.cache.pools)
     assert np.isfinite(here.score(Batch.of([[1] * 64]))).all()
 
 
 def test_page_tables_that_point_outside_are_refused():
     here = session("awkward", "bf16", fused=True)
-    batch, logits = Batch.of([[1] * 17]), np.empty((17, here.vocab), np.float32)
-    groups = len(here.allocators)
+    batch, logits = Batch.of([[1] * 17]), np.empty((17, here.session.vocab), np.float32)
+    groups, tape = len(here.cache.groups), here.session.compiled.tape
     for pages, said in (([0], "too short"), ([0, 64], "page 64 is outside"), ([-1, 0], "page -1 is outside")):
-        table = _native.PageTable(groups)
-        for group in range(groups):
-            for page in pages:
-                table.append(group, page)
         with pytest.raises(ValueError, match=said):
-            here.compiled.tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, [table], logits)
+            tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, [_native.PageTable([pages] * groups)], logits)
     with pytest.raises(ValueError, match="list per state group"):
-        here.compiled.tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, [_native.PageTable(groups + 1)], logits)
-    with pytest.raises(IndexError):
-        _native.PageTable(1).append(1, 0)
+        tape.run(batch.tokens, batch.positions, batch.offsets, batch.rows, [_native.PageTable([[]] * (groups + 1))], logits)
 
 
 def test_what_a_tape_does_not_join():

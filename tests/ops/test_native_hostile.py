@@ -19,10 +19,7 @@ every_format = pytest.mark.parametrize("weights", FORMATS)
 
 
 def table(*pages):
-    made = _native.PageTable(1)
-    for page in pages:
-        made.append(0, page)
-    return made
+    return _native.PageTable([pages])
 
 
 @dataclasses.dataclass
@@ -108,7 +105,7 @@ REFUSED = {
     "page negative": (swap(tables=[table(-1), table(2, 5)]), "page -1 is outside the cache"),
     "page table too short": (swap(tables=[table(4), table(2)]), "too short for its positions"),
     "page table without pages": (swap(tables=[table(), table(2, 5)]), "too short"),
-    "page table of fewer groups": (swap(tables=[_native.PageTable(0), table(2, 5)]), "per state group"),
+    "page table of fewer groups": (swap(tables=[_native.PageTable([]), table(2, 5)]), "per state group"),
     "fewer page tables than sequences": (swap(tables=[table(4)]), "one page table per sequence"),
     "no page table": (swap(tables=[None, table(2, 5)]), "page table"),
 }

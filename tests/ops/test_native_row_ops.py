@@ -138,7 +138,7 @@ def play_taped(case, arrays, features, isa, rows, first=False):
     for pool in POOLS:
         tape = compile_program(program, weights, all_packed(pool), pool, isa=isa, most_tokens=len(tokens), page=16, pages={}).tape
         logits = np.full((len(rows), program.values["logits"].features[0]), np.nan, np.float32)
-        tape.run(tokens, case.batch.positions, case.batch.offsets, rows, [_native.PageTable(0) for _ in case.lengths], logits)
+        tape.run(tokens, case.batch.positions, case.batch.offsets, rows, [_native.PageTable([]) for _ in case.lengths], logits)
         results.append(logits)
     assert np.array_equal(*results, equal_nan=True)
     assert not results[0][:, -FILLER:].any()
@@ -237,7 +237,7 @@ def test_a_head_is_scaled_and_capped_in_the_callers_array(isa, monkeypatch):
     assert sizes == [32 * (2 * 128 * 4 + 2 * row_stride(128, 2))], "x, rows and their bf16 copy; nothing for what becomes the logits"
     tokens, rows = np.arange(20, dtype=np.int32), np.array([3, 4, 19], np.int32)
     logits = np.full((3, 128), np.nan, np.float32)
-    tape.run(tokens, tokens, np.array([0, 20], np.int32), rows, [_native.PageTable(0)], logits)
+    tape.run(tokens, tokens, np.array([0, 20], np.int32), rows, [_native.PageTable([])], logits)
     np.testing.assert_allclose(logits, expected[rows], rtol=0, atol=6e-6)
 
 

@@ -7,6 +7,7 @@ from hasten import _native
 from hasten.backends.cpu import CpuBackend, unsupported_ops
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import UnsupportedError
+from hasten.engine.stepper import Stepper
 from hasten.formats.weights import Weight, Weights
 from hasten.model import Model
 from hasten.program import Batch, Formats, Precision, lower
@@ -32,7 +33,7 @@ def check(model, ids, isa):
     """How far from float32, over how far torch in bf16 is; the same bits in pieces of five."""
     expected = ReferenceBackend().session(model).score(Batch.of([ids]))
     in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model).score(Batch.of([ids]))
-    session = CpuBackend(isa=isa).session(model)
+    session = Stepper(CpuBackend(isa=isa).session(model))
     whole = session.score(Batch.of([ids]))
     state, rows = session.start(1), []
     for begin in range(0, len(ids), 5):
@@ -78,7 +79,7 @@ def test_latent_attention_gives_the_same_bits_however_the_batch_is_cut(weights):
 
 def test_latent_rows_are_forked_and_kept_in_bf16():
     ids = np.random.default_rng(4).integers(0, LONG.vocab, 60).tolist()
-    session = CpuBackend().session(model_of(LONG), 256)
+    session = Stepper(CpuBackend().session(model_of(LONG), 256))
     _, state = session.step(Batch.of([ids[:37]], rows="none"), session.start(1))
     logits, _ = session.step(Batch.of([ids[37:], ids[:9]], [37, 37]), state.select([0, 0]))
     assert np.array_equal(logits[:23], session.score(Batch.of([ids]))[37:])

@@ -9,6 +9,7 @@ from hasten import _native
 from hasten.backends.cpu import CpuBackend
 from hasten.base import hardware
 from hasten.checkpoint import load
+from hasten.engine.stepper import Stepper
 from hasten.program import Batch, Formats
 
 MODEL = load("code-8m")
@@ -17,7 +18,7 @@ IDS = np.random.default_rng(0).integers(0, MODEL.spec.vocab, 700).tolist()
 
 @pytest.fixture(scope="module", params=range(1, min(2, hardware.detect().cpu.cores) + 1))
 def session(request):
-    return CpuBackend(threads=request.param).session(MODEL, 1024), request.param
+    return Stepper(CpuBackend(threads=request.param).session(MODEL, 1024)), request.param
 
 
 def test_a_profiled_step_is_the_same_step(session):
@@ -36,7 +37,7 @@ def test_the_sums_are_consistent(session):
     began = time.perf_counter_ns()
     _, _, profile = session.profile(Batch.of([IDS[64:65]], [64], rows="last"), state)
     outside = time.perf_counter_ns() - began
-    assert profile.op_ns.shape == (session.compiled.tape.ops, threads)
+    assert profile.op_ns.shape == (session.session.compiled.tape.ops, threads)
     assert (profile.op_ns >= 0).all()
     assert profile.op_ns.sum() > 0
     assert profile.kernel_ns == profile.op_ns.sum(axis=0).max()
@@ -48,8 +49,8 @@ def test_the_sums_are_consistent(session):
 
 def test_every_op_has_its_name(session):
     session, _ = session
-    names = session.compiled.tape.op_names
-    assert len(names) == session.compiled.tape.ops
+    names = session.session.compiled.tape.op_names
+    assert len(names) == session.session.compiled.tape.ops
     layers, head = MODEL.spec.blocks, f"linear {MODEL.spec.vocab}x{MODEL.spec.width}"
     assert names[-1] == head
     parts = [part for name in names for part in name.split(" + ")]
@@ -75,7 +76,7 @@ def test_a_long_batch_is_added_up(session):
 
 def test_profile_refuses_what_run_refuses():
     tape = _native.Tape(_native.ThreadPool(1), "generic", 64, 8, 10, 16)
-    step = [np.array([10], np.int32), np.zeros(1, np.int32), np.array([0, 1], np.int32), np.zeros(0, np.int32), [_native.PageTable(0)],
+    step = [np.array([10], np.int32), np.zeros(1, np.int32), np.array([0, 1], np.int32), np.zeros(0, np.int32), [_native.PageTable([])],
             np.empty((0, 10), np.float32)]  # fmt: skip
     op_ns = np.zeros((0, 1), np.int64)
     for play in (tape.run, lambda *arguments: tape.profile(*arguments, op_ns)):

@@ -12,9 +12,9 @@ import numpy as np
 from hasten import _native
 from hasten.backends.cpu import CpuBackend, CpuSession
 from hasten.backends.cpu.backend import STEP_TOKENS
-from hasten.backends.cpu.cache import CpuState
 from hasten.engine import LLM, SamplingParams
 from hasten.engine.sampler import native_row
+from hasten.engine.stepper import Sequences, Stepper
 from hasten.program import Batch, Formats, KvGroup, ops, unfuse
 from tests.soak.models import CONTEXT, PARTS, VOCAB, model_of
 
@@ -59,8 +59,8 @@ class Making:
     digests: list[bytes]
 
     @classmethod
-    def of(cls, prompt, session):
-        (sequence,) = session.start(1).sequences
+    def of(cls, prompt, stepper):
+        (sequence,) = stepper.start(1).sequences
         return cls(prompt, sequence, native_row(prompt.params, prompt.ids, prompt.params.seed), list(prompt.ids), [], [])
 
     @property
@@ -102,7 +102,7 @@ class Player:
     """Plays prompts on one session, and counts what happened."""
 
     def __init__(self, session: CpuSession):
-        self.session, self.fired = session, Fired(threads=session.threads.threads)
+        self.session, self.stepper, self.fired = session, Stepper(session), Fired(threads=session.threads.threads)
         self._sampler = _native.Sampler(session.threads)
 
     def _step(self, making: list[Making], sizes: list[int]) -> None:
@@ -112,13 +112,13 @@ class Player:
         whole = Batch.of(pieces, starts, rows="last")
         ready = [index for index, one in enumerate(making) if sizes[index] == one.pending]
         batch = dataclasses.replace(whole, rows=whole.rows[ready])
-        logits, _ = self.session.step(batch, CpuState(tuple(one.sequence for one in making)))
+        logits, _ = self.stepper.step(batch, Sequences(tuple(one.sequence for one in making)))
         fired = self.fired
         fired.most_together = max(fired.most_together, len(making))
         fired.cuts += len(making) - len(ready)
         fired.mixed_steps += min(sizes) == 1 < max(sizes)
         fired.longest_step = max(fired.longest_step, sum(sizes))
-        fired.pages_gone = max(fired.pages_gone, *(one.sequence.gone[0] for one in making))
+        fired.pages_gone = max(fired.pages_gone, *(one.sequence.pages.gone[0] for one in making))
         if ready:
             if not np.isfinite(logits).all():
                 raise ValueError("logits are not finite")
@@ -139,7 +139,7 @@ class Player:
         """Each by itself: the prompt whole, then token by token."""
         made = []
         for prompt in prompts:
-            one = Making.of(prompt, self.session)
+            one = Making.of(prompt, self.stepper)
             while not one.done:
                 self._step([one], [one.pending])
             made.append(one)
@@ -149,7 +149,7 @@ class Player:
         """In batches of 2 to 32 that prompts join and leave, in an order, in chunks and with pauses drawn from ``seed``; the first is
         large and uncut, so that it is longer than one native step."""
         rng = np.random.default_rng(seed)
-        making = [Making.of(prompt, self.session) for prompt in prompts]
+        making = [Making.of(prompt, self.stepper) for prompt in prompts]
         waiting, running = rng.permutation(len(prompts)).tolist(), []
         room, whole = min(MOST_TOGETHER, len(prompts) // 2), 1.0
         while waiting or running:
@@ -165,7 +165,7 @@ class Player:
     def cut(self, prompts: list[Prompt], seed: int) -> list[Making]:
         """Each by itself, in chunks drawn from ``seed``."""
         rng = np.random.default_rng(seed)
-        made = [Making.of(prompt, self.session) for prompt in prompts]
+        made = [Making.of(prompt, self.stepper) for prompt in prompts]
         for one in made:
             while not one.done:
                 self._step([one], [_piece(one.pending, 0.3, rng)])
@@ -236,7 +236,7 @@ def require_fired(cell: Cell, player: Player, count: int) -> dict:
     """Batches were shared, prompts cut, long and short rows mixed, windows let pages go, and every thread had work."""
     fired = player.fired
     batch = Batch.of([list(range(64))])
-    _, _, profile = player.session.profile(batch, player.session.start(1))
+    _, _, profile = player.stepper.profile(batch, player.stepper.start(1))
     busy = int((profile.op_ns.sum(axis=0) > 0).sum())
     held = {
         "batches": fired.most_together >= min(24, count // 2),

@@ -1,9 +1,10 @@
 """`hasten bench`: how fast, and how near to the machine's limit, measured in the same run."""
 
 import dataclasses
+import functools
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,8 @@ from hasten.cli.terminal import notify, visible_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from hasten.measure.throughput import Throughput
 
 bench = typer.Typer(name="bench", help="Measure speed, beside this machine's limits.", no_args_is_help=True)
 
@@ -157,6 +160,59 @@ def context(
     typer.echo(f"a step takes {line.at_zero:.2f} ms + {1e3 * line.slope:.3f} µs a token; R² {line.r2:.4f}, at most {line.worst:.1%} off")
 
 
+@bench.command("throughput")
+def throughput(
+    model: options.ModelArgument,
+    batching: Annotated[
+        str, typer.Option("--batching", help="static (padded), dynamic (static, begun by number or time) or continuous" + SEVERAL)
+    ] = "continuous",
+    prefix_cache: Annotated[str, typer.Option("--prefix-cache", help="on or off" + SEVERAL)] = "on",
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests, all there at once.")] = 96,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Most sequences that run together.")] = 32,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of each prompt of its own.")] = 32,
+    output_min: Annotated[int, typer.Option("--output-min", min=1, help="Fewest tokens of an output; lengths are log-uniform.")] = 16,
+    output_max: Annotated[int, typer.Option("--output-max", min=1, help="Most tokens of an output.")] = 512,
+    shared_prefix: Annotated[int, typer.Option("--shared-prefix", min=0, help="Tokens that all prompts begin with.")] = 0,
+    step_tokens: Annotated[int, typer.Option("--step-tokens", min=1, help="Most tokens of a step.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws lengths and token ids.")] = 0,
+    backend: options.BackendOption = "auto",
+    weights: options.WeightsOption = None,
+    activations: options.ActivationsOption = None,
+    cache: options.CacheOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Tokens a second of many requests of mixed lengths, by how they are batched, and what the drawn lengths allow. --json prints one
+    object a row."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hasten.checkpoint import load
+    from hasten.measure.throughput import BATCHINGS, Workload, open_llm, run_workload
+    from hasten.program import Formats
+
+    kinds, switches = [each.strip() for each in batching.split(",")], [each.strip() for each in prefix_cache.split(",")]
+    if wrong := [each for each in kinds if each not in BATCHINGS]:
+        options.refuse("batching", wrong[0], ", ".join(BATCHINGS))
+    if wrong := [each for each in switches if each not in {"on", "off"}]:
+        options.refuse("prefix-cache", wrong[0], "on, off")
+    workload = Workload(requests, prompt, output_min, output_max, shared_prefix, seed)
+    loaded, rows = load(model), []
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for kind, switch in itertools.product(kinds, switches):
+            task = progress.add_task(f"{kind}, prefix cache {switch}", total=sum(workload.lengths()))
+            llm = open_llm(
+                loaded, workload, batching=kind, slots=slots, backend=backend, formats=Formats(weights, activations, cache),
+                prefix_cache=switch == "on", step_tokens=step_tokens,
+            )  # fmt: skip
+            notify(llm.notice)
+            rows.append(run_workload(llm, workload, kind, switch == "on", functools.partial(progress.advance, task)))
+            if as_json:
+                typer.echo(json.dumps(dataclasses.asdict(rows[-1])))
+    if not as_json:
+        _print_throughput(rows)
+
+
 @bench.command("ops")
 def kernels(
     shape: Annotated[str, typer.Option("--shape", help="Sizes of which model, as in random:SHAPE.")] = "tinyllama-1.1b",
@@ -213,6 +269,27 @@ def _counted(progress: "Progress", task: Any, each: Iterable[Any]) -> list[Any]:
         found.append(one)
         progress.advance(task)
     return found
+
+
+def _print_throughput(rows: Sequence["Throughput"]) -> None:
+    """A line a run, and what continuous batching gained over static of what it could."""
+    typer.echo("batching    prefixes  tokens/s   first token: mean, p99    steps   padded  hit tokens  preempted  page waste")
+    for row in rows:
+        typer.echo(
+            f"{row.batching:<11} {'on' if row.prefix_cache else 'off':<8} {row.tokens_per_s:9.1f} {row.ttft_mean_s:12.2f} s "
+            f"{row.ttft_p99_s:8.2f} s {row.steps:8} {row.padding_tokens:8} {row.hit_tokens:11} {row.preemptions:10} {row.page_waste:10.1%}"
+        )
+    typer.echo(
+        f"the drawn lengths allow {rows[0].bound_steps:.2f} × static where steps cost alike, {rows[0].bound_rows:.2f} × where rows do"
+    )
+    by_kind = {row.batching: row.tokens_per_s for row in reversed(rows)}
+    if {"static", "continuous"} <= by_kind.keys():
+        ratio = by_kind["continuous"] / by_kind["static"]
+        shares = f"{ratio / rows[0].bound_steps:.2f} and {ratio / rows[0].bound_rows:.2f}"
+        typer.echo(f"continuous over static {ratio:.2f} ×: {shares} of that")
+    cached = {row.prefix_cache: row.ttft_mean_s for row in reversed(rows)}
+    if len(cached) == 2:
+        typer.echo(f"mean time to the first token with over without the prefix cache {cached[True] / cached[False]:.3f}")
 
 
 def _print_latency(rows: list[Any]) -> None:

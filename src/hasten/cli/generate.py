@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,8 @@ from hasten.cli import options
 from hasten.cli.terminal import notify, write
 
 if TYPE_CHECKING:
-    from hasten.engine import Chunk, Completion
+    from hasten.engine import LLM, Chunk, Completion, SamplingParams
+    from hasten.program import Formats
 
 
 def generate(
@@ -49,28 +51,42 @@ def generate(
     weights: options.WeightsOption = None,
     activations: options.ActivationsOption = None,
     cache: options.CacheOption = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help='Prompts as JSON lines: {"prompt": TEXT} or {"token_ids": [1, 2]}, and sampling fields.')
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Where the answers to --input go. One that is there is gone on with.")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="Most prompts of --input that run together.")] = 32,
+    memory: options.MemoryOption = None,
+    context: options.ContextOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Continue a prompt, printing text as it comes."""
-    if (prompt is None) == (token_ids is None):
-        raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, or --token-ids 1,2,3")
-    from hasten.engine import LLM, BeamSearch, SamplingParams
+    """Continue a prompt, printing text as it comes, or every prompt of a file."""
+    if (source is None) != (output is None):
+        raise ConfigError("--input and --output go together: prompts from one file, answers to another")
+    if [prompt, token_ids, source].count(None) != 2:
+        raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, --token-ids 1,2,3, or --input FILE")
+    from hasten.engine import BeamSearch, SamplingParams
     from hasten.program import Formats
 
-    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+    if not as_json and source is None and (logprobs is not None or prompt_logprobs is not None):
         raise ConfigError("--logprobs and --prompt-logprobs are for programs; add --json")
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
         min_tokens=min_tokens, logit_bias=options.biases_of(logit_bias), n=choices, best_of=best_of, logprobs=logprobs,
         prompt_logprobs=prompt_logprobs, grammar=options.grammar_of(json_schema, regex, grammar),
-        echo=echo and prompt is not None,
+        echo=echo and token_ids is None,
         beam=None if beams is None else BeamSearch(width=beams, length_penalty=length_penalty),
     )  # fmt: skip
+    if source is not None and output is not None:
+        many = open_llm(model, backend, Formats(weights, activations, cache), context, memory, max(max_sequences, params.sequences))
+        _generate_file(many, source, output, params)
+        return
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
-    llm = LLM(model, backend=backend, formats=Formats(weights, activations, cache))
-    notify(llm.notice)
+    llm = open_llm(model, backend, Formats(weights, activations, cache), context, memory, params.sequences)
     if text is not None:
         given = llm.encode(text)
     if as_json:
@@ -106,7 +122,7 @@ def print_json(model: str, prompt: str | None, done: "Completion", seconds: floa
     }  # fmt: skip
     for name, entries in (("logprobs", done.logprobs), ("prompt_logprobs", done.prompt_logprobs)):
         if entries is not None:
-            line[name] = [{"token": entry.token, "logprob": entry.logprob, "top": dict(entry.top)} for entry in entries]
+            line[name] = [entry.plain() for entry in entries]
     typer.echo(json.dumps(line))
 
 
@@ -120,6 +136,37 @@ def in_order(chunks: "Iterable[Chunk]") -> "Iterator[Chunk]":
             later.setdefault(chunk.choice, []).append(chunk)
     for _, its in sorted(later.items()):
         yield from its
+
+
+def open_llm(model: str, backend: str, formats: "Formats", context: int | None, memory: str | None, max_sequences: int) -> "LLM":
+    """The LLM of a command. What it will take is said where its size was bounded."""
+    from hasten.engine import LLM
+
+    given = options.parse_bytes("memory", memory)
+    llm = LLM(model, backend=backend, formats=formats, context=context, memory=given, max_sequences=max_sequences)
+    notify(llm.notice)
+    if given is not None or context is not None:
+        notify(str(llm.memory_plan()))
+    return llm
+
+
+def _generate_file(llm: "LLM", source: Path, output: Path, params: "SamplingParams") -> None:
+    """Answer the prompts of a file that an earlier run left, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hasten.engine.jsonl import answer_lines, done_lines, read_lines
+
+    lines = read_lines(source, params)
+    done = done_lines(output)
+    left, failed, console = [line for line in lines if line.number not in done], 0, Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"{source.name} → {output.name}", total=len(lines), completed=len(lines) - len(left))
+        for answer in answer_lines(llm, left, output):
+            failed += any("error" in one for one in answer.get("outputs", [answer]))
+            progress.advance(task)
+    earlier = f", {len(lines) - len(left)} were answered before" if len(left) < len(lines) else ""
+    print(f"answered {len(left) - failed} prompts in {output}, {failed} with an error{earlier}", file=sys.stderr)
 
 
 def read_stdin() -> str:

@@ -1,5 +1,6 @@
 """Options that several commands share, written once."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -25,6 +26,13 @@ ActivationsOption = Annotated[
 ]
 CacheOption = Annotated[
     str | None, typer.Option("--cache", help="How keys and values are kept: bf16, int8 or fp8. [default: bf16 natively]")
+]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Most memory for weights, cache and arena together: 8GB, 500MiB or bytes.")
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--max-model-len", min=2, help="Most tokens of a prompt and its output; the model's own unless given."),
 ]
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
@@ -95,6 +103,19 @@ def biases_of(pairs: list[str] | None) -> dict[int, float]:
         except ValueError:
             raise ConfigError(f"--logit-bias is {one_line(pair)}; an id and a number are needed, as in 198=-100") from None
     return biases
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(name: str, text: str | None) -> int | None:
+    """Bytes as a user writes them, None for None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]*)", text.strip())
+    if found is None or found.group(2).lower() not in _UNITS:
+        refuse(name, text, "a number of bytes, or of kB, MB, GB, KiB, MiB or GiB, as in 8GB")
+    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
 
 
 def refuse(name: str, value: object, accepted: str) -> NoReturn:

@@ -1,6 +1,7 @@
 """What drawing gives back, in plain data."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +11,10 @@ class TokenLogprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"token": self.token, "logprob": self.logprob, "top": dict(self.top)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,53 +1,53 @@
 """LLM: a model and a backend, ready to complete prompts, many at a time."""
 
 import dataclasses
+import itertools
 import secrets
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, UserError, one_line
+from hasten.base import hardware
+from hasten.base.errors import ConfigError, MissingExtraError, UnsupportedError, one_line
 from hasten.checkpoint import load
-from hasten.engine.beam_decode import beam_decode
+from hasten.engine.batching import Continuous
 from hasten.engine.choices import best_choices
 from hasten.engine.constraint import Constraints
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
 from hasten.engine.draw import TokenLogprob
+from hasten.engine.engine import Engine
+from hasten.engine.memory import MemoryPlan, plan_memory
+from hasten.engine.plan import NeverFitsError, Settings
 from hasten.engine.request import Chunk, FinishReason, Request
 from hasten.engine.sampling import SamplingParams, check_ids
+from hasten.engine.search import Search
+from hasten.engine.session import Session
 from hasten.formats.cache import cache_format
 from hasten.model import Model, find_backend, load_backend
 from hasten.program import Batch, Formats, lowering_contexts, token_array
-
-if TYPE_CHECKING:
-    from hasten import _native
 
 Prompt = str | Sequence[int]
 
 AUTO = "auto"
 """The backend that is best for a model on this machine."""
 
+STEP_TOKENS = 512
+"""Tokens of a step, at most."""
 
-class Session(Protocol):
-    """What the engine needs of a backend: a state for new sequences, and a step that takes and returns one.
 
-    The state is the backend's own; it can ``select`` sequences and be ``joined`` with another."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixKey:
+    """What two requests must have in common to share what they begin with, beside the tokens."""
 
-    @property
-    def threads(self) -> "_native.ThreadPool | None":
-        """Threads that sampling may share between steps; None where there are none of its own."""
-        ...
-
-    def start(self, sequences: int) -> Any:
-        """The state of sequences that have seen nothing."""
-        ...
-
-    def step(self, batch: Batch, state: Any) -> tuple[NDArray[np.float32], Any]:
-        """Logits [R, vocab] of the batch's rows, and the state afterwards."""
-        ...
+    model: str
+    cache: str | None
+    adapter: str = ""
+    exits: str = ""
+    tenant: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,9 +68,12 @@ class Completion:
 class LLM:
     """Completes prompts. ``model`` is whatever `hasten.load` takes, or a loaded Model.
 
-    At most ``max_sequences`` run together; the next prompt joins as soon as one ends. ``context`` bounds prompt and output (the model's
-    own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a user should know of the choice;
-    ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless given."""
+    At most ``max_sequences`` run together; the next prompt joins as soon as one ends, unless ``scheduling`` says otherwise. ``context``
+    bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a
+    user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless
+    given. ``memory`` bounds the bytes of all, ``cache_bytes`` those of the cache alone, and ``swap_bytes`` is how much more those may take
+    outside it who must wait; `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only
+    from where it differs from what the cache still holds."""
 
     def __init__(
         self,
@@ -80,6 +83,11 @@ class LLM:
         formats: Formats | None = None,
         context: int | None = None,
         max_sequences: int = 16,
+        scheduling: Settings | None = None,
+        memory: int | None = None,
+        cache_bytes: int | None = None,
+        swap_bytes: int = 0,
+        prefixes: bool = True,
     ) -> None:
         self.model = model if isinstance(model, Model) else load(model)
         longest = self.model.spec.context
@@ -89,28 +97,40 @@ class LLM:
         if max_sequences < 1:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
+        self.scheduling = scheduling or Settings(max(STEP_TOKENS, max_sequences), Continuous(max_sequences))
+        self._memory, self._cache_bytes, self._swap_bytes, self._prefixes = memory, cache_bytes, swap_bytes, prefixes
         self.backend, self.notice = choose_backend(self.model, backend, formats)
         self._formats = formats
         if formats is not None and formats.cache is not None:
             cache_format(formats.cache)  # a wrong name is told at once, not with the first prompt
         self._contexts = lowering_contexts(self.model.spec, self.context)
-        self._sessions: dict[int, Session] = {}
+        if memory is not None:
+            self.memory_plan()  # what is not enough is told before anything is loaded
+        self._engines: dict[int, Engine] = {}
         self._constraints: Constraints | None = None
+        self._numbers = itertools.count()  # of prompts, over all calls
+        self._news: dict[int, deque[Chunk]] = {}  # by prompt: where its stream takes its chunks from
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """One Completion per output, in the order of prompts and then of choices (one, unless ``n`` asks for more).
 
-        A prompt is text or token ids; ``params`` is one for all or one per prompt. What fails one output is its ``error``."""
-        requests = self._requests(prompts, params)
-        answers = {request.key: _Answer(request) for request in requests}
-        for chunk in self._run(requests):
-            answers[chunk.index, chunk.choice].take(chunk)
-        each: dict[int, list[_Answer]] = {}
-        for answer in answers.values():
-            each.setdefault(answer.request.index, []).append(answer)
-        return [one for answers in each.values() for one in _returned(answers)]
+        A prompt is text or token ids; ``params`` is one for all or one per prompt. What fails one output is its ``error``, no other's."""
+        ended = dict(self.finished(prompts, params))
+        return [one for index in sorted(ended) for one in ended[index]]
+
+    def finished(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The outputs of each prompt, with its place among them, as soon as all of a prompt's have ended."""
+        prepared = self._requests(prompts, params)
+        answers = [[_Answer(output) for output in outputs] for outputs in prepared]
+        for chunk in self._run(prepared):
+            its = answers[chunk.index]
+            its[chunk.choice].take(chunk)
+            if all(answer.finish_reason is not None for answer in its):
+                yield chunk.index, _returned(its)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -118,49 +138,42 @@ class LLM:
         """Chunks as they are made; ``index`` and ``choice`` say whose. Every output's last chunk has a finish_reason.
 
         Outputs that must be compared before any is returned (``best_of``, beam search) come whole, one chunk each."""
-        requests = self._requests(prompts, params)
-        compared: dict[int, list[_Answer]] = {}
-        for request in requests:
-            if request.params.choices > request.params.n:
-                compared.setdefault(request.index, []).append(_Answer(request))
-        for chunk in self._run(requests):
-            if chunk.index not in compared:
+        return self._stream(self._requests(prompts, params))
+
+    def _stream(self, prepared: Sequence[Sequence[Request]]) -> Iterator[Chunk]:
+        compared = {
+            index: [_Answer(output) for output in outputs]
+            for index, outputs in enumerate(prepared)
+            if outputs[0].params.choices > outputs[0].params.n
+        }
+        for chunk in self._run(prepared):
+            if (answers := compared.get(chunk.index)) is None:
                 yield chunk
                 continue
-            answers = compared[chunk.index]
             answers[chunk.choice].take(chunk)
             if all(answer.finish_reason is not None for answer in answers):
                 yield from (_as_chunk(chunk.index, one) for one in _returned(answers))
 
-    def _requests(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[list[Request]]:  # fmt: skip
+        """The outputs to make, prompt by prompt."""
         many = _as_prompts(prompts)
         each = [params or SamplingParams()] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(many):
             raise ConfigError(f"{len(each)} SamplingParams for {len(many)} prompts; give one, or one per prompt")
-        return [request for index, (prompt, p) in enumerate(zip(many, each)) for request in self._choices(index, prompt, p)]
+        return [self._choices(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, each))]
 
     def _choices(self, index: int, prompt: Prompt, params: SamplingParams) -> list[Request]:
-        """The outputs to draw of one prompt; those of a beam search from one request."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).tolist()
-        vocab = self.model.spec.vocab
-        if max(ids) >= vocab:
-            raise ConfigError(f"prompt {index}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
-        check_ids(params, vocab)
-        if len(ids) >= self.context:
-            raise ConfigError(
-                f"prompt {index} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer"
-            )
-        if params.stop or params.grammar is not None or params.echo:
-            self.model.text_tokenizer()  # these need text
-        if params.beam is not None and params.grammar is not None and not self.model.eos_token_ids:
-            raise ConfigError(
-                f"beam search with a grammar needs an end of text, which {self.model.name} has none of; leave one of them out"
-            )
+        """The outputs to make of one prompt."""
+        ids = self.prompt_ids(prompt, f"prompt {index}")
+        self.check_params(params)
         needed = min(len(ids) + params.max_tokens, self.context)
         seed = secrets.randbits(63) if params.seed is None else params.seed
+        number = next(self._numbers)
         return [
             Request(
-                index, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
+                number, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
                 program_context=next(context for context in self._contexts if needed <= context), choice=choice, seed=seed,
                 constraint=None if params.grammar is None or params.beam is not None else self._follow().start(params.grammar),
             )
@@ -172,6 +185,28 @@ class LLM:
         if self._constraints is None:
             self._constraints = Constraints(self.model.text_tokenizer().path, self.model.spec.vocab, self.model.eos_token_ids)
         return self._constraints
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises ConfigError or UnsupportedError for what this model cannot be asked for."""
+        check_ids(params, self.model.spec.vocab)
+        if params.stop or params.grammar is not None or params.echo:
+            self.model.text_tokenizer()  # these need text
+        if params.beam is not None and params.grammar is not None and not self.model.eos_token_ids:
+            raise ConfigError(
+                f"beam search with a grammar needs an end of text, which {self.model.name} has none of; leave one of them out"
+            )
+
+    def prompt_ids(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """Token ids of a prompt, which is called ``name`` in errors. Raises ConfigError for one that this model does not take."""
+        ids: list[int] = self.encode(prompt) if isinstance(prompt, str) else token_array(prompt).tolist()
+        vocab = self.model.spec.vocab
+        if max(ids) >= vocab:
+            raise ConfigError(f"{name}: token id {max(ids)} is outside the vocabulary; accepted are 0 to {vocab - 1}")
+        if len(ids) >= self.context:
+            raise ConfigError(
+                f"{name} has {len(ids)} tokens; with a context of {self.context} at most {self.context - 1} leave room to answer"
+            )
+        return ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, begun as the model's own tokenizer begins it; an empty one is the document start alone."""
@@ -190,109 +225,85 @@ class LLM:
             return None
         return Detokenizer(tokenizer.decode, skipped_ids=tokenizer.special_ids, byte_ids=byte_token_ids(tokenizer.vocabulary))
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        """Requests that one Program serves run together; beam searches one after another."""
+    def _run(self, prepared: Sequence[Sequence[Request]]) -> Iterator[Chunk]:
+        """Requests that one Program serves run together, beside those of other streams that are not at their end."""
+        places = {outputs[0].index: place for place, outputs in enumerate(prepared)}
         try:
             for context in self._contexts:
-                served = [request for request in requests if request.program_context == context]
-                if together := [request for request in served if request.params.beam is None]:
-                    yield from self._run_together(self._session(context), together)
-                for request in served:
-                    if request.params.beam is not None and request.choice == 0:
-                        yield from self._search(self._session(context), request)
+                if together := [outputs for outputs in prepared if outputs[0].program_context == context]:
+                    for chunk in self._run_together(self.engine(context), together):
+                        yield dataclasses.replace(chunk, index=places[chunk.index])
         finally:
-            for request in requests:
-                if request.constraint is not None:
-                    request.constraint.close()  # an abandoned stream ends here too
+            for output in itertools.chain.from_iterable(prepared):
+                if output.constraint is not None:
+                    output.constraint.close()  # an abandoned stream ends here too
 
-    def _search(self, session: Session, request: Request) -> Iterator[Chunk]:
-        """One chunk for each output that a beam search found; those it did not find are errors."""
-        search, error = request.params.beam, "the search found fewer outputs"
-        found = []
-        if search is not None:
-            try:
-                found = beam_decode(
-                    session, request.prompt, request.params, search, max_tokens=request.most, end_ids=request.end_ids,
-                    constraints=None if request.params.grammar is None else self._follow(),
-                )  # fmt: skip
-            except UserError as failure:
-                error = str(failure)
-        for choice in range(request.params.n):
-            if choice < len(found):
-                text = request.text_of(found[choice].tokens)
-                yield Chunk(request.index, text, found[choice].tokens, "stop" if found[choice].ended else "length", choice)
-            else:
-                yield Chunk(request.index, "", (), "error", choice, error=error)
+    def engine(self, context: int | None = None) -> Engine:
+        """The engine of the Program for sequences of up to ``context`` tokens, of which LongRoPE models have two; the longest unless
+        given. Made when it is first asked for."""
+        context = self._contexts[-1] if context is None else context
+        if context not in self._engines:
+            cache_bytes = self.memory_plan(context).cache if self._cache_bytes is None else self._cache_bytes
+            session = open_session(self.model, self.backend, context, self._formats, cache_bytes)
+            self._engines[context] = Engine(
+                session, self.scheduling, constraints=None if self.model.tokenizer is None else self._follow(),
+                swap_bytes=self._swap_bytes, prefixes=self._prefixes,
+            )  # fmt: skip
+        return self._engines[context]
 
-    def _session(self, context: int) -> Session:
-        if context not in self._sessions:
-            self._sessions[context] = open_session(self.model, self.backend, context, self._formats)
-        return self._sessions[context]
+    def memory_plan(self, context: int | None = None) -> MemoryPlan:
+        """What weights, cache and arena of `engine` take, which need not be there yet. Raises UserError where ``memory`` is not enough."""
+        backend = find_loaded(self.backend, self.model)
+        program = backend.program(self.model, self._contexts[-1] if context is None else context, self._formats)
+        free = hardware.memory(hardware.ROOT).available or 8 << 30
+        return plan_memory(
+            program, backend.weight_bytes(program), slots=self.max_sequences, step_tokens=self.scheduling.step_tokens, memory=self._memory,
+            free=free, outside=self._swap_bytes,
+        )  # fmt: skip
 
-    def _run_together(self, session: Session, requests: Sequence[Request]) -> Iterator[Chunk]:
-        """Every running request catches its computed tokens up to its known ones, one step after another."""
-        from hasten.engine.sampler import Sampler  # late: it needs the native code, which importing the engine does not
+    def _run_together(self, engine: Engine, prepared: Sequence[Sequence[Request]]) -> Iterator[Chunk]:
+        mine, numbers, left = deque[Chunk](), list[int](), sum(map(len, prepared))
+        self._news.update((outputs[0].index, mine) for outputs in prepared)
+        try:
+            for outputs in prepared:
+                for job in self._jobs(outputs):
+                    try:
+                        numbers.append(self._submit(engine, job))
+                    except NeverFitsError as error:
+                        mine.extend(output.end("error", str(error)) for output in job)
+            while left:
+                while mine:
+                    chunk = mine.popleft()
+                    left -= chunk.finish_reason is not None
+                    yield chunk
+                for chunk in engine.step() if left else ():
+                    self._news[chunk.index].append(chunk)
+        finally:  # an abandoned stream ends here too
+            for number in numbers:
+                engine.abort(number)
+            for outputs in prepared:
+                del self._news[outputs[0].index]
 
-        waiting, running = list(requests), list[Request]()
-        sampler = Sampler(session.threads)
-        state = session.start(0)
-        while waiting or running:
-            chunks = [ended for request in running + waiting if (ended := _ended_by_grammar(request)) is not None]
-            waiting = [request for request in waiting if request.finish_reason is None]
-            ready = [request for request in waiting if request.constraint is None or request.constraint.ready]
-            joining = ready[: self.max_sequences - len(running)]
-            waiting, running = [request for request in waiting if request not in joining], running + joining
-            if joining:
-                state = state.joined(session.start(len(joining)))
-            running, state = _staying(running, state)
-            if running:
-                batch, last = _next_batch(running)
-                logits, state = session.step(batch, state)
-                for request, draw in zip(running, sampler.draw(logits[last], running), strict=True):
-                    if request.computed == 0 and request.params.prompt_logprobs is not None and request.choice == 0:
-                        rows = slice(last[running.index(request)] - len(request.prompt) + 1, last[running.index(request)])
-                        request.prompt_logprobs = tuple(sampler.score(logits[rows], request.prompt[1:], request.params.prompt_logprobs))
-                    request.computed += len(request.pending)
-                    failed = draw.error is not None
-                    chunks.append(request.end("error", draw.error) if failed else request.take(draw.token, draw.logprob))
-                running, state = _staying(running, state)
-            yield from chunks
-            if self._constraints is not None:
-                followed = [r.constraint for r in (running or waiting) if r.constraint is not None]
-                self._constraints.wait(MASK_SECONDS, followed)
+    def _jobs(self, outputs: Sequence[Request]) -> list[Sequence[Request]]:
+        """The outputs of one prompt, as many at a time as run together; those of a search are one job, whatever its width."""
+        if outputs[0].params.beam is not None:
+            return [outputs]
+        slots = self.scheduling.batching.slots
+        return [outputs[begin : begin + slots] for begin in range(0, len(outputs), slots)]
 
-
-MASK_SECONDS = 10.0
-"""Longest wait for what the grammars of a step allow; the constraints' own limits come first."""
-
-
-def _ended_by_grammar(request: Request) -> Chunk | None:
-    """The last chunk of a request whose grammar is complete or has failed."""
-    constraint = request.constraint
-    if constraint is None or request.finish_reason is not None or not constraint.ready:
-        return None
-    if constraint.error is not None:
-        return request.end("error", constraint.error)
-    return request.end("stop") if constraint.complete else None
-
-
-def _staying(running: list[Request], state: Any) -> tuple[list[Request], Any]:
-    """The requests that have not ended, and their state."""
-    staying = [index for index, request in enumerate(running) if request.finish_reason is None]
-    return (running, state) if len(staying) == len(running) else ([running[index] for index in staying], state.select(staying))
-
-
-def _next_batch(running: Sequence[Request]) -> tuple[Batch, list[int]]:
-    """What every request has pending, with all of its rows where prompt log-probabilities are due, and which logit row is each's last."""
-    batch = Batch.of([request.pending for request in running], [request.computed for request in running], rows="last")
-    rows: list[int] = []
-    last: list[int] = []
-    for place, request in enumerate(running):
-        due = request.computed == 0 and request.params.prompt_logprobs is not None and request.choice == 0
-        end = int(batch.offsets[place + 1])
-        rows += range(int(batch.offsets[place]), end) if due else [end - 1]
-        last.append(len(rows) - 1)
-    return dataclasses.replace(batch, rows=np.array(rows, np.int32)), last
+    def _submit(self, engine: Engine, outputs: Sequence[Request]) -> int:
+        first = outputs[0]
+        key = PrefixKey(self.model.name, None if self._formats is None else self._formats.cache)
+        params, search = first.params, None
+        if params.beam is not None:
+            constraint = None if params.grammar is None else self._follow().start(params.grammar)
+            search = Search(params, params.beam, max_tokens=first.most, end_ids=first.end_ids, constraint=constraint)
+        try:
+            return engine.submit(outputs, key=key, search=search)
+        except NeverFitsError:
+            if search is not None:
+                search.close()
+            raise
 
 
 class _Answer:
@@ -364,9 +375,10 @@ def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = 
     return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
 
 
-def open_session(model: Model, backend: str, context: int, formats: Formats | None = None) -> Session:
-    """A session of the named backend. Raises MissingExtraError where the backend's library is not installed."""
-    session: Session = _open(model, backend, context, formats)
+def open_session(model: Model, backend: str, context: int, formats: Formats | None = None, cache_bytes: int | None = None) -> Session:
+    """A session of the named backend, whose pages take ``cache_bytes``, as many as the backend thinks fit unless given. Raises
+    MissingExtraError where the backend's library is not installed."""
+    session: Session = _open(model, backend, context, formats, cache_bytes)
     return session
 
 
@@ -376,9 +388,14 @@ def open_scorer(model: Model, backend: str, context: int, formats: Formats | Non
     return scorer
 
 
-def _open(model: Model, backend: str, context: int, formats: Formats | None) -> Any:
+def _open(model: Model, backend: str, context: int, formats: Formats | None, cache_bytes: int | None = None) -> Any:
+    return find_loaded(backend, model).session(model, context, formats, cache_bytes)
+
+
+def find_loaded(backend: str, model: Model) -> Any:
+    """The backend of that name, which ``model`` is to run on. Raises MissingExtraError where its library is not installed."""
     try:
-        return load_backend(backend).session(model, context, formats)
+        return load_backend(backend)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -1,4 +1,4 @@
-"""Request: one prompt on its way to text. Knows tokens and text; knows no model and no backend."""
+"""Request: one output on its way to text. Knows tokens and text; knows no model and no backend."""
 
 import dataclasses
 import secrets
@@ -34,11 +34,11 @@ class Chunk:
 
 
 class Request:
-    """One output: known tokens (prompt, then output), how many of them are computed, and the text made of the output so far.
+    """One output: its tokens, and the text made of them so far.
 
-    ``limit`` is the most tokens prompt and output may have together; ``end_ids`` end the output and make no text;
-    ``program_context`` is the context of the Program that serves it; ``choice`` says which output of its prompt this is, all of which share
-    ``seed`` (a fresh one if None); ``constraint`` follows the grammar."""
+    ``limit`` is the most tokens prompt and output may have together, so that ``most`` may come; ``end_ids`` end the output and make no
+    text; ``program_context`` is the context of the Program that serves it; ``choice`` says which output of its prompt this is, all of
+    which share ``seed`` (a fresh one if None); ``constraint`` follows the grammar."""
 
     def __init__(
         self, index: int, prompt: Sequence[int], params: SamplingParams, *, limit: int, end_ids: frozenset[int],
@@ -48,7 +48,6 @@ class Request:
         self.choice, self.constraint = choice, constraint
         self.index, self.params, self.prompt, self.program_context = index, params, tuple(prompt), program_context
         self.output: list[int] = []
-        self.computed = 0
         self.finish_reason: FinishReason | None = None
         chosen = params.seed if seed is None else seed
         self.seed = secrets.randbits(63) if chosen is None else chosen
@@ -72,11 +71,6 @@ class Request:
         if self.constraint is None or self.constraint.mask is not None:
             return None if self.constraint is None else self.constraint.mask
         return np.zeros(1, np.uint32)
-
-    @property
-    def pending(self) -> tuple[int, ...]:
-        """Known tokens that are not computed yet."""
-        return (self.prompt + tuple(self.output))[self.computed :]
 
     @property
     def forbidden(self) -> frozenset[int]:
@@ -120,6 +114,8 @@ class Request:
 
     def _until_stop(self, text: str) -> tuple[str, bool]:
         """What of the next text can be emitted, and whether a stop string ended it; none does in the text of ``min_tokens`` tokens."""
+        if not self.params.stop:
+            return text, False
         if len(self.output) <= self.params.min_tokens:
             return self._stops.skip(text), False
         text, stop = self._stops.feed(text)

@@ -167,6 +167,11 @@ class SamplingParams:
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def sequences(self) -> int:
+        """Sequences that run together at most: the outputs that are drawn, or the beams."""
+        return self.choices if self.beam is None else self.beam.width
+
+    @property
     def reported(self) -> int | None:
         """How many of the likeliest ids the sampler reports beside the drawn one: ``logprobs``, or 0 where ``best_of`` ranks by them."""
         return 0 if self.logprobs is None and self.choices > self.n else self.logprobs

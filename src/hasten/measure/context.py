@@ -10,9 +10,9 @@ import numpy as np
 
 from hasten.backends.cpu import CpuSession
 from hasten.backends.cpu.backend import PAGE
-from hasten.backends.cpu.cache import CpuState
 from hasten.base import hardware
-from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.base.errors import ConfigError, UnsupportedError, UserError
+from hasten.engine.stepper import Sequences, Stepper
 from hasten.measure.latency import Runner
 from hasten.program import Batch, KvGroup, LatentGroup, ops
 from hasten.spec import Causal
@@ -74,17 +74,18 @@ def context_points(runner: Runner, contexts: Sequence[int], steps: int, before: 
     session, groups = runner.session, runner.program.states
     if not isinstance(session, CpuSession) or not all(isinstance(g, KvGroup | LatentGroup) and g.visible == Causal() for g in groups):
         raise UnsupportedError(f"{runner.model}: contexts are measured on backend cpu, for models whose every layer sees all positions")
-    ordered, state = sorted(set(contexts)), session.start(1)
+    stepper, ordered = Stepper(session), sorted(set(contexts))
+    state = stepper.start(1)
     tables = sum(2 * math.prod(runner.program.params[op.weight]) for op in runner.program.ops if isinstance(op, ops.Embed))
     residents = []
     for context in ordered:
-        _grow(session, state, context)
-        _timed(session, state, context)
+        _grow(stepper, session, state, context)
+        _timed(stepper, state, context)
         residents.append(hardware.resident_bytes())
     times: list[list[float]] = [[] for _ in ordered]
     for _ in range(_ROUNDS):
         for context, its in zip(ordered, times):
-            its += [_timed(session, state, context) for _ in range(steps)]
+            its += [_timed(stepper, state, context) for _ in range(steps)]
     for context, resident, its in zip(ordered, residents, times):
         cached = sum(group.bytes_per_token() for group in groups) * PAGE * -(-(context + 1) // PAGE)
         weights, arena = runner.weight_bytes + tables, session.compiled.arena_bytes
@@ -96,26 +97,26 @@ def context_points(runner: Runner, contexts: Sequence[int], steps: int, before: 
         )  # fmt: skip
 
 
-def _grow(session: CpuSession, state: CpuState, context: int) -> None:
-    """Fill the sequence up to ``context`` tokens."""
+def _grow(stepper: Stepper, session: CpuSession, state: Sequences, context: int) -> None:
+    """Fill the sequence up to ``context`` tokens. Raises UserError where the cache has no room for them and one more."""
     (sequence,) = state.sequences
     if sequence.length < (computed := min(context, _COMPUTED)):
         ids = np.random.default_rng(0).integers(0, session.vocab, _COMPUTED)[sequence.length : computed].tolist()
-        session.step(Batch.of([ids], [sequence.length], rows="last"), state)
-    sequence.grow(context)
+        stepper.step(Batch.of([ids], [sequence.length], rows="last"), state)
+    if not stepper.cache.grow(sequence.pages, context + 1):
+        raise UserError(f"a context of {context} tokens and one more is longer than the cache of {session.pages} pages")
     whole = sequence.length // PAGE
-    for group, pool in enumerate(session.compiled.pools):
-        pages = sequence.table.pages(group)
+    for pool, pages in zip(session.compiled.pools, sequence.pages.tables, strict=True):
         for index in range(whole, len(pages)) if context > sequence.length else ():
             pool.copy_page(pages[index % whole], pages[index])
-    sequence.length = context
+    sequence.pages.length = context
 
 
-def _timed(session: CpuSession, state: CpuState, context: int) -> float:
+def _timed(stepper: Stepper, state: Sequences, context: int) -> float:
     """Seconds of one more token after ``context``; the next one takes its place."""
     (sequence,) = state.sequences
-    sequence.length = context
+    sequence.pages.length = context
     batch = Batch.of([[1]], [context], rows="last")
     began = time.perf_counter()
-    session.step(batch, state)
+    stepper.step(batch, state)
     return time.perf_counter() - began

@@ -172,9 +172,7 @@ def _bf16(shape: tuple[int, ...]) -> NDArray[np.uint16]:
 
 def _step(rows: int, pages: int | None = None, begin: int = 0) -> tuple[Any, ...]:
     """Arguments of a tape's step of one sequence without logits, whose cache is the first ``pages`` pages of the tape's only group."""
-    table = _native.PageTable(0 if pages is None else 1)
-    for page in range(pages or 0):
-        table.append(0, page)
+    table = _native.PageTable([] if pages is None else [range(pages)])
     return (
         np.arange(rows, dtype=np.int32) % _VOCAB, np.arange(begin, begin + rows, dtype=np.int32), np.array([0, rows], np.int32),
         np.empty(0, np.int32), [table], np.empty((0, _VOCAB), np.float32),

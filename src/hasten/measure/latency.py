@@ -14,6 +14,7 @@ from hasten.base import hardware
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.checkpoint.random import PREFIX
 from hasten.engine.llm import open_session
+from hasten.engine.stepper import Stepper
 from hasten.formats.linear import LinearFormat
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
 from hasten.measure.roofline import Arithmetic, Limits, Slice
@@ -200,7 +201,7 @@ def check_context(model: Model, context: int) -> None:
 
 def repetitions(runner: Runner, case: Case, repeats: int) -> Iterator[Repetition]:
     """``repeats`` timed runs after one short one to warm up, slices of the limits between them. Prompts are seeded random ids."""
-    session, vocab = runner.session, runner.program.values["logits"].features[-1]
+    session, vocab = Stepper(runner.session), runner.program.values["logits"].features[-1]
     ids = np.random.default_rng(0).integers(0, vocab, (case.batch, case.context)).tolist()
     prompt = Batch.of([each[: case.prompt] for each in ids], rows="last")
     steps = [
@@ -220,7 +221,7 @@ def repetitions(runner: Runner, case: Case, repeats: int) -> Iterator[Repetition
             times.append(time.perf_counter() - began)
         slope = float(np.polyfit(np.arange(case.new + 1), times, 1)[0])
         step_us, tape_us = [], []
-        if isinstance(session, CpuSession):
+        if isinstance(runner.session, CpuSession):
             for step in steps[case.new :]:
                 _, state, profile = session.profile(step, state)
                 step_us.append(profile.overhead_ns / 1e3)

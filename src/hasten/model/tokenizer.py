@@ -1,10 +1,10 @@
 """Text ↔ token ids, through the `tokenizers` library."""
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hasten.base.errors import TokenizerError, UserError, one_line
@@ -93,20 +93,31 @@ class Tokenizer:
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    @contextlib.contextmanager
-    def _guarded(self, task: str) -> Iterator[None]:
-        """What the library raises, as one line; Ctrl-C and an exit pass."""
-        try:
-            yield
-        except UserError:
-            raise
-        except BaseException as error:  # the library raises bare Exception, and a panic in it is a BaseException without a public type
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            # A panic has been printed to file descriptor 2 by then. Only swapping the descriptor for the whole process, under every
-            # other thread, would silence it; our line comes last instead.
-            what = f"cannot {task}" if task else "not a usable tokenizer.json"
-            raise TokenizerError(f"{self.path}: {what}: {one_line(str(error))}; take the one that came with the model") from None
+    def _guarded(self, task: str) -> "_Guard":
+        return _Guard(self.path, task)
+
+
+class _Guard:
+    """What the library raises, as one line; Ctrl-C and an exit pass. A class, for every token comes through here."""
+
+    __slots__ = ("_path", "_task")
+
+    def __init__(self, path: Path, task: str) -> None:
+        self._path, self._task = path, task
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or isinstance(error, UserError):
+            return
+        # The library raises bare Exception, and a panic in it is a BaseException without a public type.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            return
+        # A panic has been printed to file descriptor 2 by then. Only swapping the descriptor for the whole process, under every
+        # other thread, would silence it; our line comes last instead.
+        what = f"cannot {self._task}" if self._task else "not a usable tokenizer.json"
+        raise TokenizerError(f"{self._path}: {what}: {one_line(str(error))}; take the one that came with the model") from None
 
 
 def find_tokenizer(directory: Path) -> tuple[Tokenizer | None, str]:

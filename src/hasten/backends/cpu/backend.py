@@ -1,23 +1,40 @@
 """The native backend as an engine sees it."""
 
 import dataclasses
+import math
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hasten import _native
-from hasten.backends.cpu.cache import CachedSequence, CpuState, PageAllocator, PagedGroup
 from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
 from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
+from hasten.backends.cpu.rows import format_of
 from hasten.base import hardware
-from hasten.base.errors import CheckpointError, ConfigError
+from hasten.base.errors import CheckpointError, ConfigError, UserError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, Formats, KvGroup, LatentGroup, Program, fuse, linear_formats, lower
+from hasten.program import (
+    Batch,
+    CopyPage,
+    Formats,
+    Move,
+    PageLists,
+    Program,
+    SwapIn,
+    SwapOut,
+    fuse,
+    linear_formats,
+    lower,
+    ops,
+    page_counts,
+    parts_of,
+)
 from hasten.spec import Spec
 
 PAGE = 16  # tokens
@@ -38,10 +55,34 @@ class CpuBackend:
         formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
         return (*unsupported_ops(lower(model.spec)), *formats)
 
-    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "CpuSession":
-        """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise."""
-        program = native_program(model.spec, context, formats)
-        pages = _page_counts(program)
+    def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
+        """What a session would play."""
+        return native_program(model.spec, context, formats)
+
+    def weight_bytes(self, program: Program) -> int:
+        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
+        found: dict[tuple[str, str], float] = {}
+        for op in (part for whole in program.ops for part in parts_of(whole)):
+            match op:
+                case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear():
+                    form = format_of(op)
+                    bits = form.bits + 32 / form.group if form.group else form.bits
+                    found[op.weight, str(form)] = math.prod(program.params[op.weight]) * bits / 8
+                case ops.Embed():
+                    found[op.weight, "table"] = math.prod(program.params[op.weight]) * 2
+                case _:
+                    found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params})
+        return round(sum(found.values()))
+
+    def session(
+        self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
+    ) -> "CpuSession":
+        """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise.
+
+        ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given; no page costs anything till used."""
+        program = self.program(model, context, formats)
+        free = hardware.memory(hardware.ROOT).available or 8 << 30
+        pages = page_counts(program, PAGE, free // 4 if cache_bytes is None else cache_bytes)
         threads = _native.ThreadPool(self.threads)
         packed = PackedWeights(threads, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
         compiled = compile_program(
@@ -65,44 +106,41 @@ def native_program(spec: Spec, context: int | None = None, formats: Formats | No
     return fuse(lower(spec, context=context, formats=linear, cache=cache_format(formats.cache or "bf16")), IN_CHAINS)
 
 
-def _page_counts(program: Program) -> Mapping[str, int]:
-    """As many pages as a quarter of free memory holds, and no more than 64 sequences of full length need. They cost nothing till used."""
-    budget = (hardware.memory(hardware.ROOT).available or 8 << 30) // 4
-    per_token = max(1, sum(group.bytes_per_token() for group in program.states))
-    pages = min(64 * -(-program.context // PAGE), max(budget // (per_token * PAGE), -(-program.context // PAGE)))
-    return {group.name: pages for group in program.states}
-
-
 class CpuSession:
-    """One compiled Program and its cache. ``threads`` play its steps, and are free between them."""
+    """One compiled Program and its pages of ``page`` tokens, of which ``pages`` says how many there are by state group. Which of them
+    holds what is the caller's business. ``threads`` play its steps, and are free between them."""
+
+    page = PAGE
 
     def __init__(self, program: Program, compiled: Compiled, threads: _native.ThreadPool) -> None:
         self.program, self.compiled, self.threads = program, compiled, threads
-        self.allocators = [PageAllocator(pool.pages) for pool in compiled.pools]
-        kept = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]  # in the order of the pools
-        self._groups = [
-            PagedGroup(allocator, pool.copy_page, group.oldest_visible)
-            for allocator, pool, group in zip(self.allocators, compiled.pools, kept, strict=True)
-        ]
+        self.pages = {group.name: pool.pages for group, pool in zip(program.states, compiled.pools, strict=True)}
         self.vocab = program.values["logits"].features[-1]
+        self._outside: list[dict[int, NDArray[np.uint8]]] = [{} for _ in compiled.pools]  # by group: what was swapped out, by place
+        self._scoring = threading.Lock()
 
-    def start(self, sequences: int) -> CpuState:
-        """The state of sequences that have seen nothing."""
-        return CpuState(tuple(CachedSequence(self._groups, PAGE) for _ in range(sequences)))
+    def carry_out(self, moves: Sequence[Move]) -> None:
+        """Copy pages, swap them out and in, in this order."""
+        for move in moves:
+            pool, outside = self.compiled.pools[move.group], self._outside[move.group]
+            match move:
+                case CopyPage():
+                    pool.copy_page(move.source, move.target)
+                case SwapOut():
+                    outside[move.place] = np.empty(pool.page_bytes, np.uint8)
+                    pool.read_page(move.source, outside[move.place])
+                case SwapIn():
+                    pool.write_page(move.target, outside.pop(move.place))
 
-    def score(self, batch: Batch) -> NDArray[np.float32]:
-        """Logits float32 [R, vocab] of whole sequences; nothing is carried on."""
-        return self.step(batch, self.start(len(batch.offsets) - 1))[0]
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``.
 
-    def step(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState]:
-        """Logits float32 [R, vocab] of the rows asked for, and the state afterwards (the same sequences, longer).
+        Raises ConfigError for what is out of range or does not fit together; nothing is changed then. Raises CheckpointError where
+        somebody changed the file that the weights were mapped from."""
+        return self._play(batch, pages, self.compiled.tape.run)
 
-        Raises ConfigError for a batch that does not go on from ``state``, or asks for what is not there; nothing is changed
-        then. Raises CheckpointError where somebody changed the file that the weights were mapped from."""
-        return self._step(batch, state, self.compiled.tape.run), state
-
-    def profile(self, batch: Batch, state: CpuState) -> tuple[NDArray[np.float32], CpuState, StepProfile]:
-        """A step as ``step`` takes it, and where its time went."""
+    def profile(self, batch: Batch, pages: Sequence[PageLists]) -> tuple[NDArray[np.float32], StepProfile]:
+        """The same, and where its time went."""
         tape, played = self.compiled.tape, [(0, 0)]
         op_ns = np.zeros((tape.ops, tape.threads), np.int64)
 
@@ -110,35 +148,29 @@ class CpuSession:
             played[0] = tape.profile(*(*arguments, op_ns))
 
         began = time.perf_counter_ns()
-        logits = self._step(batch, state, play)
+        logits = self._play(batch, pages, play)
         step_ns = time.perf_counter_ns() - began
         tape_ns, clock_ns = played[0]
-        return logits, state, StepProfile(tuple(tape.op_names), op_ns, tape_ns, step_ns - clock_ns)
+        return logits, StepProfile(tuple(tape.op_names), op_ns, tape_ns, step_ns - clock_ns)
 
-    def _step(self, batch: Batch, state: CpuState, play: Callable[..., Any]) -> NDArray[np.float32]:
-        sequences, bounds = state.sequences, batch.offsets.tolist()
-        if len(bounds) - 1 != len(sequences):
-            raise ConfigError(f"a batch of {len(bounds) - 1} sequences does not go on from a state of {len(sequences)}")
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
+        lengths, held = np.diff(batch.offsets), list[PageLists]()
+        begin = 0
+        for needed in (-(-lengths // PAGE)).tolist():
+            held.append([list(range(begin, begin + needed))] * len(self.pages))
+            begin += needed
+        if begin > min(self.pages.values(), default=begin):
+            raise UserError(f"{begin} pages are more than the cache's {min(self.pages.values())}; score fewer or shorter sequences at once")
+        with self._scoring:
+            return self.run(batch, held)
+
+    def _play(self, batch: Batch, pages: Sequence[PageLists], play: Callable[..., Any]) -> NDArray[np.float32]:
         if self.compiled.store.changed:
             raise CheckpointError("the file of packed weights was changed while it was in use; start again")
-        lengths = []
-        for index, sequence in enumerate(sequences):
-            start, stop = sequence.length, sequence.length + bounds[index + 1] - bounds[index]
-            if (said := batch.positions.item(bounds[index])) != start:
-                raise ConfigError(f"sequence {index} goes on at position {said}, but {start} of its tokens are cached")
-            if stop > self.program.context:
-                longest = self.program.context
-                raise ConfigError(f"position {stop - 1} is beyond the context of {longest} tokens; shorten the input")
-            lengths.append(stop)
-        for sequence, length in zip(sequences, lengths):
-            sequence.grow(length)
         logits = np.empty((len(batch.rows), self.vocab), np.float32)
-        tables = [sequence.table for sequence in sequences]
         try:
-            play(batch.tokens, batch.positions, batch.offsets, batch.rows, tables, logits)
+            play(batch.tokens, batch.positions, batch.offsets, batch.rows, [_native.PageTable(each) for each in pages], logits)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        for sequence, length in zip(sequences, lengths):
-            sequence.length = length
-            sequence.release()
         return logits

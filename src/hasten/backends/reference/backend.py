@@ -1,5 +1,6 @@
 """The reference backend as an engine sees it: sessions that take batches and return logits as numpy."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,13 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten.backends.reference.pages import Pages
 from hasten.backends.reference.play import play, weights_of
-from hasten.backends.reference.state import State
 from hasten.backends.reference.step import TORCH_DTYPES
+from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, Formats, Precision, Program, linear_formats, lower
+from hasten.program import Batch, Formats, Move, PageLists, Precision, Program, linear_formats, lower, page_counts
+
+PAGE = 16  # tokens
 
 
 class ReferenceBackend:
@@ -24,14 +28,29 @@ class ReferenceBackend:
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
         self.device, self.precision = device, precision
 
-    def session(self, model: Model, context: int | None = None, formats: Formats | None = None) -> "ReferenceSession":
-        """Weights made ready once, for steps of sequences of up to ``context`` tokens. Other ``formats`` are computed as what they mean;
-        keys and values are kept in the compute dtype unless they say otherwise."""
+    def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
+        """What a session would play."""
         formats, precision = formats or Formats(), self.precision or Precision(residual=model.spec.residual)
         linear = linear_formats(lower(model.spec, context=context), formats)
         cache = None if formats.cache is None else cache_format(formats.cache)
-        program = lower(model.spec, context=context, precision=precision, formats=linear, cache=cache)
-        return ReferenceSession(program, weights_of(program, model.weights, self.device, TORCH_DTYPES[precision.compute]))
+        return lower(model.spec, context=context, precision=precision, formats=linear, cache=cache)
+
+    def weight_bytes(self, program: Program) -> int:
+        """Bytes that the weights of ``program`` take here: all in the compute dtype, whatever the format says."""
+        compute = TORCH_DTYPES[(self.precision or Precision()).compute]
+        return sum(math.prod(shape) for shape in program.params.values()) * compute.itemsize
+
+    def session(
+        self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
+    ) -> "ReferenceSession":
+        """Weights made ready once, for steps of sequences of up to ``context`` tokens. Other ``formats`` are computed as what they mean;
+        keys and values are kept in the compute dtype unless they say otherwise.
+
+        ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given."""
+        program = self.program(model, context, formats)
+        memory = (hardware.memory(hardware.ROOT).available or 8 << 30) // 4 if cache_bytes is None else cache_bytes
+        compute = TORCH_DTYPES[(self.precision or Precision()).compute]
+        return ReferenceSession(program, weights_of(program, model.weights, self.device, compute), memory)
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
@@ -42,23 +61,29 @@ class ReferenceBackend:
 
 
 class ReferenceSession:
-    """One program with its weights. Stateless scoring, or steps that carry a State from the caller and back."""
+    """One Program with its weights, and pages of ``page`` tokens for what sequences keep, of which ``pages`` says how many there are by
+    state group. Which of them holds what is the caller's business."""
 
+    page = PAGE
     threads = None
     """Torch has its own."""
 
-    def __init__(self, program: Program, weights: dict[str, Tensor]) -> None:
+    def __init__(self, program: Program, weights: dict[str, Tensor], cache_bytes: int) -> None:
         self.program, self.weights = program, weights
-
-    def start(self, sequences: int) -> State:
-        """The state of sequences that have seen nothing."""
-        return State(sequences)
+        self.pages = page_counts(program, PAGE, cache_bytes)
+        self._kept = Pages(program, PAGE)
 
     @torch.inference_mode()
-    def step(self, batch: Batch, state: State) -> tuple[NDArray[np.float32], State]:
-        """Logits float32 [R, vocab] of the rows asked for, and the state afterwards."""
-        outputs, after = play(self.program, self.weights, batch, state)
-        return outputs["logits"].float().numpy(force=True), after
+    def carry_out(self, moves: Sequence[Move]) -> None:
+        """Copy pages, swap them out and in, in this order."""
+        self._kept.carry_out(moves)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``."""
+        outputs, after = play(self.program, self.weights, batch, self._kept.read(batch, pages))
+        self._kept.write(after, batch, pages)
+        return outputs["logits"].float().numpy(force=True)
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:

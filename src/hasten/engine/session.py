@@ -1,0 +1,42 @@
+"""Session: what the engine needs of a backend."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.program import Batch, Move, PageLists, Program
+
+if TYPE_CHECKING:
+    from hasten import _native
+
+
+class Session(Protocol):
+    """A Program to play, and pages for what its sequences keep. Which page holds what the engine decides; the backend carries it out."""
+
+    @property
+    def program(self) -> Program: ...
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page."""
+        ...
+
+    @property
+    def pages(self) -> Mapping[str, int]:
+        """How many there are, by state group."""
+        ...
+
+    @property
+    def threads(self) -> "_native.ThreadPool | None":
+        """Threads that sampling may share between steps; None where there are none of its own."""
+        ...
+
+    def carry_out(self, moves: Sequence[Move]) -> None:
+        """Copy pages, swap them out and in, in this order."""
+        ...
+
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Logits [R, vocab] of the batch's rows, in the caller's hands from then on; what is kept of sequence s goes to ``pages[s]``."""
+        ...

@@ -1,0 +1,148 @@
+"""How many tokens a second a model puts out when many requests of mixed lengths are there at once, by how they are batched."""
+
+import dataclasses
+import heapq
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hasten.base.errors import ConfigError, UserError
+from hasten.engine import LLM, SamplingParams
+from hasten.engine.batching import Batching, Continuous, Dynamic, Static
+from hasten.engine.plan import Settings
+from hasten.model import Model
+from hasten.program import Formats
+
+BATCHINGS: dict[str, Callable[[int], Batching]] = {"static": Static, "dynamic": Dynamic, "continuous": Continuous}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Workload:
+    """``requests`` greedy requests, all there at once. Outputs have ``output_min`` to ``output_max`` tokens, log-uniform; prompts have
+    ``prompt`` random ids of their own behind ``shared_prefix`` ids that all begin with. ``seed`` draws lengths and ids."""
+
+    requests: int = 96
+    prompt: int = 32
+    output_min: int = 16
+    output_max: int = 512
+    shared_prefix: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.output_min <= self.output_max:
+            raise ConfigError(
+                f"outputs of {self.output_min} to {self.output_max} tokens; give at least 1, and no more at least than at most"
+            )
+        if self.requests < 1 or self.prompt < 1 or self.shared_prefix < 0:
+            raise ConfigError(f"{self.requests} requests of {self.prompt} tokens behind {self.shared_prefix}; give at least 1, 1 and 0")
+
+    @property
+    def context(self) -> int:
+        """Most tokens that a request comes to."""
+        return self.shared_prefix + self.prompt + self.output_max
+
+    def lengths(self) -> list[int]:
+        """Tokens of each output."""
+        drawn = np.random.default_rng(self.seed).uniform(np.log(self.output_min), np.log(self.output_max + 1), self.requests)
+        return [int(length) for length in np.clip(np.exp(drawn), self.output_min, self.output_max)]
+
+    def prompts(self, vocab: int) -> list[list[int]]:
+        """Token ids of each prompt."""
+        rng = np.random.default_rng([self.seed, 1])
+        shared = rng.integers(0, vocab, self.shared_prefix).tolist()
+        return [shared + rng.integers(0, vocab, self.prompt).tolist() for _ in range(self.requests)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bound:
+    """How much faster than static batching the drawn lengths allow continuous batching to be: ``steps`` where a step takes as long whatever
+    is in it (memory is the limit), ``rows`` where it takes as long as it has rows (arithmetic is). What a machine does lies between."""
+
+    steps: float
+    rows: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], slots: int) -> "Bound":
+        """Of outputs in the order in which they come. Every static batch lasts as long as its longest, and keeps all its rows so long."""
+        batches = [lengths[begin : begin + slots] for begin in range(0, len(lengths), slots)]
+        ends = [0] * min(slots, len(lengths))
+        for length in lengths:
+            heapq.heapreplace(ends, ends[0] + length)
+        return cls(sum(map(max, batches)) / max(ends), sum(max(batch) * len(batch) for batch in batches) / sum(lengths))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Throughput:
+    """One run. Times to the first token count from when all requests were handed in; ``page_waste`` is the share of empty places in the
+    pages that sequences held, on average over the steps."""
+
+    model: str
+    backend: str
+    batching: str
+    prefix_cache: bool
+    requests: int
+    slots: int
+    prompt: int
+    shared_prefix: int
+    output_tokens: int
+    seconds: float
+    tokens_per_s: float
+    ttft_mean_s: float
+    ttft_median_s: float
+    ttft_p99_s: float
+    steps: int
+    computed_tokens: int
+    padding_tokens: int
+    hit_tokens: int
+    preemptions: int
+    page_waste: float
+    bound_steps: float
+    bound_rows: float
+
+
+def open_llm(
+    model: Model, workload: Workload, *, batching: str, slots: int, backend: str, formats: Formats, prefix_cache: bool, step_tokens: int,
+    cache_bytes: int | None = None,
+) -> LLM:  # fmt: skip
+    """An LLM for one run. Raises UserError for a workload longer than the model's context, ConfigError for a batching nobody knows."""
+    if batching not in BATCHINGS:
+        raise ConfigError(f"batching is {batching!r}; accepted: {', '.join(BATCHINGS)}")
+    if workload.context > model.spec.context:
+        raise UserError(f"prompt and output come to {workload.context} tokens; {model.name} accepts up to {model.spec.context}")
+    return LLM(
+        model, backend=backend, formats=formats, context=workload.context, max_sequences=slots, prefixes=prefix_cache,
+        scheduling=Settings(max(step_tokens, slots), BATCHINGS[batching](slots)), cache_bytes=cache_bytes,
+    )  # fmt: skip
+
+
+def run_workload(
+    llm: LLM, workload: Workload, batching: str, prefix_cache: bool, told: Callable[[int], None] = lambda _: None
+) -> Throughput:
+    """Run all requests once, after a short one to warm up. ``told`` hears of each token."""
+    prompts, lengths = workload.prompts(llm.model.spec.vocab), workload.lengths()
+    engine = llm.engine()
+    for _ in llm.stream([prompts[0][-1:]], SamplingParams(max_tokens=2, ignore_eos=True)):
+        pass
+    before, waste = dataclasses.asdict(engine.counters), list[float]()
+    first: dict[int, float] = {}
+    began = time.perf_counter()
+    for chunk in llm.stream(prompts, [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]):
+        if chunk.error is not None:
+            raise UserError(chunk.error)
+        if chunk.index not in first:
+            first[chunk.index] = time.perf_counter() - began
+        if engine.counters.steps > before["steps"] + len(waste):
+            waste.append(engine.cache.empty_share(engine.scheduler.pages()))
+        told(len(chunk.token_ids))
+    seconds = time.perf_counter() - began
+    counted = {name: value - before[name] for name, value in dataclasses.asdict(engine.counters).items()}
+    times, slots = sorted(first.values()), llm.scheduling.batching.slots
+    bound, last = Bound.of(lengths, slots), times[-(-99 * len(times) // 100) - 1]
+    return Throughput(
+        llm.model.name, llm.backend, batching, prefix_cache, workload.requests, slots, workload.prompt, workload.shared_prefix,
+        sum(lengths), seconds, sum(lengths) / seconds, statistics.mean(times), statistics.median(times), last,
+        counted["steps"], counted["computed_tokens"], counted["padding_tokens"], counted["hit_tokens"],
+        counted["recomputed"] + counted["swapped"], statistics.mean(waste), bound.steps, bound.rows,
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""The engine: outputs that hang on nothing but the request, failures that stay with it, and what a step costs beside computing."""
+
+import statistics
+import time
+
+import numpy as np
+import pytest
+
+from hasten import LLM, SamplingParams, load
+from hasten.backends.cpu import CpuBackend
+from hasten.engine.batching import ByPriority, Continuous, Dynamic, Static
+from hasten.engine.engine import Engine
+from hasten.engine.plan import Costs, NeverFitsError, Settings
+from hasten.engine.request import Request
+from hasten.program import Batch, Formats
+from tests.families.oracles import make_checkpoint
+
+MODEL = load("code-8m")
+LONG = 30
+SHARED = np.random.default_rng(1).integers(0, MODEL.spec.vocab, 80).tolist()
+WINDOWED = {
+    "model_type": "mistral", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 512, "sliding_window": 21,
+}  # fmt: skip
+EXPERTS = {
+    "model_type": "mixtral", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512,
+    "sliding_window": None,
+}  # fmt: skip
+HYBRID = {
+    "model_type": "mamba2", "vocab_size": 97, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4, "expand": 2,
+    "n_groups": 1, "num_heads": 4, "head_dim": 16, "chunk_size": 8, "tie_word_embeddings": False, "time_step_limit": (0.0, 100.0),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    found = {"code-8m": MODEL}
+    for name, config in (("windowed", WINDOWED), ("experts", EXPERTS)):
+        directory = tmp_path_factory.mktemp(name)
+        make_checkpoint(config, directory)
+        found[name] = load(directory)
+    return found
+
+
+def prompts_for(model, count, seed=0):
+    """Prompts of 3 to 140 tokens, every other one beginning alike, and then short ones."""
+    rng = np.random.default_rng(seed)
+    vocab = model.spec.vocab
+    made = []
+    for index in range(count):
+        own = rng.integers(0, vocab, int(rng.integers(3, 60 if index < LONG else 11))).tolist()
+        made.append([token % vocab for token in SHARED] + own if index % 2 and index < LONG else own)
+    return made
+
+
+def params_for(count):
+    """Greedy and seeded by turns, of 1 to 24 tokens, of 45 for short prompts."""
+    return [
+        SamplingParams(
+            max_tokens=1 + index * 7 % 24 if index < LONG else 45, temperature=index % 3 / 2, seed=index, top_p=0.9, ignore_eos=True
+        )
+        for index in range(count)
+    ]
+
+
+def page_bytes(model, pages):
+    return pages * 16 * sum(group.bytes_per_token() for group in CpuBackend().session(model, 64).program.states)
+
+
+MECHANISMS = {
+    "batches": ({}, lambda c: c.shared_steps > 10),
+    "small chunks": ({"scheduling": Settings(7, Continuous(5))}, lambda c: c.steps > 200),
+    "no prefixes": ({"prefixes": False}, lambda c: c.hit_tokens == 0),
+    "prefixes": ({"scheduling": Settings(160, Continuous(3))}, lambda c: c.hit_tokens > 300),
+    "preemption": ({"scheduling": Settings(64, Continuous(12), output_share=0.0), "pages": 20}, lambda c: c.recomputed > 0 == c.swapped),
+    "swaps": (
+        {"scheduling": Settings(64, Continuous(12), output_share=0.0, costs=Costs(1.0, 0.0)), "pages": 20, "swap": 400},
+        lambda c: c.swapped > 0,
+    ),
+    "static": ({"scheduling": Settings(256, Static(6))}, lambda c: c.padding_tokens > 20),
+    "dynamic": ({"scheduling": Settings(256, Dynamic(6, 0.0))}, lambda c: c.padding_tokens > 20),
+    "priorities": ({"scheduling": Settings(64, Continuous(4), order=ByPriority())}, lambda c: c.shared_steps > 10),
+}
+
+
+@pytest.mark.parametrize(("name", "weights"), [("code-8m", "int8"), ("windowed", "bf16"), ("experts", "bf16")])
+def test_tokens_hang_on_nothing_but_the_request(models, name, weights):
+    model, count = models[name], LONG + 14
+    context = 256
+    prompts, params = prompts_for(model, count), params_for(count)
+    alone = LLM(model, backend="cpu", formats=Formats(weights), context=context, max_sequences=1, prefixes=False)
+    expected = [alone.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, params)]
+    assert len(set(expected)) > count // 2
+    for mechanism, (settings, fired) in MECHANISMS.items():
+        settings = dict(settings)
+        if (pages := settings.pop("pages", None)) is not None:
+            settings["cache_bytes"] = page_bytes(model, pages)
+            settings["swap_bytes"] = page_bytes(model, settings.pop("swap", 0))
+        llm = LLM(model, backend="cpu", formats=Formats(weights), context=context, **settings)
+        done = llm.generate(prompts, params)
+        assert [one.error for one in done] == [None] * count, mechanism
+        assert [one.token_ids for one in done] == expected, mechanism
+        assert fired(llm.engine(context).counters), (mechanism, llm.engine(context).counters)
+        pools = llm.engine(context).cache.pools
+        assert [pool.available for pool in pools] == [pool.pages for pool in pools], mechanism
+
+
+def test_recurrent_states_are_found_again(tmp_path):
+    """On the reference backend, which promises no bits: the logits that follow a restored snapshot are near."""
+    make_checkpoint(HYBRID, tmp_path)
+    model = load(tmp_path)
+    llm = LLM(model, backend="reference", context=256, scheduling=Settings(40, Continuous(4)))
+    prompts = [[*range(64), *tail] for tail in ([70, 71, 72], [80, 81], [90])]
+    done = [llm.generate([prompt], SamplingParams(max_tokens=8))[0].token_ids for prompt in prompts]
+    assert llm.engine(256).counters.hit_tokens == 2 * 64
+    for prompt, tokens in zip(prompts, done):
+        rows = model.logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        best = rows.max(axis=-1)
+        assert (best - rows[np.arange(len(tokens)), list(tokens)] <= 1e-4 * np.abs(rows).max()).all()
+
+
+def test_streams_may_be_read_by_turns():
+    llm = LLM(MODEL, backend="cpu", max_sequences=8)
+    prompts = ["def", "import json", "class A:", "return"]
+    expected = [one.token_ids for one in llm.generate(prompts, SamplingParams(max_tokens=9))]
+    streams = [llm.stream([prompt], SamplingParams(max_tokens=9)) for prompt in prompts]
+    taken = [[], [], [], []]
+    for _ in range(9):
+        for place, stream in enumerate(streams):
+            chunk = next(stream)
+            assert chunk.index == 0
+            taken[place] += chunk.token_ids
+    assert [tuple(one) for one in taken] == expected
+    abandoned = llm.stream(prompts)
+    next(abandoned)
+    assert llm.engine().busy
+    abandoned.close()
+    assert not llm.engine().busy
+
+
+# --- several outputs of one prompt
+
+
+def request(index, prompt, params, choice=0, seed=5):
+    return Request(
+        index, prompt, params, limit=256, end_ids=frozenset(), detokenizer=None, program_context=256, choice=choice, seed=seed
+    )  # fmt: skip
+
+
+def finish(engine):
+    chunks = []
+    while engine.busy:
+        chunks += engine.step()
+    return chunks
+
+
+@pytest.mark.parametrize("step_tokens", [16, 512])
+def test_outputs_of_one_prompt_share_it(step_tokens):
+    params = SamplingParams(max_tokens=20, temperature=1.0)
+    prompt = SHARED[:37]
+
+    def engine():
+        return Engine(CpuBackend().session(MODEL, 256), Settings(step_tokens, Continuous(8)), prefixes=False)
+
+    alone = []
+    for choice in range(4):
+        single = engine()
+        one = request(0, prompt, params, choice)
+        single.submit([one])
+        finish(single)
+        alone.append(one.output)
+    assert len({tuple(output) for output in alone}) == 4
+    together = engine()
+    outputs = [request(0, prompt, params, choice) for choice in range(4)]
+    together.submit(outputs)
+    together.submit([request(1, prompt[:9], params)])
+    before = together.cache.pools[0].free
+    while not outputs[0].output:
+        together.step()
+    assert before - together.cache.pools[0].free <= 3 + 1 + 1  # 37 tokens once, and the other request
+    chunks = finish(together)
+    assert [output.output for output in outputs] == alone
+    assert {(chunk.index, chunk.choice) for chunk in chunks if chunk.finish_reason} == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)}
+    assert together.counters.forks == 3
+    assert together.counters.computed_tokens == 37 + 4 * 19 + 9 + 19
+
+
+# --- one request's failure is its own
+
+
+class Faulty:
+    """A session that fails on every batch that holds the token ``poison``, as ``fails`` says."""
+
+    def __init__(self, session, poison, fails):
+        self._session, self._poison, self._fails, self.failures = session, poison, fails, 0
+        self.program, self.page, self.pages, self.threads = session.program, session.page, session.pages, session.threads
+        self.carry_out = session.carry_out
+
+    def run(self, batch: Batch, pages):
+        bad = np.flatnonzero(batch.tokens == self._poison)
+        if len(bad):
+            self.failures += 1
+            if self._fails == "raises":
+                raise RuntimeError("the poison token came")
+        logits = self._session.run(batch, pages)
+        owners = np.searchsorted(batch.offsets, bad, side="right") - 1
+        logits[np.isin(np.searchsorted(batch.offsets, batch.rows, side="right") - 1, owners)] = np.nan
+        return logits
+
+
+@pytest.mark.parametrize("fails", ["raises", "NaN"])
+def test_a_failure_is_its_own_requests(fails):
+    poison = 4321
+    prompts = [SHARED[:n] for n in (3, 20, 41, 9, 30)]
+    params = SamplingParams(max_tokens=12)
+
+    def outputs(session, spoilt):
+        engine = Engine(session, Settings(32, Continuous(4)))
+        requests = [request(i, [*prompt, poison, 7] if i in spoilt else prompt, params) for i, prompt in enumerate(prompts)]
+        for one in requests:
+            engine.submit([one], key="all")
+        chunks = finish(engine)
+        assert [sum(chunk.finish_reason is not None for chunk in chunks if chunk.index == i) for i in range(5)] == [1] * 5
+        pools = engine.cache.pools
+        assert [pool.available for pool in pools] == [pool.pages for pool in pools]
+        return requests, {chunk.index: chunk.error for chunk in chunks if chunk.error}
+
+    def session():
+        return CpuBackend().session(MODEL, 256)
+
+    clean, none = outputs(session(), ())
+    assert not none
+    faulty = Faulty(session(), poison, fails)
+    spoilt, errors = outputs(faulty, (1, 4))
+    assert faulty.failures > 1
+    assert errors.keys() == {1, 4}
+    assert all(("poison" if fails == "raises" else "NaN") in error for error in errors.values())
+    assert [one.finish_reason for one in spoilt] == ["length", "error", "length", "length", "error"]
+    for index in (0, 2, 3):
+        assert spoilt[index].output == clean[index].output
+
+
+def test_what_never_fits_fails_alone():
+    llm = LLM(MODEL, backend="cpu", context=256, cache_bytes=1)  # room for one sequence of 256 tokens
+    engine = llm.engine()
+    with pytest.raises(NeverFitsError, match="need 30 pages of kv0, and the cache has 16"):
+        engine.submit([request(0, SHARED[:40], SamplingParams(max_tokens=200)), request(0, SHARED[:40], SamplingParams(max_tokens=60), 1)])
+    assert not engine.busy
+    assert llm.generate(["def"], SamplingParams(max_tokens=3))[0].error is None
+
+
+# --- what a step costs beside computing
+
+
+class Nothing:
+    """A session that computes nothing."""
+
+    threads = None
+
+    def __init__(self, session):
+        self.program, self.page, self.pages = session.program, session.page, session.pages
+
+    def carry_out(self, moves):
+        pass
+
+    def run(self, batch, pages):
+        return np.zeros((len(batch.rows), 1), np.float32)
+
+
+def test_plan_commit_and_detokenize_of_64_sequences_take_a_millisecond(monkeypatch):
+    """On a machine where 64 times decoding 20 tokens takes 0.22 ms, as on the quiet one where 0.81 ms were measured. Both are timed by
+    turns, and their ratio counts: the promise is about the work, not about what else the machine does."""
+    llm = LLM(MODEL, backend="cpu", max_sequences=64)
+    text = llm.encode("for name, value in sorted(settings.items()):\n    print(f'{name}: {value!r}')\n" * 40)
+    engine = Engine(Nothing(CpuBackend().session(MODEL, 2048)), Settings(512, Continuous(64)))
+    drawing = [0.0]
+
+    def draw(rows, errors):
+        began = time.perf_counter()
+        draws = {sequence: [(sequence, text[(sequence * 11 + engine.counters.steps) % len(text)])] for sequence, _ in rows}
+        drawing[0] += time.perf_counter() - began
+        return draws
+
+    def compute(entries, errors):
+        began = time.perf_counter()
+        rows = [(entry.sequence, None) for entry in entries if entry.draws]
+        drawing[0] += time.perf_counter() - began
+        return rows
+
+    monkeypatch.setattr(engine, "_draw", draw)
+    monkeypatch.setattr(engine, "_compute", compute)
+    for index in range(100):  # 64 run, the others wait
+        (one,) = llm._choices(index, text[index : index + 100], SamplingParams(max_tokens=1000, ignore_eos=True))
+        engine.submit([one], key="all")
+    for _ in range(30):
+        engine.step()
+    runs, ratios = [], []
+    decode, window = llm.model.text_tokenizer()._rust.decode, text[:20]
+    for _ in range(12):
+        times, yardstick = [], []
+        for _ in range(25):
+            began = time.perf_counter()
+            for _ in range(64):
+                decode(window)
+            yardstick.append(time.perf_counter() - began)
+            drawing[0], began = 0.0, time.perf_counter()
+            assert len(engine.step()) == 64
+            times.append(time.perf_counter() - began - drawing[0])
+        runs.append(statistics.median(times))
+        ratios.append(runs[-1] / statistics.median(yardstick))
+    print(f"plan + commit + detokenize, 64 sequences: {min(runs) * 1e3:.2f} ms, {min(ratios):.2f} × 64 decodings")
+    assert min(ratios) <= 1e-3 / 0.22e-3, ratios

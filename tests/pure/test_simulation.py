@@ -1,0 +1,105 @@
+"""Ten thousand simulated runs of scheduler and cache, and planted faults that they must find."""
+
+import collections
+import itertools
+
+import pytest
+
+from hasten.cache import Cache, PagePool, PrefixTree
+from hasten.engine.scheduler import Scheduler
+from tests.pure.simulation import Simulation, Violation
+
+SEEDS, PARTS = 10_000, 16
+FIRED = (
+    "ended", "aborts", "failures", "never fits", "hit_tokens", "padding_tokens", "recomputed", "swapped", "swaps in", "forks",
+    "shared_steps", "evicted", "held",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_invariant_holds_after_every_step(part):
+    seen = collections.Counter()
+    for seed in range(part, SEEDS, PARTS):
+        simulation = Simulation(seed)
+        try:
+            simulation.run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {simulation.settings}, {simulation.groups}") from error
+        seen.update(simulation.seen)
+    assert all(seen[what] > 0 for what in FIRED), seen
+
+
+def leak(monkeypatch):
+    """Every hundredth page that is given back is lost."""
+    give_back, calls = PagePool.give_back, itertools.count(1)
+    monkeypatch.setattr(PagePool, "give_back", lambda pool, page: give_back(pool, page) if next(calls) % 100 else None)
+
+
+def starvation(monkeypatch):
+    """Who came last is let in first."""
+    let_in = Scheduler._let_in
+
+    def backwards(scheduler, spare):
+        scheduler._waiting.reverse()
+        let_in(scheduler, spare)
+        scheduler._waiting.sort(key=lambda waiting: waiting.rank)
+
+    monkeypatch.setattr(Scheduler, "_let_in", backwards)
+
+
+def copy_forgotten(monkeypatch):
+    take = Cache.take_moves
+    monkeypatch.setattr(Cache, "take_moves", lambda cache: take(cache)[1:])
+
+
+def tenants_mixed(monkeypatch):
+    """Prefixes are found under any key."""
+    root, find = PrefixTree.root, PrefixTree.find
+    monkeypatch.setattr(PrefixTree, "root", lambda tree, key: root(tree, "all"))
+    monkeypatch.setattr(PrefixTree, "find", lambda tree, key, tokens: find(tree, "all", tokens))
+
+
+def window_too_short(monkeypatch):
+    """A page goes back one token too early."""
+    advance = Cache.advance
+
+    def hasty(cache, sequence, tokens, length, snapshot=False):
+        advance(cache, sequence, tokens, length, snapshot)
+        for index, group in cache._windowed:
+            if sequence.gone[index] < group.oldest(length + 1) // cache.page:
+                cache.pools[index].give_back(sequence.tables[index][sequence.gone[index]])
+                sequence.gone[index] += 1
+
+    monkeypatch.setattr(Cache, "advance", hasty)
+
+
+def lost_token(monkeypatch):
+    """A forked sequence misses what it was forked for."""
+    fork = Cache.fork
+
+    def short(cache, sequence):
+        other = fork(cache, sequence)
+        if other.length > 1:
+            other.length -= 1
+        return other
+
+    monkeypatch.setattr(Cache, "fork", short)
+
+
+@pytest.mark.parametrize("plant", [leak, starvation, copy_forgotten, tenants_mixed, window_too_short, lost_token])
+def test_a_planted_fault_is_found(monkeypatch, plant):
+    plant(monkeypatch)
+    found = []
+    for seed in range(300):
+        try:
+            Simulation(seed).run()
+        except Violation as violation:
+            found.append(str(violation))
+        except Exception as error:  # a fault may also make nonsense
+            found.append(repr(error))
+    assert found
+
+
+def test_the_runs_without_a_fault_find_none():
+    for seed in range(300):
+        Simulation(seed).run()
