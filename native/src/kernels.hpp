@@ -93,7 +93,8 @@ struct Activations {
 // y[r, c] = x · wᵀ + bias for every row and the channels of panels [first, last). bias may be null. y row stride in elements.
 // f32 and f16 weights take float32 rows, bf16 and fp8 bf16 rows, integers int8 or bf16 rows. Integers on int8 give the same bits at every
 // isa: exact sums s, then per group in k order t = fma(float(s), scale, t), then fma(t, row scale, bias). Otherwise sums are float32 in k
-// order, with scales t = fma(s, scale, t) at the end of each group; their bits depend on whether isa is amx, and on nothing else.
+// order, with scales t = fma(s, scale, t) at the end of each group; their bits depend on whether isa is amx, and on nothing else. All of that
+// holds of finite rows, and of scales that are not subnormal when divided by 16; a sparse weight may leave 0 · inf out.
 // y may hold partial sums until the call returns. `isa` must be one that runs here.
 void linear(Isa isa, const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride);
 

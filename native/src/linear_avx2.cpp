@@ -55,7 +55,7 @@ AVX2 inline void store_sums(const Vector (&total)[rows][2], Sums<Sum> sums) {
 }
 
 // What a product multiplies: X, activations as widened; Sum, what sums are; kStretch, k widened at a time; widen(), k of one row; add(),
-// what `k` of some rows contribute to their sums, with weights as PanelReader gives them.
+// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, or, of Int4, as they lie.
 
 struct F32 {
     using X = float;
@@ -181,11 +181,12 @@ struct Int4 {
         for (int i = 0; i < k;) {
             const int unit = (at + i) / kUnit;
             const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
-            if (rows <= 2 && unit % 4 == 0 && k - i >= 4 * kUnit) {  // registers for both nibbles' sums
-                add_tile<rows>(w, x + i, stride, sums);
-                i += 4 * kUnit;
-                continue;
-            }
+            if constexpr (rows <= 2)  // registers for both nibbles' sums
+                if (unit % 4 == 0 && k - i >= 4 * kUnit) {
+                    add_tile<rows>(w, x + i, stride, sums);
+                    i += 4 * kUnit;
+                    continue;
+                }
             if (unit & 2)
                 add_unit<rows, 4>(w, x + i, stride, sums);
             else

@@ -84,7 +84,11 @@ std::vector<std::uint64_t> MappedFile::digests(ThreadPool& pool, std::span<const
 void MappedFile::move(std::vector<Extent> extents, std::vector<std::uint64_t> digests) {
 #if defined(__linux__)
     if (mover_.joinable()) return;
-    mover_ = std::thread([this, extents = std::move(extents), digests = std::move(digests)] { move_all(extents, digests); });
+    try {
+        mover_ = std::thread([this, extents = std::move(extents), digests = std::move(digests)] { move_all(extents, digests); });
+    } catch (const std::system_error&) {
+        // No more threads are to be had: it stays as it is.
+    }
 #else
     (void)extents, (void)digests;
 #endif

@@ -20,7 +20,7 @@ struct Extent {
     std::size_t offset, size;
 };
 
-// The first `size` bytes of a file, for reading only. They keep their addresses when they are moved: whoever reads one meanwhile sees the
+// The first `size` bytes of a file, to be read only. They keep their addresses when they are moved: whoever reads one meanwhile sees the
 // same byte before and after, for the system exchanges whole pages at once.
 class MappedFile {
    public:
@@ -40,7 +40,7 @@ class MappedFile {
     std::vector<std::uint64_t> digests(ThreadPool& pool, std::span<const Extent> extents) const;
 
     // Begin to move all of it, after a moment and with long rests, on a thread of its own. `digests` are those of `extents`, which are taken
-    // again of what was moved. Once. Nothing moves where the system cannot, or has no memory left: then it stays as it is.
+    // again of what was moved. Once. Nothing moves where the system cannot: then it stays as it is. What is moved takes memory of its own.
     void move(std::vector<Extent> extents, std::vector<std::uint64_t> digests);
 
     // Waits for the end of the move, which rests no more. How many bytes lie in memory of their own; all of them, or what there was room for.

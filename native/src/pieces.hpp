@@ -1,6 +1,7 @@
 // Work that threads share as they come free: on a shared machine no two threads are equally fast.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -9,8 +10,8 @@
 
 namespace hasten {
 
-// `count` things in pieces of `most`. Every thread has a share of its own, the same every time, since it has touched that memory first;
-// it takes its share piece by piece, then what the others have not begun. Where shares are small they are one piece each, and stay.
+// `count` things in pieces of `most`. Every thread has a share of its own, the same every time, for that memory is near it where it was the
+// first to touch it; it takes its share piece by piece, then what the others have not begun. Where shares are small they are one piece each, and stay.
 class Pieces {
    public:
     Pieces(std::size_t count, std::size_t most, unsigned threads) : count_(count), most_(most), taken_(threads) {}

@@ -153,8 +153,9 @@ void masks_body(const PackedLinear& dense, int first, int last, std::uint64_t* m
             more_than_two |= ((count & count >> 1) | count >> 2) & kFirstOfFour;
             present += std::popcount(mask[word]);
         }
-        // Not where that adds more than an eighth.
-        const bool regular = dense.format != WeightFormat::int4 && !more_than_two && present * 9 >= std::int64_t{tiles} * words * 32 * 8;
+        // Not where that adds more than an eighth to what is not padding.
+        const std::int64_t half = std::int64_t{panel_channels(dense, panel)} * dense.in / 2;
+        const bool regular = dense.format != WeightFormat::int4 && !more_than_two && present * 9 >= half * 8;
         panels[panel] = {0, regular};
         for (int t = 0; t < tiles; ++t) {
             std::uint64_t* const its = mask + static_cast<std::ptrdiff_t>(t) * words;

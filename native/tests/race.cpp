@@ -13,7 +13,7 @@ namespace {
 
 using namespace hasten;
 
-constexpr int kWidth = 96, kHeads = 6, kKvHeads = 2, kHeadDim = 16, kVocab = 117, kPage = 16, kPages = 16, kMostTokens = 40;
+constexpr int kWidth = 96, kHeads = 6, kKvHeads = 2, kHeadDim = 16, kVocab = 1037, kPage = 16, kPages = 16, kMostTokens = 40;
 constexpr int kStride = 256;  // elements of a fed row, both formats
 
 std::vector<bf16> random_weight(int out, int in, unsigned seed) {

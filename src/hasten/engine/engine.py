@@ -69,6 +69,11 @@ class Engine:
         self._late: Collection[int] = ()  # those of them that the last step did not wait for
 
     @property
+    def session(self) -> Session:
+        """The backend's session it runs, for whoever measures."""
+        return self._session
+
+    @property
     def busy(self) -> bool:
         """Is there work?"""
         return bool(self._running)

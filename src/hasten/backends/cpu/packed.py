@@ -301,7 +301,8 @@ class PackedCache:
                 extents, digests = [(part.offset, part.size) for part in parts], [part.digest for part in parts]
                 if mapped.digests(pool, extents) == digests:
                     mapped.move(extents, digests)
-                    os.utime(path)  # its last use
+                    with contextlib.suppress(OSError):
+                        os.utime(path)  # its last use
                     return mapped, [[part.offset for part in each] for each in header.parts]
         return None
 
