@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hasten import LLM, SamplingParams
+from hasten.engine import BeamSearch, Grammar
 from tests.cli import ENVIRONMENT, main
 
 PROMPTS = ["import json\n", "def add(a, b):\n    ", "class Stack:", "größer = ", "return"]
@@ -44,6 +45,39 @@ def test_answers_are_those_of_the_llm(tmp_path, monkeypatch, capsys):
     assert len(found[6]["token_ids"]) == 2
 
 
+def test_a_line_may_ask_for_all_that_a_request_may(tmp_path, monkeypatch, capsys):
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+    lines = [
+        {"prompt": PROMPTS[0], "n": 2, "best_of": 3, "temperature": 1.0, "seed": 3, "logprobs": 1},
+        {"prompt": PROMPTS[1], "grammar": {"json_schema": schema}},
+        {"prompt": PROMPTS[2], "beam": {"width": 3, "length_penalty": 0.5}, "n": 2},
+        {"prompt": PROMPTS[3], "logit_bias": {"200": 4.5}, "echo": True, "prompt_logprobs": 0},
+        {"prompt": PROMPTS[4], "logit_bias": {"9999": 1}},
+    ]
+    source = written(tmp_path / "in.jsonl", lines)
+    outcome = main(monkeypatch, capsys, "generate", "code-8m", "--input", source, "--output", tmp_path / "out.jsonl", "-n", "8")
+    assert "answered 4 prompts" in outcome.err
+    found = answers(tmp_path / "out.jsonl")
+    asked = [
+        SamplingParams(max_tokens=8, n=2, best_of=3, temperature=1.0, seed=3, logprobs=1),
+        SamplingParams(max_tokens=8, grammar=Grammar.json_schema(schema)),
+        SamplingParams(max_tokens=8, beam=BeamSearch(width=3, length_penalty=0.5), n=2),
+        SamplingParams(max_tokens=8, logit_bias={200: 4.5}, echo=True, prompt_logprobs=0),
+    ]
+    llm = LLM("code-8m")
+    for number, params in enumerate(asked):
+        expected = llm.generate(PROMPTS[number], params)
+        its = found[number].get("outputs", [found[number]])
+        assert [(one["text"], tuple(one["token_ids"]), one["finish_reason"]) for one in its] == [
+            (one.text, one.token_ids, one.finish_reason) for one in expected
+        ]
+        for name in ("logprobs", "prompt_logprobs"):
+            shown = [None if (entries := getattr(one, name)) is None else [entry.logprob for entry in entries] for one in expected]
+            assert [None if (entries := one.get(name)) is None else [entry["logprob"] for entry in entries] for one in its] == shown
+    assert found[3]["text"].startswith(PROMPTS[3])
+    assert "9999" in found[4]["error"]
+
+
 def test_a_line_that_is_refused_is_answered_so(tmp_path, monkeypatch, capsys):
     source = written(tmp_path / "in.jsonl", [{"prompt": "x = "}, {"token_ids": [9999]}, {"token_ids": [1] * 3000}])
     outcome = main(monkeypatch, capsys, "generate", "code-8m", "--input", source, "--output", tmp_path / "out.jsonl", "-n", "4")
@@ -60,7 +94,8 @@ def test_a_line_that_is_refused_is_answered_so(tmp_path, monkeypatch, capsys):
     [
         ("{", "line 2 is not JSON"), ("[1]", "not an object"), ({"text": "x"}, 'needs "prompt"'), ({"prompt": 3}, 'needs "prompt"'),
         ({"prompt": "x", "token_ids": [1]}, "one of them"), ({"prompt": "x", "topk": 3}, "'topk'; accepted"),
-        ({"prompt": "x", "top_p": 3}, "line 2: top_p is 3"),
+        ({"prompt": "x", "top_p": 3}, "line 2: top_p is 3"), ({"prompt": "x", "grammar": "a"}, "grammar is 'a'; accepted"),
+        ({"prompt": "x", "grammar": {"regex": 3}}, "line 2: regex is 3"), ({"prompt": "x", "beam": {"n": 3}}, "with a width"),
     ],
 )  # fmt: skip
 def test_bad_lines_are_named_before_anything_runs(tmp_path, monkeypatch, capsys, line, said):
