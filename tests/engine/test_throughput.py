@@ -50,7 +50,6 @@ def test_a_shared_prefix_is_computed_once(monkeypatch, capsys):
     off, on = map(json.loads, outcome.out.splitlines())
     assert (off["hit_tokens"], on["hit_tokens"]) == (0, 6 * 320)  # the second begins in the same step as the first
     assert off["computed_tokens"] - on["computed_tokens"] == 6 * 320
-    assert on["ttft_mean_s"] < 0.6 * off["ttft_mean_s"]
     words = main(monkeypatch, capsys, *arguments, "--output-min", "2", "--output-max", "2", "--prefix-cache", "off,on").out
     assert "with over without the prefix cache" in words
 
