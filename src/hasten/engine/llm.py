@@ -175,7 +175,6 @@ class LLM:
             Request(
                 number, ids, params, limit=self.context, end_ids=frozenset(self.model.eos_token_ids), detokenizer=self._detokenizer(),
                 program_context=next(context for context in self._contexts if needed <= context), choice=choice, seed=seed,
-                constraint=None if params.grammar is None or params.beam is not None else self._follow().start(params.grammar),
             )
             for choice in range(params.choices)
         ]  # fmt: skip
@@ -228,15 +227,10 @@ class LLM:
     def _run(self, prepared: Sequence[Sequence[Request]]) -> Iterator[Chunk]:
         """Requests that one Program serves run together, beside those of other streams that are not at their end."""
         places = {outputs[0].index: place for place, outputs in enumerate(prepared)}
-        try:
-            for context in self._contexts:
-                if together := [outputs for outputs in prepared if outputs[0].program_context == context]:
-                    for chunk in self._run_together(self.engine(context), together):
-                        yield dataclasses.replace(chunk, index=places[chunk.index])
-        finally:
-            for output in itertools.chain.from_iterable(prepared):
-                if output.constraint is not None:
-                    output.constraint.close()  # an abandoned stream ends here too
+        for context in self._contexts:
+            if together := [outputs for outputs in prepared if outputs[0].program_context == context]:
+                for chunk in self._run_together(self.engine(context), together):
+                    yield dataclasses.replace(chunk, index=places[chunk.index])
 
     def engine(self, context: int | None = None) -> Engine:
         """The engine of the Program for sequences of up to ``context`` tokens, of which LongRoPE models have two; the longest unless
@@ -295,14 +289,17 @@ class LLM:
         first = outputs[0]
         key = PrefixKey(self.model.name, None if self._formats is None else self._formats.cache)
         params, search = first.params, None
+        states = [self._follow().start(params.grammar) for _ in (outputs if params.beam is None else outputs[:1])] if params.grammar else []
         if params.beam is not None:
-            constraint = None if params.grammar is None else self._follow().start(params.grammar)
-            search = Search(params, params.beam, max_tokens=first.most, end_ids=first.end_ids, constraint=constraint)
+            search = Search(params, params.beam, max_tokens=first.most, end_ids=first.end_ids, constraint=states[0] if states else None)
+        else:
+            for output, state in zip(outputs, states):
+                output.constraint = state
         try:
             return engine.submit(outputs, key=key, search=search)
         except NeverFitsError:
-            if search is not None:
-                search.close()
+            for state in states:
+                state.close()
             raise
 
 
