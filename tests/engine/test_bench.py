@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -194,13 +196,16 @@ def test_random_weights_may_run_past_their_context_unless_positions_are_a_table(
 
 
 def test_context(hasten):
-    rows = rows_of(hasten("bench", "context", "code-8m", "--context", "700,9,100,1000", "--steps", 1, "--weights", "int8", "--json"))
+    # In a process of its own, for the memory of this one grows and shrinks with other tests.
+    command = [sys.executable, "-m", "hasten.cli", "bench", "context", "code-8m", "--context", "700,9,100,1000", "--steps", "1"]
+    out = subprocess.run([*command, "--weights", "int8", "--json"], capture_output=True, text=True, check=True).stdout
+    rows = [json.loads(line) for line in out.splitlines()]
     assert [row["context"] for row in rows] == [9, 100, 700, 1000]
     (group,) = lower(MODEL.spec, cache="bfloat16").states
     for row in rows:
         assert row["cache_bytes"] == group.bytes_per_token() * 16 * -(-(row["context"] + 1) // 16)
         assert row["planned_bytes"] == row["weight_bytes"] + row["arena_bytes"] + row["cache_bytes"]
-        assert row["resident_bytes"] > 0
+        assert row["resident_bytes"] > row["weight_bytes"] / 2
         assert row["tpot_ms"] > 0
     assert len({row["weight_bytes"] for row in rows}) == len({row["arena_bytes"] for row in rows}) == 1
     table = hasten("bench", "context", "code-8m", "--context", "5,6,7", "--steps", 1).out
