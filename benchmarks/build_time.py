@@ -26,7 +26,7 @@ def main() -> None:
         for command in (configure, ["cmake", "--build", folder, "--parallel", str(given.jobs)]):
             done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
             if done.returncode:
-                raise SystemExit(f"{command[0]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+                raise SystemExit(f"{command[0]} failed (are cmake, ninja and nanobind installed?):\n{done.stderr or done.stdout}")
         seconds = time.perf_counter() - began
         if not [*Path(folder).glob("_native*")]:
             raise SystemExit("nothing was built")

@@ -139,7 +139,7 @@ struct Avx512 {
 
 #endif
 
-// Body(std::integral_constant<int, rows>, row) for all rows, as many at a time as the level takes.
+// body.operator()<count>(row) for all rows, as many at a time as the level takes.
 template <class Level, class Body>
 HASTEN_INLINE void by_rows(int count, Body body) {
     int row = 0;

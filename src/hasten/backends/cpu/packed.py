@@ -3,9 +3,10 @@
 A file is 64 bytes (magic, place, length and digest of the header), the parts of every weight at multiples of 4096, and the header. It
 appears under its name only when whole, and is never changed after, so that any number of processes may read, replace and remove it.
 
-No damaged weight is ever played. A file that is in memory already is mapped, and its digests are taken before anything is played from
-it; then it is moved to huge pages in the background, and the digests are taken again of what was moved, for the system may have let go
-of a page and read it again meanwhile. Any other file is read into huge pages at once, and the digests are taken on the way.
+A file that is in memory already is mapped, and its digests are taken before anything is played from it; then it is moved to huge pages in
+the background, and the digests are taken again of what was moved, for the system may have let go of a page and read it again meanwhile:
+what was damaged by then may have been played, and the next step says so. Any other file is read into huge pages at once, the digests are
+taken on the way, and nothing damaged is played.
 """
 
 import contextlib
