@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 
 #include "kernels.hpp"
 
@@ -86,12 +85,6 @@ struct Units {
 inline const std::byte* panel_tiles(const PackedLinear& weight, int panel) {
     const TileShape tile = tile_shape(weight.format);
     return weight.tiles + static_cast<std::ptrdiff_t>(panel) * (weight.padded_in() / tile.depth) * tile.bytes;
-}
-
-// The tiles, or elements, of a panel and of those that follow.
-inline std::span<const std::byte> tiles_from(const PackedLinear& weight, int panel) {
-    const auto at = [&](int which) { return weight.masks ? weight.tiles + weight.sparse_panels[which].start : panel_tiles(weight, which); };
-    return {at(panel), at(weight.panels())};
 }
 
 inline const float* panel_scales(const PackedLinear& weight, int panel) {

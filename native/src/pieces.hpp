@@ -39,9 +39,6 @@ class Pieces {
         }
     }
 
-    // Where the pieces begin that come to `thread` first.
-    std::size_t first(unsigned thread) const { return share(count_, thread, static_cast<unsigned>(taken_.size())).begin; }
-
    private:
     struct alignas(64) Taken {
         mutable std::atomic<std::uint64_t> pieces{0};

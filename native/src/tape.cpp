@@ -158,7 +158,6 @@ std::size_t Tape::each_op(const StepInput& step, Play play) const {
         for (std::size_t i = 0; i < ops_.size(); ++i) {
             const bool alone = ops_[i]->alone(step);
             if (i && (together || !alone)) {
-                if (!together && thread != 0) ops_[i]->prepare(pool_->barrier(), thread);
                 pool_->barrier().wait();
                 ++met;
             }

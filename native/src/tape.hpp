@@ -133,9 +133,6 @@ class TapeOp {
 
     // Too little work to share: thread 0 plays it alone, and between two such ops nobody waits.
     virtual bool alone(const StepInput&) const { return false; }
-
-    // What a thread does that has nothing to do before this op: brings what it will read nearer, until anyone waits for it.
-    virtual void prepare(const Barrier&, unsigned /*thread*/) const {}
 };
 
 // Where the time of one step went. The clock is read around each op, so the barrier that follows it is not in its time. What the clock

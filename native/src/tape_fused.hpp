@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -58,24 +57,6 @@ class ProductsOp final : public TapeOp {
                 before += count;
             }
         });
-    }
-
-    // Into the second-level cache, of which this is half of a small one.
-    void prepare(const Barrier& barrier, unsigned thread) const override {
-        constexpr std::size_t kMost = 256 * 1024, kAtOnce = 2048, kLine = 64;
-        std::size_t panel = pieces_.first(thread);
-        for (const auto& part : parts_) {
-            const PackedLinear& weight = part->weight->packed();
-            if (const auto panels = static_cast<std::size_t>(weight.panels()); panel >= panels) {
-                panel -= panels;
-                continue;
-            }
-            const std::span<const std::byte> tiles = tiles_from(weight, static_cast<int>(panel));
-            const std::size_t size = std::min(tiles.size(), kMost);
-            for (std::size_t at = 0; at < size && !barrier.anyone_waits(); at += kAtOnce)
-                for (std::size_t line = at; line < std::min(at + kAtOnce, size); line += kLine) __builtin_prefetch(tiles.data() + line, 0, 2);
-            return;
-        }
     }
 
    private:

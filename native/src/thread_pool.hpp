@@ -16,9 +16,6 @@ class Barrier {
     explicit Barrier(unsigned threads) : threads_(threads) {}
     void wait();
 
-    // Whether some thread waits for others: who only passes time should come.
-    bool anyone_waits() const { return arrived_.load(std::memory_order_relaxed) != 0; }
-
    private:
     const unsigned threads_;
     alignas(64) std::atomic<unsigned> arrived_{0};
