@@ -147,12 +147,14 @@ class LLM:
         """What each of its engines puts into memory, for a planner."""
         backend, settings = find_loaded(self.backend, self.model), self.scheduling
         programs = [backend.program(self.model, context, self._formats) for context in self.preparer.contexts]
+        tokens = [min(settings.step_tokens, program.context) for program in programs]
         return [
             Load(
-                self.model.name, program, backend.weight_bytes(program), settings.batching.slots, settings.step_tokens,
-                settings.scored_tokens, backend.page, self._swap_bytes,
+                self.model.name, program, backend.weight_bytes(program), backend.arena_bytes(program, most),
+                2 * settings.batching.slots + min(settings.scored_tokens, most),  # the sampler has those that are drawn from once more
+                backend.page, self._swap_bytes,
             )
-            for program in programs
+            for program, most in zip(programs, tokens)
         ]  # fmt: skip
 
     def keep_to(self, plans: Sequence[MemoryPlan]) -> None:

@@ -32,8 +32,8 @@ class Settings:
     batching: Batching = Continuous()
     order: Order = FirstCome()
     output_share: float = 0.5
-    scored_tokens: int = 64
     costs: Costs = Costs()
+    scored_tokens: int = 64
 
     def __post_init__(self) -> None:
         if not 1 <= self.batching.slots <= self.step_tokens:
