@@ -122,7 +122,7 @@ class Simulation:
         batching: Batching = rng.choice((Continuous(slots),) * 6 + (Static(slots), Dynamic(slots, 5.0)))
         self.order = rng.choice((FirstCome(), FirstCome(), ByPriority(20.0)))
         cost = Costs(1.0, rng.choice((0.0, 0.1, 100.0)))
-        self.settings = Settings(step_tokens, batching, self.order, rng.choice((0.0, 0.0, 0.3, 1.0)), cost)
+        self.settings = Settings(step_tokens, batching, self.order, rng.choice((0.0, 0.0, 0.3, 1.0)), cost, rng.choice((1, 3, 64)))
         self.groups = self._groups(slots)
         places = [rng.choice((0, group.pages)) for group in self.groups]
         self.cache = Cache(self.groups, self.page, places, prefixes=rng.random() < 0.85)
@@ -131,6 +131,7 @@ class Simulation:
         self.clients: dict[int, Client] = {}
         self.of: dict[int, Client] = {}  # by sequence
         self.ids, self.now = 0, 0.0
+        self.waited: Client | None = None  # who came first and did not advance in the last step
         self.seen: dict[str, int] = {}
         self.computed = self.drawn = 0
         starts = [[rng.randrange(LETTERS) for _ in range(rng.randint(1, 14))] for _ in range(2)]
@@ -152,7 +153,7 @@ class Simulation:
         prompt = (*start[: rng.randint(1, len(start))], *tail)
         key = rng.choice((1, 1, 1, 2, None))
         count = rng.choice((1, 1, 1, 2, 3))
-        return Job(number, prompt, rng.randint(1, 12), count, rng.choice((0, 0, 1, -1)), key)
+        return Job(number, prompt, rng.randint(1, 12), count, rng.choice((0, 0, 1, -1)), key, key is None)
 
     # --- running
 
@@ -262,6 +263,8 @@ class Simulation:
         batching, tokens = self.settings.batching, sum(len(entry.tokens) for entry in plan.entries)
         check(tokens <= self.settings.step_tokens, "more tokens than the budget")
         check(len(plan.entries) <= batching.slots, "more sequences than slots")
+        scored = [entry for entry in plan.entries if (job := self.of[entry.sequence].job).scored and entry.start < len(job.prompt) - 1]
+        check(sum(len(entry.tokens) for entry in scored) <= self.settings.scored_tokens, "more scored than may be")
         check(len({entry.sequence for entry in plan.entries}) == len(plan.entries), "a sequence twice in a step")
         check(all(entry.tokens for entry in plan.entries), "an entry without tokens")
         check(not any(entry.draws and self.of[entry.sequence].job.id in held for entry in plan.entries), "one that was held draws")
@@ -271,7 +274,10 @@ class Simulation:
             self.note("held")
         elif isinstance(batching, Continuous):
             first = min(self.clients.values(), key=lambda client: client.rank)
-            check(any(self.of[entry.sequence] is first for entry in plan.entries), "who comes first does not advance")
+            advances = any(self.of[entry.sequence] is first for entry in plan.entries)
+            late = first.job.scored and self.waited is not first  # it came when others had what may be scored in a step
+            check(advances or late, "who comes first does not advance")
+            self.waited = None if advances else first
         elif isinstance(batching, Static):
             check(plan.entries, "nothing is computed though there is work")
         if any(isinstance(move, SwapIn) for move in plan.moves):
