@@ -13,12 +13,13 @@ from hasten.base.errors import UserError
 from hasten.cache import Cache, page_groups
 from hasten.engine.constraint import Constraints, ConstraintState
 from hasten.engine.draw import Draw, TokenLogprob
-from hasten.engine.plan import Counters, Entry, Job, Settings
+from hasten.engine.pace import Pace
+from hasten.engine.plan import Costs, Counters, Entry, Job, Settings
 from hasten.engine.request import Chunk, Request
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.search import Search
 from hasten.engine.session import Session
-from hasten.program import Batch
+from hasten.program import Batch, Move
 
 if TYPE_CHECKING:
     from hasten.engine.scoring import PromptScores
@@ -58,6 +59,7 @@ class Engine:
         places = [swap_bytes * group.pages // max(1, whole) for group in groups]
         self.cache = Cache(groups, session.page, places, prefixes)
         self.scheduler = Scheduler(self.cache, settings)
+        self._pace = Pace(settings.costs or Costs(), measured=settings.costs is None)
         self._sampler = Sampler(session.threads)
         self._ids = itertools.count()
         self._running: dict[int, Request] = {}  # by sequence
@@ -121,8 +123,9 @@ class Engine:
         """Compute one step; what became known by it. Requests whose grammar has not said yet what may come next do not draw in it."""
         step = _Step()
         held = self._follow(step) if self._constrained else ()
-        plan = self.scheduler.plan(self._clock(), held)
-        self._session.carry_out(plan.moves)
+        began = self._clock()
+        plan = self.scheduler.plan(began, held, self._pace.costs)
+        self._move(plan.moves)
         if not plan.entries:
             self._wait(held, step)
             return step.chunks
@@ -138,7 +141,15 @@ class Engine:
                 self._forget(sequence)
         for sequence, error in step.errors.items():
             chunks += self._fail(self._number.get(sequence, sequence), error)
+        if not plan.moves and not step.errors:
+            self._pace.note_step(plan.entries, self._clock() - began)
         return chunks
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        if moves:
+            began = self._clock()
+            self._session.carry_out(moves)
+            self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
 
     # --- computing and drawing
 
