@@ -2,9 +2,10 @@
 
     python benchmarks/hostile_grammar.py [MODEL]
 
-Prints medians of interleaved runs: how long the hostile request took to fail, and the neighbours' time per token and p99 gap with it over
-without it, in the same stretch of time."""
+Prints one JSON object, medians of interleaved runs: how long the hostile request took to fail, and the neighbours' time per token and p99
+gap with it over without it, in the same stretch of time."""
 
+import json
 import statistics
 import sys
 import time
@@ -44,9 +45,10 @@ def main() -> None:
         ratios.append(statistics.fmean(with_it) / statistics.fmean(without))
         tails.append(statistics.quantiles(with_it, n=100)[98] / statistics.quantiles(without, n=100)[98])
         failed.append(ended)
-    print(f"failed after {statistics.median(failed):.2f} s (most {max(failed):.2f}), {steps} steps beside it")
-    print(f"neighbours' time per token: {statistics.median(ratios):.3f} of that without (runs {', '.join(f'{r:.2f}' for r in ratios)})")
-    print(f"neighbours' p99 gap: {statistics.median(tails):.3f} of that without (runs {', '.join(f'{r:.2f}' for r in tails)})")
+    print(json.dumps({
+        "failed_s": statistics.median(failed), "failed_most_s": max(failed), "neighbours_ratio": statistics.median(ratios),
+        "neighbours_most": max(ratios), "p99_ratio": statistics.median(tails), "ratios": ratios, "steps_beside": steps,
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":
