@@ -172,6 +172,21 @@ def test_what_never_fits_fails_alone():
 # --- what a step costs beside computing
 
 
+def test_what_preemption_costs_is_measured():
+    """From steps and moves that happen anyway: a page moves in less time than its tokens are computed in, and is swapped."""
+    llm = LLM(
+        MODEL, backend="cpu", context=256, scheduling=Settings(128, Continuous(12), output_share=0.0), cache_bytes=page_bytes(MODEL, 20),
+        swap_bytes=page_bytes(MODEL, 400),
+    )  # fmt: skip
+    guess = llm.engine()._pace.costs
+    llm.generate([[index + 1] * 90 for index in range(6)], SamplingParams(max_tokens=40, ignore_eos=True))
+    costs, page = llm.engine()._pace.costs, page_bytes(MODEL, 1)
+    assert llm.engine().counters.swapped > 0
+    assert costs.token_s != guess.token_s
+    assert costs.byte_s != guess.byte_s
+    assert 1e-7 < costs.byte_s * page < 16 * costs.token_s < 1
+
+
 def test_plan_commit_and_detokenize_of_64_sequences_take_a_millisecond():
     """On a machine where 64 times decoding 20 tokens takes 0.22 ms, as on the quiet one where 0.81 ms were measured. Both are timed by
     turns, and their ratio counts: the promise is about the work, not about what else the machine does."""

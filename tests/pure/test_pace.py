@@ -106,6 +106,21 @@ def test_one_who_has_no_page_does_not_stop_the_others():
     assert step(scheduler) == {1: 3}
 
 
+def test_a_machine_that_became_slower_is_noticed_and_starves_nobody():
+    machine = Machine(1.0, 1.0)
+    for id in range(10):
+        machine.scheduler.submit(job(id, 3, 5000), id, 0.0)
+    for _ in range(30):
+        machine.step()
+    machine.scheduler.submit(job(10, 4000, 5), 10, 0.0)
+    quick = [machine.step()[1].get(10, 0) for _ in range(20)]
+    machine.fixed, machine.token = 10.0, 10.0
+    slow = [machine.step()[1].get(10, 0) for _ in range(60)]
+    assert slow.count(0) in range(1, 2 * ENOUGH + 1)
+    assert min(chunk for chunk in slow if chunk) >= 4
+    assert slow[-1] == quick[-1] == 8
+
+
 def test_rates_of_preemption_are_measured_unless_given():
     pace = Pace(Costs())
     pace.note_step(entries(0, 512), 2.56)

@@ -13,6 +13,8 @@ ENOUGH = 3
 """Of them, before prompts may be computed beside as many sequences."""
 STALE = 128
 """Steps with prompts after which sequences are timed alone again: they have grown meanwhile."""
+ODD = 2.5
+"""A step with prompts that takes so many times as long asks for the same: something else may have begun on the machine."""
 LARGE = 64
 """Tokens of a step from which on its fixed part hardly counts."""
 
@@ -53,14 +55,14 @@ class Pace:
         self.costs = dataclasses.replace(self.costs, rows=rows, step_s=step_s)
 
     def _note_prompts(self, rows: int, tokens: int, seconds: float) -> None:
-        self._mixed += 1
-        if self._mixed > STALE:
-            self._alone.clear()
-            self.costs = dataclasses.replace(self.costs, step_s=0.0)
         costs = self.costs
         if (tokens < LARGE) if not rows else not (costs.step_s and costs.fits(rows)):
             return  # what of it is the tokens' is not known
         alone = costs.step_s * rows / costs.rows if rows else 0.0
         self._tokens.append((max(seconds - alone, 0.01 * seconds) / tokens, tokens))
+        self._mixed += 1
+        if rows and (self._mixed > STALE or seconds > ODD * alone):
+            self._alone.clear()
+            costs = dataclasses.replace(costs, step_s=0.0)
         # The dearest of the last: where one token more begins another tile, a step takes a leap.
         self.costs = dataclasses.replace(costs, token_s=max(self._tokens)[0], tried=max(count for _, count in self._tokens))

@@ -34,12 +34,15 @@ class Costs:
 
     def tokens_beside(self, rows: int, behind: int, stretch: float) -> int:
         """How many tokens ``behind`` sequences may compute beside ``rows`` with one token each, so that the step takes ``stretch`` times as
-        long; where more are behind than not, their share is as much larger. 0 where a step without them has to be timed first."""
+        long; where more are behind than not, their share is as much larger. 0 where a step without them has to be timed first.
+
+        A token costs hardly more than twice one of the rows, whatever else a busy machine made of its time."""
         if not self.step_s or not self.fits(rows):
             return 0
         step_s = self.step_s * min(1.0, rows / self.rows)
         token_s, most = (self.token_s, 2 * self.tried) if self.tried else (step_s / rows, rows)  # no leaps into the unknown
-        return max(1, min(int((stretch - 1) * step_s * max(1.0, behind / rows) / token_s), most))
+        share = (stretch - 1) * max(1.0, behind / rows)
+        return max(1, int(share * rows / 2), min(int(share * step_s / token_s), most))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -279,7 +279,8 @@ class Scheduler:
         before. Nobody overtakes one who waits."""
         while self._waiting and self._waiting[0] not in self._gave_way:
             first = self._waiting[0]
-            while not (joins := spare > 0 and self._can_join(first)) and self._running and self._running[-1].rank > first.rank:
+            room = spare > 0 or self.settings.batching.rectangular  # a batch is not smaller for prompts that take several steps
+            while not (joins := room and self._can_join(first)) and self._running and self._running[-1].rank > first.rank:
                 spare += self._preempt(self._running[-1])
             if not joins:
                 return
