@@ -352,10 +352,12 @@ class _Worker:
             self._used_before = self._used()
 
     def restart(self, reason: str) -> None:
-        """End the process; the next operation starts another."""
-        greeted = self._greeted
+        """End the process and start another, in idle time if this one ran in idle time and nobody else waits for it."""
+        greeted, others = self._greeted, len(self.asked) > 1
         self.stop()
-        if not greeted:
+        if greeted:
+            self._begin(hurried=others or not self._settings["idle"])
+        else:
             raise UserError(f"the process that follows grammars does not start: it {reason}; is llguidance installed?")
 
     def stop(self) -> None:
@@ -365,9 +367,9 @@ class _Worker:
         self._process = self._stop = None
         self._fresh()
 
-    def _begin(self) -> None:
+    def _begin(self, hurried: bool = True) -> None:
         program = str(Path(__file__).with_name("grammar_worker.py"))
-        command = [sys.executable, "-P", program, json.dumps(self._settings)]
+        command = [sys.executable, "-P", program, json.dumps(self._settings | {"hurried": hurried})]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
         self._stop = weakref.finalize(self, _end, self._process)

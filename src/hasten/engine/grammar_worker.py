@@ -157,6 +157,11 @@ def without_nul(pattern: str) -> str:
     return made
 
 
+def run_when_idle() -> None:
+    """From now on this process takes what others leave of the processors. A nicer process would still make woken threads wait."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def main() -> None:
     """Answer until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
@@ -167,6 +172,8 @@ def main() -> None:
         target.write(struct.pack("<I", len(body)) + body)
         target.flush()
 
+    if settings["idle"] and not settings["hurried"]:
+        run_when_idle()
     try:
         from llguidance import LLTokenizer
 
@@ -176,7 +183,7 @@ def main() -> None:
         answer(FAILED + f"{type(error).__name__}: {error}".encode())
         return
     if settings["idle"]:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a nicer process still makes woken threads wait
+        run_when_idle()
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + settings["bytes"]

@@ -35,8 +35,9 @@ class LLM:
     bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a
     user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless
     given. ``memory`` bounds the bytes of all, ``cache_bytes`` those of the cache alone, and ``swap_bytes`` is how much more those may take
-    outside it who must wait; `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only
-    from where it differs from what the cache still holds of the same tenant."""
+    outside it who must wait: none unless given, for here that is the same memory, and as a part of the cache it makes nobody wait.
+    `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only from where it differs from
+    what the cache still holds of the same tenant."""
 
     def __init__(
         self,
