@@ -274,6 +274,7 @@ class Simulation:
             self.note("held")
         elif isinstance(batching, Continuous):
             first = min(self.clients.values(), key=lambda client: client.rank)
+            check(plan.entries, "nothing is computed though there is work")
             advances = any(self.of[entry.sequence] is first for entry in plan.entries)
             late = first.job.scored and self.waited is not first  # it came when others had what may be scored in a step
             check(advances or late, "who comes first does not advance")
