@@ -279,8 +279,8 @@ class Simulation:
             self.note("held")
         elif isinstance(batching, Continuous):
             first = min(self.clients.values(), key=lambda client: client.rank)
-            advances = any(self.of[entry.sequence] is first for entry in plan.entries)
             check(plan.entries, "nothing is computed though there is work")
+            advances = any(self.of[entry.sequence] is first for entry in plan.entries)
             self.stalled = 0 if advances else self.stalled + 1
             timed = 0 if math.isinf(self.settings.stretch) else ENOUGH * (batching.slots + 1)  # steps of those who run alone
             late = first.job.scored  # it came when others had what may be scored in a step

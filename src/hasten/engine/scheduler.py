@@ -54,6 +54,8 @@ class Scheduler:
         self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
         self._may_score = 0  # tokens, in what is left of this plan
+        self._may_score = 0  # tokens, in what is left of this plan
+        self._scoring: dict[int, int] = {}  # tokens of those, by job that takes them
         self._costs = settings.costs or Costs()  # in this plan
 
     # --- from outside
@@ -109,6 +111,7 @@ class Scheduler:
         self._costs = costs or self.settings.costs or Costs()
         self._gave_way.clear()
         self._may_score = self.settings.scored_tokens
+        self._scoring.clear()
         if batching.rectangular and all(each.ended for running in self._running for each in running.sequences):
             for each in [each for running in self._running for each in running.sequences]:
                 self._remove(each)
@@ -181,7 +184,9 @@ class Scheduler:
             if most and (entry := self._entry(sequence, min(behind, most))) is not None:
                 self._planned[entry.sequence] = entry
                 spare -= len(entry.tokens)
-                self._may_score -= len(entry.tokens) * running.job.scored
+                if running.job.scored:
+                    self._may_score -= len(entry.tokens)
+                    self._scoring[running.job.id] = self._scoring.get(running.job.id, 0) + len(entry.tokens)
             if together:
                 return spare  # the next one finds this one's prefix when it is done
         if together and spare >= len(running.sequences):
@@ -232,6 +237,7 @@ class Scheduler:
     def _preempt(self, running: _Live) -> int:
         """Take a job out of the batch, and of the plan; it waits where its rank puts it. Returns how many tokens were planned for it."""
         planned = [self._planned.pop(sequence.id, None) for sequence in running.sequences]
+        self._may_score += self._scoring.pop(running.job.id, 0)
         for sequence in [each for each in running.sequences if each.ended]:
             self._remove(sequence)
         tokens = sum(len(entry.tokens) for entry in planned if entry is not None)
