@@ -100,8 +100,8 @@ class StreamServer:
         return not script.get("close")
 
 
-async def flood(chunks: int) -> None:
-    """As a process: answers every request with that many chunks, as fast as it can."""
+async def flood(chunks: int, gap: float) -> None:
+    """As a process: answers every request with that many chunks, each sent by itself, ``gap`` seconds after the last."""
     piece = chunk(event({"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m",
                          "choices": [{"index": 0, "text": " token", "logprobs": None, "finish_reason": None}], "usage": None}))  # fmt: skip
     last = (
@@ -116,7 +116,7 @@ async def flood(chunks: int) -> None:
                 writer.write(HEAD + b"\r\n")
                 for _ in range(chunks):
                     writer.write(piece)
-                    await asyncio.sleep(0)  # a write a chunk, as an engine's steps come
+                    await asyncio.sleep(gap)
                 writer.write(last)
         except (asyncio.IncompleteReadError, OSError):
             writer.close()
@@ -127,4 +127,4 @@ async def flood(chunks: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(flood(int(sys.argv[1])))
+    asyncio.run(flood(int(sys.argv[1]), float(sys.argv[2])))

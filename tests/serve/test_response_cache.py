@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hasten import checkpoint
 from hasten.base.errors import CheckpointError, ConfigError
-from hasten.engine import BeamSearch, Completion, Grammar, SamplingParams, TokenLogprob
+from hasten.engine import LLM, BeamSearch, Completion, Grammar, SamplingParams, TokenLogprob
 from hasten.program import Formats
 from hasten.serve.responses import (
     Answer,
@@ -52,6 +52,11 @@ def memory_cache(limits: Limits = LIMITS, model: bytes | None = MODEL) -> Respon
     if model is not None:
         cache.open(model)
     return cache
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("code-8m", context=256, max_sequences=4)
 
 
 # --- keys
@@ -324,6 +329,32 @@ def test_an_answer_that_is_too_long_is_not_kept():
     assert asyncio.run(run()) is None
     assert cache.counts()["too_large"] == 1
     assert cache.counts()["store_entries"] == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=12),
+        SamplingParams(max_tokens=12, temperature=1.0, seed=3, n=2, best_of=3, logprobs=2, prompt_logprobs=1, echo=True),
+        SamplingParams(max_tokens=12, stop=("\n",), min_tokens=2, logit_bias={198: -5.0}),
+        SamplingParams(max_tokens=8, grammar=Grammar.regex("[a-z]{1,6}")),
+        SamplingParams(max_tokens=8, n=2, beam=BeamSearch(width=3)),
+    ],
+    ids=["greedy", "seeded", "stopped", "grammar", "beams"],
+)
+def test_a_hit_is_what_the_engine_would_say_again(llm, params):
+    asked, cache = Asked("t", tuple(llm.prompt_ids("def add(a, b):\n    ")), params), memory_cache()
+    done = llm.generate([list(asked.prompt)], params)
+
+    async def run() -> list[Completion]:
+        await cache.put(asked, Answer.of(done))
+        hit = await cache.get(asked)
+        assert hit is not None
+        return hit.answer.completions(asked.prompt)
+
+    again = llm.generate([list(asked.prompt)], params)
+    assert asyncio.run(run()) == done == again
+    assert len(done) == params.n
 
 
 # --- bounds
