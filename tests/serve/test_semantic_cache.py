@@ -3,12 +3,14 @@
 import asyncio
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
 from hasten.base.errors import ConfigError
 from hasten.engine import SamplingParams
-from hasten.serve.responses import Answer, Asked, Output, SemanticCache
+from hasten.serve.responses import Answer, Asked, Limits, Output, SemanticCache
+from hasten.serve.responses.store import ENTRY_OVERHEAD
 
 MODEL = b"m" * 32
 
@@ -27,16 +29,16 @@ def asked(number: int, tenant: str = "t", **params) -> Asked:
     return Asked(tenant, (number,), SamplingParams(**params))
 
 
-def answer(number: int) -> Answer:
-    return Answer((Output(f"answer {number}", (1,), "stop"),), 1, 1)
+def answer(number: int, spaces: int = 0) -> Answer:
+    return Answer((Output(f"answer {number}" + " " * spaces, (1,), "stop"),), 1, 1)
 
 
 def texts(hit) -> str | None:
-    return None if hit is None else hit.answer.outputs[0].text
+    return None if hit is None else hit.answer.outputs[0].text.rstrip()
 
 
 def test_the_nearest_above_the_threshold_answers_and_is_marked():
-    cache = SemanticCache(by_number, MODEL, threshold=cosine(0, 10))
+    cache = SemanticCache(by_number, MODEL, limits=Limits(), threshold=cosine(0, 10))
 
     async def run() -> None:
         for number in (0, 100, 105):
@@ -50,11 +52,11 @@ def test_the_nearest_above_the_threshold_answers_and_is_marked():
                 assert hit.header == f"semantic; similarity={hit.similarity:.4f}"
 
     asyncio.run(run())
-    assert cache.counts() == {"hits": 6, "misses": 3, "failed": 0, "entries": 3}
+    assert cache.counts() | {"hits": 6, "misses": 3, "failed": 0, "entries": 3} == cache.counts()
 
 
 def test_tenants_models_and_parameters_share_nothing():
-    one, other = SemanticCache(by_number, MODEL), SemanticCache(by_number, b"n" * 32)
+    one, other = (SemanticCache(by_number, model, limits=Limits()) for model in (MODEL, b"n" * 32))
 
     async def run() -> None:
         await one.put(asked(1), answer(1))
@@ -73,7 +75,7 @@ def test_tenants_models_and_parameters_share_nothing():
 
 @pytest.mark.parametrize("params", [{"temperature": 1.0}, {"echo": True}, {"prompt_logprobs": 0}])
 def test_what_must_not_be_shared_is_left_alone(params):
-    cache = SemanticCache(by_number, MODEL)
+    cache = SemanticCache(by_number, MODEL, limits=Limits())
 
     async def run() -> object:
         await cache.put(asked(1, **params), answer(1))
@@ -85,10 +87,10 @@ def test_what_must_not_be_shared_is_left_alone(params):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_against_a_search_from_end_to_end(seed):
-    """Random puts, gets and waits against a list, with room for 8 prompts of 3 groups."""
-    rng, now, room = np.random.default_rng(seed), [0.0], 8
-    cache = SemanticCache(by_number, MODEL, threshold=cosine(0, 30), entries=room, seconds=50.0, clock=lambda: now[0])
-    rows: list[tuple[str, int, float, int]] = []  # (tenant, number, put at, name), the one used last comes last
+    """Random puts, gets and waits against a list, with room for 8 prompts of 3 groups, and for fewer where answers are long."""
+    rng, now, room, limits = np.random.default_rng(seed), [0.0], 8, Limits(5000, 2000, 50.0)
+    cache = SemanticCache(by_number, MODEL, threshold=cosine(0, 30), entries=room, limits=limits, clock=lambda: now[0])
+    rows: list[tuple[str, int, float, int, int]] = []  # (tenant, number, put at, name, bytes), the one used last comes last
     hits = 0
 
     async def run() -> None:
@@ -97,10 +99,13 @@ def test_against_a_search_from_end_to_end(seed):
             tenant, number = f"t{rng.integers(3)}", int(rng.integers(1000))
             now[0] += float(rng.uniform(0, 2))
             if rng.random() < 0.5:
-                await cache.put(asked(number, tenant), answer(turn))
-                if len(rows) == room:
+                long = answer(turn, int(rng.integers(0, 2200)) if rng.random() < 0.3 else 0)
+                size = len(msgspec.msgpack.encode(long)) + ENTRY_OVERHEAD
+                await cache.put(asked(number, tenant), long)
+                if size <= 2000:
+                    rows.append((tenant, number, now[0], turn, size))
+                while len(rows) > room or sum(row[4] for row in rows) > 5000:
                     del rows[0]
-                rows.append((tenant, number, now[0], turn))
                 continue
             near = [
                 (cosine(number, row[1]), row) for row in rows
@@ -117,6 +122,7 @@ def test_against_a_search_from_end_to_end(seed):
                 rows.remove(row)
                 rows.append(row)
             assert cache.counts()["entries"] == len(rows) <= room
+            assert cache.counts()["bytes"] == sum(row[4] for row in rows) <= 5000
 
     asyncio.run(run())
     assert hits > 20
@@ -129,15 +135,15 @@ def test_an_embedding_that_fails_is_a_miss():
             async def embed(prompt, wrong=wrong) -> np.ndarray:
                 return wrong
 
-            cache = SemanticCache(embed, MODEL)
+            cache = SemanticCache(embed, MODEL, limits=Limits())
             await cache.put(asked(1), answer(1))
             assert await cache.get(asked(1)) is None
-            assert cache.counts() == {"hits": 0, "misses": 1, "failed": 2, "entries": 0}
+            assert cache.counts() == {"hits": 0, "misses": 1, "failed": 2, "entries": 0, "bytes": 0}
 
         async def fails(prompt) -> np.ndarray:
             raise RuntimeError("no engine")
 
-        cache = SemanticCache(fails, MODEL)
+        cache = SemanticCache(fails, MODEL, limits=Limits())
         await cache.put(asked(1), answer(1))
         assert await cache.get(asked(1)) is None
 
@@ -151,7 +157,7 @@ def test_a_search_among_thousands_is_quick():
     async def embed(prompt) -> np.ndarray:
         return vectors[prompt[0]]
 
-    cache = SemanticCache(embed, MODEL, entries=4096)
+    cache = SemanticCache(embed, MODEL, limits=Limits(), entries=4096)
 
     async def run() -> list[float]:
         for number in range(4096):
@@ -169,4 +175,4 @@ def test_a_search_among_thousands_is_quick():
 @pytest.mark.parametrize("settings", [{"threshold": 0.0}, {"threshold": 1.0}, {"threshold": float("nan")}, {"entries": 0}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ConfigError):
-        SemanticCache(by_number, MODEL, **settings)
+        SemanticCache(by_number, MODEL, limits=Limits(), **settings)

@@ -14,7 +14,7 @@ import pytest
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.measure.arrivals import Ramp, arrival_times
-from hasten.measure.http1 import Events, HttpClient
+from hasten.measure.http1 import Events, HttpClient, bearer
 from hasten.measure.serve_load import CACHE_HEADER, Asking, ask, find_model, run_load
 from hasten.measure.serve_prompts import LoadRequest, RandomPrompts, read_custom, read_sharegpt
 from hasten.measure.serve_report import Outcome, meets, parse_goodput, parse_metrics, parse_percentiles, percentile, report, table
@@ -295,6 +295,21 @@ def test_no_server_is_an_error_of_every_request():
         return await ask(HttpClient("http://127.0.0.1:9"), Asking(model="m"), LoadRequest("a", 1))
 
     assert "refused" in asyncio.run(load()).error.lower() or "connect" in asyncio.run(load()).error.lower()
+
+
+def test_a_request_that_cannot_be_written_is_an_error():
+    (bad, good), _ = Load().run([LoadRequest("\ud800", 1), LoadRequest("a", 1)])
+    assert "surrogate" in bad.error
+    assert good.ok
+
+
+def test_a_key_goes_into_a_header_or_nowhere():
+    assert bearer("sk-1") == {"Authorization": "Bearer sk-1"}
+    assert bearer(None) == bearer("") == {}
+    for wrong in ("a\r\nX: 1", "ключ", "a\x00"):
+        with pytest.raises(UserError, match="API key") as told:
+            bearer(wrong)
+        assert wrong not in str(told.value)
 
 
 def test_no_more_than_asked_are_under_way():

@@ -75,6 +75,7 @@ def serve(
     The key in OPENAI_API_KEY is sent, if there is one. Equal seeds send equal prompts, which a server that caches answers faster the
     second time; what came from a response cache is counted."""
     from hasten.measure.arrivals import Ramp, arrival_times
+    from hasten.measure.http1 import bearer
     from hasten.measure.serve_load import Asking
     from hasten.measure.serve_prompts import RandomPrompts, read_custom, read_sharegpt
     from hasten.measure.serve_report import parse_goodput, parse_metrics, parse_percentiles, report, table
@@ -91,10 +92,8 @@ def serve(
             raise ConfigError("--ramp-up-strategy needs --ramp-up-start-rps and --ramp-up-end-rps")
         ramp = Ramp("linear" if ramp_up_strategy == "linear" else "exponential", ramp_up_start_rps, ramp_up_end_rps)
     times = arrival_times(num_prompts, request_rate, burstiness=burstiness, ramp=ramp, seed=seed)
-    key = os.environ.get("OPENAI_API_KEY")
-    asking = Asking(
-        backend, model, endpoint, ignore_eos, {"Authorization": f"Bearer {key}"} if key else {}, _object("extra-body", extra_body)
-    )  # fmt: skip
+    headers = bearer(os.environ.get("OPENAI_API_KEY"))
+    asking = Asking(backend, model, endpoint, ignore_eos, headers, _object("extra-body", extra_body))
     drawn = num_prompts + num_warmups
     if dataset_name == "random":
         prompts = RandomPrompts(random_input_len, random_output_len, random_range_ratio, random_prefix_len, backend == "openai-chat")

@@ -41,12 +41,11 @@ async def _warm(requests: "list[WarmRequest]", url: str, concurrency: int, timeo
     from rich.console import Console
     from rich.progress import Progress
 
-    from hasten.measure.http1 import HttpClient
+    from hasten.measure.http1 import HttpClient, bearer
     from hasten.serve.responses.cache import HEADER
     from hasten.serve.responses.warm import warm as fill
 
-    client, console, key = HttpClient(url, timeout), Console(stderr=True), os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    client, console, headers = HttpClient(url, timeout), Console(stderr=True), bearer(os.environ.get("OPENAI_API_KEY"))
 
     async def ask(route: str, body: dict[str, Any]) -> bool:
         import json

@@ -98,6 +98,13 @@ class HttpClient:
         return reply
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries an API key; none without one. Raises UserError for what no header can hold, without telling it."""
+    if key and not (key.isascii() and key.isprintable()):
+        raise UserError("the API key holds characters that no HTTP header can; check OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class _Connection(asyncio.Protocol):
     """One request at a time. ``answered`` tells whether a byte of the last one's answer has come."""
 

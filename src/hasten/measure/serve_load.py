@@ -168,7 +168,10 @@ def _said(body: bytes) -> str:
 
 async def ask(client: HttpClient, asking: Asking, request: LoadRequest, *, late: float = 0.0, keep_text: bool = False) -> Outcome:
     """Send one request, and read its answer to the end. Whatever goes wrong with it is its outcome's ``error``."""
-    body = asking.body(request)
+    try:
+        body = asking.body(request)
+    except UnicodeEncodeError:
+        return Outcome(time.perf_counter(), late, error="the request holds half a surrogate pair, which is no text")
     outcome = Outcome(time.perf_counter(), late)
     reader = _Reader(outcome, keep_text)
     headers = {"Accept": "text/event-stream", **asking.headers}

@@ -5,7 +5,9 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,7 @@ from hasten.base.errors import ConfigError, one_line
 from hasten.serve.responses.answer import Answer
 from hasten.serve.responses.cache import Hit
 from hasten.serve.responses.key import Asked, group_of, must_repeat
+from hasten.serve.responses.store import ENTRY_OVERHEAD, Limits
 
 Embed = Callable[[Sequence[int]], Awaitable[NDArray[np.float32]]]
 """Token ids → one vector [width], of any length but 0."""
@@ -20,29 +23,39 @@ Embed = Callable[[Sequence[int]], Awaitable[NDArray[np.float32]]]
 _LOG = logging.getLogger("hasten")
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    put_at: float
+    group: bytes
+    answer: Answer
+    size: int
+
+
 class SemanticCache:
     """The nearest prompt of the same model, tenant and parameters, by the cosine of their embeddings; an answer where that is at least
-    ``threshold``. At most ``entries`` prompts are kept, for ``seconds``; those longest unused make room. Search is one product of a matrix
-    [entries, width] with a vector.
+    ``threshold``. At most ``entries`` prompts are kept, and answers within ``limits``; those longest unused make room. Search is one
+    product of a matrix [entries, width] with a vector.
 
     Requests that need not repeat and those whose answer holds the prompt (``echo``, ``prompt_logprobs``) are left alone. An embedding that
     fails is a miss."""
 
     def __init__(
-        self, embed: Embed, model: bytes, *, threshold: float = 0.97, entries: int = 4096, seconds: float = 3600.0,
+        self, embed: Embed, model: bytes, *, limits: Limits, threshold: float = 0.97, entries: int = 4096,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         if not 0.0 < threshold < 1.0:
             raise ConfigError(f"similarity threshold is {threshold}: give a number between 0 and 1; the exact cache has what is the same")
         if entries < 1:
             raise ConfigError(f"the semantic cache is to hold {entries} prompts: give 1 or more, or leave it off")
-        self._embed, self._model, self._threshold, self._entries, self._seconds = embed, model, threshold, entries, seconds
+        self._embed, self._model, self._threshold, self._entries, self._limits = embed, model, threshold, entries, limits
         self._clock = clock
         self._vectors: NDArray[np.float32] = np.empty((0, 0), np.float32)  # [entries, width] once the width is known
         self._groups = np.full(entries, -1, np.int64)  # the number of each slot's group, -1 for an empty slot
         self._numbers: dict[bytes, tuple[int, int]] = {}  # a group's number, and how many slots are its
         self._next = 0  # the number of the next group
-        self._slots: OrderedDict[int, tuple[float, bytes, Answer]] = OrderedDict()  # the one used last comes last
+        self._slots: OrderedDict[int, _Entry] = OrderedDict()  # the one used last comes last
+        self._free: list[int] = []  # empty slots below the end
+        self._end = self._bytes = 0
         self._hits = self._misses = self._failed = 0
 
     async def get(self, asked: Asked) -> Hit | None:
@@ -56,49 +69,62 @@ class SemanticCache:
 
     async def put(self, asked: Asked, answer: Answer) -> None:
         """Keep an answer for prompts like this one."""
-        if not _may_be_shared(asked) or (vector := await self._embedded(asked.prompt)) is None:
+        size = len(msgspec.msgpack.encode(answer)) + ENTRY_OVERHEAD
+        if not _may_be_shared(asked) or size > min(self._limits.value_bytes, self._limits.bytes):
+            return
+        if (vector := await self._embedded(asked.prompt)) is None:
             return
         if self._vectors.shape[1] != len(vector):
             self.clear()
             self._vectors = np.zeros((self._entries, len(vector)), np.float32)
-        now, group = self._clock(), group_of(self._model, asked)
-        slot = len(self._slots) if len(self._slots) < self._entries else self._let_go(next(iter(self._slots)))
+        while self._bytes + size > self._limits.bytes or len(self._slots) == self._entries:
+            self._let_go(next(iter(self._slots)))
+        if not self._free:
+            self._free.append(self._end)
+            self._end += 1
+        slot, group = self._free.pop(), group_of(self._model, asked)
         number, count = self._numbers.get(group, (self._next, 0))
         self._next += not count
         self._numbers[group] = number, count + 1
-        self._vectors[slot], self._groups[slot], self._slots[slot] = vector, number, (now, group, answer)
+        self._vectors[slot], self._groups[slot] = vector, number
+        self._slots[slot] = _Entry(self._clock(), group, answer, size)
+        self._bytes += size
 
     def clear(self) -> None:
         """Forget all prompts."""
         self._slots.clear()
         self._numbers.clear()
+        self._free.clear()
         self._groups[:] = -1
+        self._end = self._bytes = 0
 
     def counts(self) -> dict[str, int]:
-        """What happened so far, and how many prompts are there, by name."""
-        return {"hits": self._hits, "misses": self._misses, "failed": self._failed, "entries": len(self._slots)}
+        """What happened so far, and how many prompts and bytes of answers are there, by name."""
+        there = {"entries": len(self._slots), "bytes": self._bytes}
+        return {"hits": self._hits, "misses": self._misses, "failed": self._failed, **there}
 
     def _nearest(self, group: bytes, vector: NDArray[np.float32]) -> Hit | None:
         if group not in self._numbers or self._vectors.shape[1] != len(vector):
             return None
-        used = len(self._slots)  # slots fill from 0 on, and one that is let go is filled at once
-        cosines = self._vectors[:used] @ vector
-        cosines[self._groups[:used] != self._numbers[group][0]] = -np.inf
+        cosines = self._vectors[: self._end] @ vector
+        cosines[self._groups[: self._end] != self._numbers[group][0]] = -np.inf
         now = self._clock()
         near = np.flatnonzero(cosines >= self._threshold)
         for slot in near[np.argsort(-cosines[near], kind="stable")].tolist():
-            put_at, _, answer = self._slots[slot]
-            if now - put_at < self._seconds:
+            entry = self._slots[slot]
+            if now - entry.put_at < self._limits.seconds:
                 self._slots.move_to_end(slot)
-                return Hit(answer, "semantic", min(1.0, float(cosines[slot])))
+                return Hit(entry.answer, "semantic", min(1.0, float(cosines[slot])))
         return None
 
-    def _let_go(self, slot: int) -> int:
-        _, group, _ = self._slots.pop(slot)
-        number, count = self._numbers.pop(group)
+    def _let_go(self, slot: int) -> None:
+        entry = self._slots.pop(slot)
+        self._bytes -= entry.size
+        self._groups[slot] = -1
+        self._free.append(slot)
+        number, count = self._numbers.pop(entry.group)
         if count > 1:
-            self._numbers[group] = number, count - 1
-        return slot
+            self._numbers[entry.group] = number, count - 1
 
     async def _embedded(self, prompt: Sequence[int]) -> NDArray[np.float32] | None:
         """The prompt's embedding at length 1."""
