@@ -14,7 +14,7 @@ import pytest
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.measure.arrivals import Ramp, arrival_times
-from hasten.measure.http1 import Events, HttpClient, bearer
+from hasten.measure.http1 import Events, HttpClient, HttpError, bearer
 from hasten.measure.serve_load import CACHE_HEADER, Asking, ask, find_model, run_load
 from hasten.measure.serve_prompts import LoadRequest, RandomPrompts, read_custom, read_sharegpt
 from hasten.measure.serve_report import Outcome, meets, parse_goodput, parse_metrics, parse_percentiles, percentile, report, table
@@ -202,6 +202,55 @@ def test_events_are_the_same_however_they_are_cut():
     for size in range(1, len(whole) + 1):
         events = Events()
         assert [one for at in range(0, len(whole), size) for one in events.feed(whole[at : at + size])] == expected, size
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+ANSWERS = {
+    "length": (HEAD + b"Content-Length: 5\r\n\r\nhello", b"hello"),
+    "nothing": (HEAD + b"content-length: 0\r\n\r\n", b""),
+    "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
+    "chunks": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\n\r\n", b"hello"),
+    "trailers": (HEAD + b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\nA: b\r\nC: d\r\n\r\n", b"hello"),
+    "interim": (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + HEAD + b"Content-Length: 2\r\n\r\nok", b"ok"),
+    "to the end": (b"HTTP/1.0 200 OK\r\n\r\nhello", b"hello"),
+    "short": (HEAD + b"Content-Length: 9\r\n\r\nhello", None),
+    "cut chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel", None),
+    "negative": (HEAD + b"Content-Length: -1\r\n\r\n", None),
+    "no size": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\nhello\r\n0\r\n\r\n", None),
+    "negative chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-2\r\nhello\r\n0\r\n\r\n", None),
+    "huge chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n7fffffff\r\nhello", None),
+    "no status": (b"HTTP/1.1 abc\r\n\r\n", None),
+    "nothing at all": (b"", None),
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_of_every_form(name, size):
+    sent, body = ANSWERS[name]
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        for at in range(0, len(sent), size):
+            writer.write(sent[at : at + size])
+            await asyncio.sleep(0)
+        writer.close()
+
+    async def post() -> bytes:
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        client, got = HttpClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 5.0), bytearray()
+        try:
+            await client.post("/", b"{}", {}, lambda piece, now: got.extend(piece))
+        finally:
+            await client.close()
+            server.close()
+        return bytes(got)
+
+    if body is None:
+        with pytest.raises(HttpError):
+            asyncio.run(post())
+    else:
+        assert asyncio.run(post()) == body
 
 
 class Load:

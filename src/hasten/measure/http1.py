@@ -180,7 +180,9 @@ class _Connection(asyncio.Protocol):
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         self._reply = Reply(status, headers)
         self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
-        if headers.get("transfer-encoding", "").lower() == "chunked":
+        if status in {204, 304}:
+            self._end(None)
+        elif headers.get("transfer-encoding", "").lower() == "chunked":
             self._read = self._read_chunk
         elif "content-length" in headers:
             self._left = _size(headers["content-length"], 10)
@@ -193,7 +195,7 @@ class _Connection(asyncio.Protocol):
         buffer = self._buffer
         line_end = buffer.find(b"\r\n")
         if line_end < 0:
-            return self._wait(64)
+            return self._wait(4096)
         size = _size(buffer[:line_end].partition(b";")[0].decode("latin-1"), 16)
         begin = line_end + 2
         if size == 0:
