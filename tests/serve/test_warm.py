@@ -59,7 +59,16 @@ def test_lines_of_each_kind(tmp_path):
         (1, "/v1/chat/completions", True), (3, "/v1/completions", True), (4, "/v1/chat/completions", False), (5, "/v1/completions", False),
     ]  # fmt: skip
     assert found[0].body == chat
-    for wrong in ("{", "[]", "{}", {"prompt": "a", "messages": []}, {**batch, "url": "/v1/embeddings"}, {"body": 3}, {**batch, "body": {}}):
+    for wrong in (
+        "{",
+        "[]",
+        "{}",
+        {"prompt": "a", "messages": []},
+        {**batch, "url": "/v1/embeddings"},
+        {"body": 3},
+        {**batch, "body": {}},
+        {**batch, "url": []},
+    ):
         with pytest.raises(UserError, match="line 2"):
             read_requests(lines(tmp_path / "f", chat, wrong))
     with pytest.raises(UserError, match="cannot read"):

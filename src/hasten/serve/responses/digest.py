@@ -121,7 +121,7 @@ def _array_digests(model: Model, stopped: Callable[[], bool]) -> list[bytes]:
         _go_on(stopped)
         array = np.ascontiguousarray(weight.load())
         parts.append(msgspec.msgpack.encode((name, weight.format, str(array.dtype), array.shape)))
-        parts.append(hashlib.sha256(array.reshape(-1).view(np.uint8)).digest())
+        parts.append(hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest())
     return parts
 
 

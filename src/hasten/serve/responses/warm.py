@@ -87,8 +87,9 @@ def _request(path: Path, number: int, raw: bytes) -> WarmRequest:
         line = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {one_line(str(error))}") from None
-    url, body = (line.get("url"), line.get("body")) if isinstance(line, dict) and "body" in line else (None, line)
-    found = [field for field in ROUTES if isinstance(body, dict) and field in body]
-    if len(found) != 1 or url not in {None, ROUTES[found[0]]}:
-        raise UserError(f'{where} needs "prompt", or "messages", as {" and ".join(ROUTES.values())} have them; one of the two')
-    return WarmRequest(number, ROUTES[found[0]], body)
+    url, body = (line.get("url"), line["body"]) if isinstance(line, dict) and "body" in line else (None, line)
+    if isinstance(body, dict):
+        found = [field for field in ROUTES if field in body]
+        if len(found) == 1 and url in (None, ROUTES[found[0]]):
+            return WarmRequest(number, ROUTES[found[0]], body)
+    raise UserError(f'{where} needs "prompt", or "messages", as {" and ".join(ROUTES.values())} have them; one of the two')
