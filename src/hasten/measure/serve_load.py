@@ -112,6 +112,7 @@ class _Reader:
 
     def __init__(self, outcome: Outcome, keep_text: bool) -> None:
         self._outcome, self._keep_text, self._events, self._body = outcome, keep_text, Events(), b""
+        self._latest = 0.0  # when output came last
         self.ended = False
 
     def feed(self, piece: bytes, now: float) -> None:
@@ -141,11 +142,12 @@ class _Reader:
                 outcome.chunks += 1
                 if outcome.first is None:
                     outcome.first = now
-                elif outcome.last is not None:
-                    outcome.gaps.append(now - outcome.last)
-                outcome.last = now
+                else:
+                    outcome.gaps.append(now - self._latest)
+                self._latest = now
                 if self._keep_text:
                     outcome.text += choice.said
+            outcome.last = now  # what ends an output may come after all of its text
 
     def finish(self, status: int) -> None:
         outcome = self._outcome

@@ -1,7 +1,8 @@
 """What a run of requests against a server came to. Pure: outcomes in, figures out, under the names and definitions of `vllm bench serve`.
 
-TTFT is from sending to the first chunk that holds output; E2EL to the last; TPOT = (E2EL − TTFT) / (n − 1) for an output of n > 1 tokens;
-ITL are the gaps between chunks, so where a chunk holds several tokens, ITL is not TPOT. Goodput is requests a second that met every SLO."""
+TTFT is from sending to the first chunk that holds output; E2EL to the chunk that ends it; TPOT = (E2EL − TTFT) / (n − 1) for an output of
+n > 1 tokens; ITL are the gaps between chunks of output, so where a chunk holds several tokens, ITL is not TPOT. Goodput is requests a
+second that met every SLO."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ class Outcome:
     """When it was sent, and how far this process was behind when it was due."""
     first: float | None = None
     last: float | None = None
-    """When output first and last came."""
+    """When output first came, and when the news of its end."""
     gaps: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     output_tokens: int | None = None
