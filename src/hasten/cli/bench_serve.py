@@ -1,6 +1,5 @@
 """`hasten bench serve`: load on a running server, and what it answered how fast. Options are named as those of `vllm bench serve`."""
 
-import asyncio
 import datetime
 import json
 import math
@@ -74,6 +73,8 @@ def serve(
 
     The key in OPENAI_API_KEY is sent, if there is one. Equal seeds send equal prompts, which a server that caches answers faster the
     second time; what came from a response cache is counted."""
+    import asyncio  # late: it takes as long as all else that --help needs
+
     from hasten.measure.arrivals import Ramp, arrival_times
     from hasten.measure.http1 import bearer
     from hasten.measure.serve_load import Asking

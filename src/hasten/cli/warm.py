@@ -1,6 +1,5 @@
 """`hasten warm FILE`: fill a server's response cache in advance."""
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +25,8 @@ def warm(
     """Ask a running server, which keeps the answers. What it has already costs next to nothing: a run that was stopped is begun anew.
 
     The key in OPENAI_API_KEY is sent, if there is one."""
+    import asyncio  # late: it takes as long as all else that --help needs
+
     from hasten.serve.responses.warm import read_requests
 
     requests = read_requests(file)
