@@ -3,10 +3,12 @@
     python benchmarks/long_prompts.py [MODEL] [--stretch 1.8]
 
 The streams decode; then prompts arrive, the next as soon as the last one has its first token. Prints one JSON object: the median step
-before and after, the p99 of the gaps between tokens of all streams while prompts are computed, and how long a prompt took. The model must
-have room for the prompt: random:smollm2-135m has."""
+before and after, the p99 of the gaps between tokens of all streams while prompts are computed, over that step and over the steps without
+prompts that were nearest in time, and how long a prompt took. The model must have room for the prompt: random:smollm2-135m has."""
 
 import argparse
+import bisect
+import itertools
 import json
 import math
 import statistics
@@ -29,6 +31,7 @@ class Streams:
     def __init__(self, llm: LLM) -> None:
         self.llm, self.engine = llm, llm.engine()
         self.came: dict[int, list[float]] = {}
+        self.alone: list[tuple[float, float]] = []  # steps of one token each: when, and seconds
         self.rng = np.random.default_rng(0)
 
     def submit(self, length: int, most: int) -> int:
@@ -43,12 +46,20 @@ class Streams:
 
     def step(self) -> float:
         """Seconds of one step."""
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self.engine.counters.computed_tokens
         chunks = self.engine.step()
         now = time.perf_counter()
+        if self.engine.counters.computed_tokens - before == len(chunks):
+            self.alone.append((now, now - began))
         for chunk in chunks:
             self.came[chunk.index].append(now)
         return now - began
+
+    def alone_near(self, when: float) -> float:
+        """Seconds of a step without prompts about that time: the median of five, for the machine sways."""
+        times = [at for at, _ in self.alone]
+        begin = max(0, min(bisect.bisect(times, when) - 2, len(times) - 5))
+        return statistics.median(seconds for _, seconds in self.alone[begin : begin + 5])
 
     def until_first(self, index: int) -> float:
         """Seconds until this output has its first token."""
@@ -76,13 +87,17 @@ def measure(made: Streams, prompt: int, streams: int, arrivals: int) -> dict[str
         took.append(made.until_first(made.submit(prompt, 1)))
     ended, steps = time.perf_counter(), made.engine.counters.steps - steps
     decode += [made.step() for _ in range(ALONE + 2)][2:]
-    gaps = [after - before for index in running for before, after in zip(made.came[index], made.came[index][1:]) if began < after <= ended]
-    if len(gaps) < streams * steps:  # the long prompts' own steps are among them
-        raise SystemExit(f"{streams} streams got {len(gaps)} tokens in {steps} steps")
+    timed = [
+        (after - before, after) for index in running for before, after in itertools.pairwise(made.came[index]) if began < after <= ended
+    ]
+    if len(timed) < streams * steps:  # the long prompts' own steps are among them
+        raise SystemExit(f"{streams} streams got {len(timed)} tokens in {steps} steps")
+    gaps, near = [gap for gap, _ in timed], [gap / made.alone_near(at) for gap, at in timed]
     p99, step = float(np.quantile(gaps, 0.99)), statistics.median(decode)
     return {
         "step_ms": 1e3 * step, "p99_gap_ms": 1e3 * p99, "median_gap_ms": 1e3 * statistics.median(gaps), "p99_over_step": p99 / step,
-        "p99_over_median_gap": p99 / statistics.median(gaps), "steps": steps, "prompt_s": statistics.mean(took),
+        "p99_over_near_step": float(np.quantile(near, 0.99)), "p99_over_median_gap": p99 / statistics.median(gaps), "steps": steps,
+        "prompt_s": statistics.mean(took),
     }  # fmt: skip
 
 

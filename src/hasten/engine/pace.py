@@ -13,8 +13,9 @@ ENOUGH = 3
 """Of them, before prompts may be computed beside as many sequences."""
 STALE = 128
 """Steps with prompts after which sequences are timed alone again: they have grown meanwhile."""
-ODD = 2.5
-"""A step with prompts that takes so many times as long asks for the same: something else may have begun on the machine."""
+FAST, SLOW = 0.8, 2.5
+"""A step with prompts that takes less than so much of what those alone took, or more than so many times what was expected, asks for the
+same: the machine has more to do than it had, or less."""
 LARGE = 64
 """Tokens of a step from which on its fixed part hardly counts."""
 
@@ -59,9 +60,10 @@ class Pace:
         if (tokens < LARGE) if not rows else not (costs.step_s and costs.fits(rows)):
             return  # what of it is the tokens' is not known
         alone = costs.step_s * rows / costs.rows if rows else 0.0
+        expected = alone + tokens * (costs.token_s if costs.tried else alone / max(1, rows))
         self._tokens.append((max(seconds - alone, 0.01 * seconds) / tokens, tokens))
         self._mixed += 1
-        if rows and (self._mixed > STALE or seconds > ODD * alone):
+        if rows and (self._mixed > STALE or not FAST * alone < seconds < SLOW * expected):
             self._alone.clear()
             costs = dataclasses.replace(costs, step_s=0.0)
         # The dearest of the last: where one token more begins another tile, a step takes a leap.

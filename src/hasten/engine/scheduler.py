@@ -54,9 +54,9 @@ class Scheduler:
         self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
         self._may_score = 0  # tokens, in what is left of this plan
-        self._may_score = 0  # tokens, in what is left of this plan
         self._scoring: dict[int, int] = {}  # tokens of those, by job that takes them
         self._costs = settings.costs or Costs()  # in this plan
+        self._bounded = False  # in this plan: may prompts take less than the budget leaves?
 
     # --- from outside
 
@@ -118,8 +118,10 @@ class Scheduler:
         each_ready = [(running, _ready(running)) for running in self._running]
         spare = self.settings.step_tokens - sum(len(running.sequences) for running, ready in each_ready if ready)
         beside = self._beside(each_ready, spare)
+        self._bounded = beside < spare
         self._add_all(each_ready, beside, now_s)
-        if not self._planned and beside < spare:  # who has one token to go has no page for it
+        if not self._planned and self._bounded:  # who has one token to go has no page for it
+            self._bounded = False
             self._add_all(each_ready, spare, now_s)
         return StepPlan(self.cache.take_moves(), tuple(self._planned.values()))
 
@@ -287,12 +289,13 @@ class Scheduler:
     def _let_in(self, spare: int) -> None:
         """Let those who wait join, in their order, while there are slots, tokens and pages; who ranks behind gives way to who ranks
         before. Nobody overtakes one who waits."""
-        whole = self.settings.batching.rectangular
         while self._waiting and self._waiting[0] not in self._gave_way:
             first = self._waiting[0]
-            # a batch is not smaller for prompts that take several steps
-            while not (joins := (spare > 0 or whole) and self._can_join(first)) and self._running and self._running[-1].rank > first.rank:
-                spare += self._preempt(self._running[-1])
+            # A batch is not smaller for prompts that take several steps.
+            while not (joins := (spare > 0 or self.settings.batching.rectangular) and self._can_join(first)):
+                if (behind := self._who_gives_way(first, spare)) is None:
+                    break
+                spare += self._preempt(behind)
             if not joins:
                 return
             self._join(first)
@@ -305,6 +308,17 @@ class Scheduler:
                     self.counters.hit_tokens += sequence.pages.length
                 self.counters.prompt_tokens += len(first.job.prompt)
             spare = self._add(first, spare, ready=False)
+
+    def _who_gives_way(self, first: _Live, spare: int) -> _Live | None:
+        """The last who ranks behind ``first``. Where time bounds prompts and only tokens are short, the last who computes a prompt."""
+        tokens_alone = self._bounded and spare <= 0
+        for running in reversed(self._running):
+            if running.rank <= first.rank:
+                return None
+            entries = [self._planned[each.id] for each in running.sequences if each.id in self._planned]
+            if not tokens_alone or any(not entry.draws or len(entry.tokens) > 1 for entry in entries):
+                return running
+        return None
 
     def _can_join(self, waiting: _Live) -> bool:
         """Is there a slot, and room for what it is counted with beside what the others are?"""
