@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.bench_serve import serve
 from hasten.cli.terminal import notify, visible_line
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hasten.measure.throughput import Throughput
 
 bench = typer.Typer(name="bench", help="Measure speed, beside this machine's limits.", no_args_is_help=True)
+bench.command("serve")(serve)
 
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to run on; all cores granted unless given.")]
 IsaOption = Annotated[str, typer.Option("--isa", help="Instruction-set level of the kernels: best, generic, avx2, avx512 or amx.")]
@@ -83,7 +85,7 @@ def latency(
     from rich.progress import Progress
 
     from hasten.checkpoint import load
-    from hasten.engine.llm import choose_backend
+    from hasten.engine.backends import choose_backend
     from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
     from hasten.program import Formats
 
@@ -282,11 +284,17 @@ def _print_throughput(rows: Sequence["Throughput"]) -> None:
     typer.echo(
         f"the drawn lengths allow {rows[0].bound_steps:.2f} × static where steps cost alike, {rows[0].bound_rows:.2f} × where rows do"
     )
-    by_kind = {row.batching: row.tokens_per_s for row in reversed(rows)}
+    by_kind = {row.batching: row for row in reversed(rows)}
     if {"static", "continuous"} <= by_kind.keys():
-        ratio = by_kind["continuous"] / by_kind["static"]
-        shares = f"{ratio / rows[0].bound_steps:.2f} and {ratio / rows[0].bound_rows:.2f}"
-        typer.echo(f"continuous over static {ratio:.2f} ×: {shares} of that")
+        row = by_kind["continuous"]
+        ratio = row.tokens_per_s / by_kind["static"].tokens_per_s
+        line = f"continuous over static {ratio:.2f} ×: {ratio / row.bound_steps:.2f} and {ratio / row.bound_rows:.2f} of that"
+        if row.bound_measured is not None and row.step_fixed_s is not None and row.step_row_s is not None:
+            line += (
+                f"; a step took {1e3 * row.step_fixed_s:.2f} ms and {1e3 * row.step_row_s:.2f} for each row, which allows "
+                f"{row.bound_measured:.2f} ×: {ratio / row.bound_measured:.2f} of it"
+            )
+        typer.echo(line)
     cached = {row.prefix_cache: row.ttft_mean_s for row in reversed(rows)}
     if len(cached) == 2:
         typer.echo(f"mean time to the first token with over without the prefix cache {cached[True] / cached[False]:.3f}")
