@@ -221,6 +221,7 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
     float* maxima = pieces.take(static_cast<std::size_t>(together) * group);
     float* sums = pieces.take(static_cast<std::size_t>(together) * group);
     float* fades = pieces.take(static_cast<std::size_t>(together) * group);
+    BlockScales wide_scales;
 
     for (int row = first; row < last; row += together) {
         const int count = lesser(together, last - row), at = position + row;
@@ -237,7 +238,7 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
             const KeyBlock& block = blocks.block();
             const BlockRows& found = blocks.rows();
             Ahead keys_ahead = blocks.ahead(), values_ahead = keys_ahead;
-            const BlockScales* scales = blocks.scales();
+            const BlockScales* scales = widened(blocks.scales(), wide_scales);
             widen(layer.format, found, block, shape, stride, turned, values);
 
             constexpr int wide = kColumns * V::width, rows = V::score_rows;
