@@ -152,6 +152,9 @@ class Blocks {
         return &scales_;
     }
 
+    // What asks for this block itself, as nobody has for the first.
+    Ahead here() const { return {&rows(), layer_.key_bytes(), layer_.value_bytes()}; }
+
     // Called once a block.
     Ahead ahead() {
         const BlockRows& behind = rows_[(index_ + 1) % 2];
