@@ -4,41 +4,44 @@
 namespace hasten::HASTEN_LEVEL {
 namespace {
 
-// Scores of one pair over a block → weights against the new maximum, exactly zero outside [low, high) where `masked`. Updates the pair's
-// maximum and sum, and gives the factor that what was summed before has to be faded by. With scales, a key's is taken to its score, a
-// value's to its weight, behind the sum.
+// Scores of one pair over a block, scaled and capped and tilted, −∞ outside [low, high) where `masked`; gives the largest. With scales, a
+// key's is taken to its score.
 template <bool masked>
-INLINE float soften(const AttendShape& shape, const BlockScales* scales, int head, int to_query, int low, int high, float* scores,
-                    float& maximum, float& sum) {
-    constexpr int count = kKeyBlock / V::width;
-    F kept[count], most = V::set(-__builtin_inff());
+INLINE float prepare_scores(const AttendShape& shape, const BlockScales* scales, int head, int to_query, int low, int high, float* scores) {
+    F most = V::set(-__builtin_inff());
     const F begin = V::set(static_cast<float>(low)), end = V::set(static_cast<float>(high));
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) {
-        const F key = V::add(V::iota(), V::set(static_cast<float>(i * V::width)));
-        F x = V::load(scores + i * V::width);
-        if (scales) x = V::mul(x, V::load(scales->keys + i * V::width));
+    for (int t = 0; t < kKeyBlock; t += V::width) {
+        const F key = V::add(V::iota(), V::set(static_cast<float>(t)));
+        F x = V::load(scores + t);
+        if (scales) x = V::mul(x, V::load(scales->keys + t));
         x = V::mul(x, V::set(shape.scale));
         if (shape.softcap > 0) x = V::mul(V::set(shape.softcap), tanh(V::div(x, V::set(shape.softcap))));
         if (shape.slopes) x = V::fma(V::set(shape.slopes[head]), V::sub(key, V::set(static_cast<float>(to_query))), x);
         if (masked) x = V::if_less(key, begin, V::set(-__builtin_inff()), V::if_less(key, end, x, V::set(-__builtin_inff())));
-        kept[i] = x;
-        most = V::max(most, kept[i]);
+        V::store(scores + t, x);
+        most = V::max(most, x);
     }
-    const float before = maximum, block = V::largest(most);
-    maximum = block > before ? block : before;
+    return V::largest(most);
+}
+
+// Prepared scores of one pair → weights against the maximum; gives their sum. With scales, a value's is taken to its weight, behind the sum.
+INLINE float soften(const BlockScales* scales, float maximum, float* scores) {
     const F top = V::set(maximum);
     F sums = V::set(0.0f);
-#pragma GCC unroll 16
-    for (int i = 0; i < count; ++i) {
-        const F weight = exp(V::sub(kept[i], top));  // exactly zero of −∞
-        V::store(scores + i * V::width, scales ? V::mul(weight, V::load(scales->values + i * V::width)) : weight);
+#pragma GCC unroll 4
+    for (int t = 0; t < kKeyBlock; t += V::width) {
+        const F weight = exp(V::sub(V::load(scores + t), top));  // exactly zero of −∞
+        V::store(scores + t, scales ? V::mul(weight, V::load(scales->values + t)) : weight);
         sums = V::add(sums, weight);
     }
-    float lane[V::width];
-    V::store(lane, exp(V::set(before - maximum)));
-    sum = sum * lane[0] + V::sum(sums);
-    return lane[0];
+    return V::sum(sums);
+}
+
+// x[i] → eˣ for i in [begin, end).
+INLINE void exp_all(float* x, int begin, int end) {
+    int i = begin;
+    for (; i + V::width <= end; i += V::width) V::store(x + i, exp(V::load(x + i)));
+    if (i < end) V::store_some(x + i, exp(V::load_some(x + i, end - i)), end - i);
 }
 
 }  // namespace
@@ -78,10 +81,15 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
                 const int to_query = at + pair / group - block.base, head = kv_head * group + pair % group,
                           low = greater(0, oldest_seen(shape, to_query + block.base) - block.base), high = lesser(to_query + 1, kKeyBlock);
                 float* its = weights + pair * kKeyBlock;
-                fades[pair] = low == 0 && high == kKeyBlock
-                                  ? soften<false>(shape, scales, head, to_query, low, high, its, maxima[pair], sums[pair])
-                                  : soften<true>(shape, scales, head, to_query, low, high, its, maxima[pair], sums[pair]);
+                const float most = low == 0 && high == kKeyBlock ? prepare_scores<false>(shape, scales, head, to_query, low, high, its)
+                                                                 : prepare_scores<true>(shape, scales, head, to_query, low, high, its);
+                const float before = maxima[pair];
+                maxima[pair] = most > before ? most : before;
+                fades[pair] = before - maxima[pair];
             }
+            exp_all(fades, begin, end);  // what was summed before is faded by
+            for (int pair = begin; pair < end; ++pair)
+                sums[pair] = sums[pair] * fades[pair] + soften(scales, maxima[pair], weights + pair * kKeyBlock);
             products.mix(found, block, weights, fades, begin, end, ahead, mixed);
         }
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int kColumns = 4;  // vectors a register tile is wide
 
 // turned[d · 64 + t] = key d of token t, float32, for the vectors of tokens that [low, high) touches; lanes outside are some other token's.
-#if defined(HASTEN_AVX512) || defined(HASTEN_AVX2)
+#if defined(HASTEN_AVX512)
 template <class E, int j = 0>
 INLINE void put_parts(Words words, int count, float* to) {
     constexpr int parts = 4 / E::bytes;

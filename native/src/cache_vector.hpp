@@ -62,30 +62,6 @@ INLINE F fields(__m256i x, std::uint32_t bits) { return _mm256_castsi256_ps(_mm2
 INLINE F converted(__m256i x) { return _mm256_cvtepi32_ps(x); }
 INLINE F load_halves(const std::uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-// 8 rows of 8 words each, turned.
-INLINE void transpose(__m256i (&r)[8]) {
-    __m256i a[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
-        a[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) r[i] = a[i];
-}
-
 #else
 
 using Words = V::I;  // a lane is one element: there is no word to take apart
