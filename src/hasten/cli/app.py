@@ -17,6 +17,7 @@ from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
 from hasten.cli.terminal import fail
+from hasten.cli.warm import warm
 
 app = typer.Typer(
     name="hasten",
@@ -30,6 +31,7 @@ app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("eval")(evaluate)
+app.command("warm")(warm)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 
