@@ -1,16 +1,51 @@
 // The products of attention with keys and values as they lie in the cache, for levels of 8 lanes: behind cache_vector.hpp.
 //
-// A lane is a feature. Pairs of bf16 become float32 in registers, in the order in which words fall apart: of every 16 features first the
-// even ones, then the odd. Queries and mixed values keep that order. int8 and fp8 fit in bf16 as they are, and are copied so. A score is
-// 8 chains of multiply-adds over the features, summed as a tree; a mixed value one chain over the keys: whatever the pairs beside it.
+// A lane is a feature. Elements become float32 in registers, in the order in which words of two fall apart: of every 16 features first the
+// even ones, then the odd. Queries and mixed values keep that order. A score is 8 chains of multiply-adds over the features, summed as a
+// tree; a mixed value one chain over the keys: whatever the pairs beside it. int8 and fp8 fit in bf16 as they are: where many pairs will
+// read them they are copied so, which changes no bit.
 
 namespace hasten::HASTEN_LEVEL {
 namespace {
 
-constexpr int kSpan = 16;  // features of a vector of words
+constexpr int kSpan = 16;  // features that are loaded together: a lane has two
+constexpr int kMany = 8;   // pairs for which a copy of int8 or fp8 pays
 
-INLINE F even_of(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-INLINE F odd_of(__m256i words) { return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000)))); }
+// load and load_some give features [at, at + 16) and [at, at + n) of a row, zeros behind.
+template <CacheFormat format>
+struct Twos;
+
+template <>
+struct Twos<CacheFormat::bf16> {
+    INLINE __m256i load(const std::byte* row, int at) { return load_words(row + 2 * at); }
+    INLINE __m256i load_some(const std::byte* row, int at, int n) { return load_some_words(row + 2 * at, 2 * n); }
+    INLINE F even(__m256i x) { return _mm256_castsi256_ps(up<16>(x)); }
+    INLINE F odd(__m256i x) { return fields(x, 0xffff0000); }
+};
+
+struct TwoBytes {
+    INLINE __m256i load(const std::byte* row, int at) {
+        return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + at)));
+    }
+    INLINE __m256i load_some(const std::byte* row, int at, int n) {
+        std::byte some[16] = {};
+        __builtin_memcpy(some, row + at, static_cast<std::size_t>(n));
+        return load(some, 0);
+    }
+};
+
+template <>
+struct Twos<CacheFormat::int8> : TwoBytes {
+    INLINE F even(__m256i x) { return converted(down<24>(up<24>(x))); }
+    INLINE F odd(__m256i x) { return converted(down<8>(x)); }
+};
+
+template <>
+struct Twos<CacheFormat::fp8> : TwoBytes {
+    INLINE F even(__m256i x) { return value_of(up<24>(x)); }
+    INLINE F odd(__m256i x) { return value_of(up<16>(x)); }
+    INLINE F value_of(__m256i top) { return V::mul(fields(down<4>(top), Elements<CacheFormat::fp8>::kFields), V::set(0x1p120f)); }
+};
 
 // x, loaded once: left to itself the compiler loads it anew for every use.
 INLINE F held(F x) {
@@ -48,11 +83,11 @@ INLINE void put_scores(const F (&sums)[4], float* scores) {
     _mm_storeu_ps(scores, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
 }
 
-template <int rows, int tokens>
+template <class E, int rows, int tokens>
 INLINE void add_scores(const __m256i (&words)[tokens], const float* queries, int apart, F (&sums)[rows * tokens]) {
     F key[tokens];
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) key[t] = even_of(words[t]);
+    for (int t = 0; t < tokens; ++t) key[t] = E::even(words[t]);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         const F query = held(V::load(queries + r * apart));
@@ -60,7 +95,7 @@ INLINE void add_scores(const __m256i (&words)[tokens], const float* queries, int
         for (int t = 0; t < tokens; ++t) sums[r * tokens + t] = V::fma(query, key[t], sums[r * tokens + t]);
     }
 #pragma GCC unroll 4
-    for (int t = 0; t < tokens; ++t) key[t] = odd_of(words[t]);
+    for (int t = 0; t < tokens; ++t) key[t] = E::odd(words[t]);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         const F query = held(V::load(queries + r * apart + V::width));
@@ -70,7 +105,7 @@ INLINE void add_scores(const __m256i (&words)[tokens], const float* queries, int
 }
 
 // scores[r · 64 + t] = queries[r] · keys[t], queries `apart` floats apart.
-template <int rows, int tokens>
+template <class E, int rows, int tokens>
 INLINE void score_tile(const float* queries, int apart, const std::byte* const* keys, int dim, float* scores) {
     F sums[rows * tokens];
 #pragma GCC unroll 8
@@ -82,13 +117,13 @@ INLINE void score_tile(const float* queries, int apart, const std::byte* const* 
     int d = 0;
     for (; d + kSpan <= dim; d += kSpan) {
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; ++t) words[t] = load_words(from[t] + d * sizeof(bf16));
-        add_scores<rows, tokens>(words, queries + d, apart, sums);
+        for (int t = 0; t < tokens; ++t) words[t] = E::load(from[t], d);
+        add_scores<E, rows, tokens>(words, queries + d, apart, sums);
     }
     if (d < dim) {
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; ++t) words[t] = load_some_words(from[t] + d * sizeof(bf16), (dim - d) * static_cast<int>(sizeof(bf16)));
-        add_scores<rows, tokens>(words, queries + d, apart, sums);
+        for (int t = 0; t < tokens; ++t) words[t] = E::load_some(from[t], d, dim - d);
+        add_scores<E, rows, tokens>(words, queries + d, apart, sums);
     }
     put_scores<rows>(sums, scores);
 }
@@ -109,33 +144,34 @@ class Asking {
     int at_, each_;
 };
 
-template <int rows, int tokens>
+template <class E, int rows, int tokens>
 INLINE void score_rows(const float* queries, int apart, const BlockRows& found, const KeyBlock& block, int dim, Asking& asking,
                        float* scores) {
     for (int first = block.low / 8 * 8; first < block.high; first += 8) {
         asking.keys();
-        for (int t = first; t < first + 8; t += tokens) score_tile<rows, tokens>(queries, apart, found.keys + t, dim, scores + t);
+        for (int t = first; t < first + 8; t += tokens) score_tile<E, rows, tokens>(queries, apart, found.keys + t, dim, scores + t);
     }
 }
 
 // weights[pair · 64 + t] = query of pair · key of t, for pairs [begin, end) and keys [low, high), and a few around them.
+template <class E>
 void score_block(const float* queries, int apart, const BlockRows& found, const KeyBlock& block, int dim, int begin, int end,
                  const Ahead& ahead, float* weights) {
     const int left = (end - begin) % 4;
     Asking asking(ahead, ((end - begin) / 4 + left / 2 + left % 2) * (kKeyBlock / 8));
     const auto query = [&](int pair) { return queries + static_cast<std::ptrdiff_t>(pair) * apart; };
     int pair = begin;
-    for (; pair + 4 <= end; pair += 4) score_rows<4, 2>(query(pair), apart, found, block, dim, asking, weights + pair * kKeyBlock);
+    for (; pair + 4 <= end; pair += 4) score_rows<E, 4, 2>(query(pair), apart, found, block, dim, asking, weights + pair * kKeyBlock);
     if (pair + 2 <= end) {
-        score_rows<2, 4>(query(pair), apart, found, block, dim, asking, weights + pair * kKeyBlock);
+        score_rows<E, 2, 4>(query(pair), apart, found, block, dim, asking, weights + pair * kKeyBlock);
         pair += 2;
     }
-    if (pair < end) score_rows<1, 4>(query(pair), apart, found, block, dim, asking, weights + pair * kKeyBlock);
+    if (pair < end) score_rows<E, 1, 4>(query(pair), apart, found, block, dim, asking, weights + pair * kKeyBlock);
 }
 
 // mixed = mixed · fade[r] + Σₜ weights[r · 64 + t] · values of t, t in [low, high), for `spans` spans from feature f on of rows `stride`
 // floats apart.
-template <int rows, int spans>
+template <class E, int rows, int spans>
 INLINE void mix_tile(const float* weights, const float* fade, const BlockRows& found, const KeyBlock& block, int f, int dim, int stride,
                      float* mixed) {
     F even[rows * spans], odd[rows * spans];
@@ -149,14 +185,13 @@ INLINE void mix_tile(const float* weights, const float* fade, const BlockRows& f
         }
     const bool whole = f + spans * kSpan <= dim;
     for (int t = block.low; t < block.high; ++t) {
-        const std::byte* row = found.values[t] + f * static_cast<int>(sizeof(bf16));
         F weight[rows];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) weight[r] = V::set(weights[r * kKeyBlock + t]);
 #pragma GCC unroll 4
         for (int s = 0; s < spans; ++s) {
-            const __m256i words = whole ? load_words(row + s * 32) : load_some_words(row, (dim - f) * static_cast<int>(sizeof(bf16)));
-            const F first = even_of(words), second = odd_of(words);
+            const __m256i words = whole ? E::load(found.values[t], f + s * kSpan) : E::load_some(found.values[t], f, dim - f);
+            const F first = E::even(words), second = E::odd(words);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; ++r) {
                 even[r * spans + s] = V::fma(weight[r], first, even[r * spans + s]);
@@ -174,30 +209,31 @@ INLINE void mix_tile(const float* weights, const float* fade, const BlockRows& f
         }
 }
 
-template <int rows>
+template <class E, int rows>
 INLINE void mix_rows(const float* weights, const float* fade, const BlockRows& found, const KeyBlock& block, int dim, int stride,
                      Asking& asking, float* mixed) {
     constexpr int spans = 4 / rows;
     int f = 0;
     for (; f + spans * kSpan <= dim; f += spans * kSpan) {
         asking.values();
-        mix_tile<rows, spans>(weights, fade, found, block, f, dim, stride, mixed);
+        mix_tile<E, rows, spans>(weights, fade, found, block, f, dim, stride, mixed);
     }
     for (; f < dim; f += kSpan) {
         asking.values();
-        mix_tile<rows, 1>(weights, fade, found, block, f, dim, stride, mixed);
+        mix_tile<E, rows, 1>(weights, fade, found, block, f, dim, stride, mixed);
     }
 }
 
 // For pairs [begin, end).
+template <class E>
 void mix_block(const float* weights, const float* fades, const BlockRows& found, const KeyBlock& block, int dim, int stride, int begin,
                int end, const Ahead& ahead, float* mixed) {
     Asking asking(ahead, greater(1, (end - begin) * dim / (4 * kSpan)));
     const auto row = [&](int pair) { return mixed + static_cast<std::ptrdiff_t>(pair) * stride; };
     int pair = begin;
     for (; pair + 4 <= end; pair += 4)
-        mix_rows<4>(weights + pair * kKeyBlock, fades + pair, found, block, dim, stride, asking, row(pair));
-    for (; pair < end; ++pair) mix_rows<1>(weights + pair * kKeyBlock, fades + pair, found, block, dim, stride, asking, row(pair));
+        mix_rows<E, 4>(weights + pair * kKeyBlock, fades + pair, found, block, dim, stride, asking, row(pair));
+    for (; pair < end; ++pair) mix_rows<E, 1>(weights + pair * kKeyBlock, fades + pair, found, block, dim, stride, asking, row(pair));
 }
 
 // Rows of the tokens [low, high) as bf16 in `copy`, `padded` elements apart, and where they lie now; others lie where the nearest does.
@@ -207,11 +243,9 @@ void copy_rows(const std::byte* const* rows, const KeyBlock& block, int dim, int
         bf16* to = copy + t * padded;
         now[t] = reinterpret_cast<const std::byte*>(to);
         for (int d = 0; d < dim; d += kSpan, to += kSpan) {
-            const int left = dim - d;
-            const F low = left >= 8 ? E::load(rows[t], d) : E::load_some(rows[t], d, left);
-            const F high = left >= 16 ? E::load(rows[t], d + 8) : left > 8 ? E::load_some(rows[t], d + 8, left - 8) : V::set(0.0f);
-            const __m256i a = _mm256_srli_epi32(_mm256_castps_si256(low), 16), b = _mm256_srli_epi32(_mm256_castps_si256(high), 16);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8));
+            const __m256i words = dim - d >= kSpan ? E::load(rows[t], d) : E::load_some(rows[t], d, dim - d);
+            const __m256i even = _mm256_srli_epi32(_mm256_castps_si256(E::even(words)), 16), odd = _mm256_castps_si256(E::odd(words));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_blend_epi16(even, odd, 0xaa));
         }
     }
     for (int t = 0; t < block.low; ++t) now[t] = now[block.low];
@@ -242,15 +276,29 @@ class Products {
 
     // weights[pair · 64 + t] = query of pair · key of t, for pairs [begin, end) and keys [low, high), and a few around them.
     void score(const BlockRows& found, const KeyBlock& block, int begin, int end, const Ahead& ahead, float* weights) {
-        if (format_ == CacheFormat::int8) copy<Elements<CacheFormat::int8>>(found, block);
-        if (format_ == CacheFormat::fp8) copy<Elements<CacheFormat::fp8>>(found, block);
-        score_block(queries_, apart_, rows_of(found), block, shape_.key_dim, begin, end, ahead, weights);
+        many_ = end - begin >= kMany;
+        switch (format_) {
+            case CacheFormat::bf16:
+                return score_block<Twos<CacheFormat::bf16>>(queries_, apart_, found, block, shape_.key_dim, begin, end, ahead, weights);
+            case CacheFormat::int8:
+                return score_bytes<Twos<CacheFormat::int8>>(found, block, begin, end, ahead, weights);
+            case CacheFormat::fp8:
+                return score_bytes<Twos<CacheFormat::fp8>>(found, block, begin, end, ahead, weights);
+        }
     }
 
     // mixed = mixed · fade + weights · values, for pairs [begin, end) of the block that was scored last.
     void mix(const BlockRows& found, const KeyBlock& block, const float* weights, const float* fades, int begin, int end,
              const Ahead& ahead, float* mixed) {
-        mix_block(weights, fades, rows_of(found), block, shape_.value_dim, stride_of(shape_), begin, end, ahead, mixed);
+        const int dim = shape_.value_dim, stride = stride_of(shape_);
+        if (format_ == CacheFormat::bf16 || many_) {
+            const BlockRows& rows = format_ == CacheFormat::bf16 ? found : copied_;
+            mix_block<Twos<CacheFormat::bf16>>(weights, fades, rows, block, dim, stride, begin, end, ahead, mixed);
+        } else if (format_ == CacheFormat::int8) {
+            mix_block<Twos<CacheFormat::int8>>(weights, fades, found, block, dim, stride, begin, end, ahead, mixed);
+        } else {
+            mix_block<Twos<CacheFormat::fp8>>(weights, fades, found, block, dim, stride, begin, end, ahead, mixed);
+        }
     }
 
     // to[f] = mixed value f · whole, of one pair's row.
@@ -262,11 +310,12 @@ class Products {
 
  private:
     template <class E>
-    void copy(const BlockRows& found, const KeyBlock& block) {
+    void score_bytes(const BlockRows& found, const KeyBlock& block, int begin, int end, const Ahead& ahead, float* weights) {
+        if (!many_) return score_block<E>(queries_, apart_, found, block, shape_.key_dim, begin, end, ahead, weights);
         copy_rows<E>(found.keys, block, shape_.key_dim, apart_, keys_, copied_.keys);
         copy_rows<E>(found.values, block, shape_.value_dim, stride_of(shape_), values_, copied_.values);
+        score_block<Twos<CacheFormat::bf16>>(queries_, apart_, copied_, block, shape_.key_dim, begin, end, ahead, weights);
     }
-    const BlockRows& rows_of(const BlockRows& found) const { return format_ == CacheFormat::bf16 ? found : copied_; }
 
     const AttendShape& shape_;
     CacheFormat format_;
@@ -274,6 +323,7 @@ class Products {
     float* queries_;
     bf16 *keys_, *values_;
     BlockRows copied_;
+    bool many_ = false;
 };
 
 }  // namespace
