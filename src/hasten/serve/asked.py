@@ -2,7 +2,7 @@
 
 import re
 
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, one_line
 from hasten.engine import BeamSearch, Grammar, SamplingParams
 from hasten.engine.sampling import MAX_INT
 from hasten.serve.bodies import ChatBody, CompletionBody, Sampled
@@ -19,7 +19,11 @@ def of_completion(body: CompletionBody) -> SamplingParams:
 
 def of_chat(body: ChatBody) -> SamplingParams:
     """For ``/v1/chat/completions``, whose answer goes on to the end of the context unless bounded."""
-    most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    most = body.max_tokens
+    if body.max_completion_tokens is not None:
+        if (most := body.max_completion_tokens) < 1:
+            raise ConfigError(f"max_completion_tokens is {one_line(most)}: ask for at least one token")
+        most = min(most, MAX_INT)
     if body.top_logprobs is not None and not body.logprobs:
         raise ConfigError("top_logprobs is given without logprobs; set logprobs to true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -64,6 +68,12 @@ def grammar_of(body: Sampled) -> Grammar | None:
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} are both given: an output follows one grammar; leave one of them out")
     return next(iter(asked.values()), None)
+
+
+def grammar_field(body: Sampled) -> str | None:
+    """The field that gives the output's grammar, if one does."""
+    fields = {"response_format": body.response_format, "regex": body.regex, "grammar": body.grammar, "choices": body.choices}
+    return next((name for name, value in fields.items() if value is not None), None)
 
 
 def _literal(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hasten.base.errors import ConfigError
 from hasten.serve import logprobs
-from hasten.serve.asked import of_chat
+from hasten.serve.asked import grammar_field, of_chat
 from hasten.serve.bodies import ChatBody
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
@@ -22,7 +22,7 @@ PLAIN_STOPS = ("\nuser:", "\nsystem:")
 def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
     """Answer it. Raises ApiError for what can be told at once."""
     service.check_model(body.model)
-    if body.stop is None and service.texts.template is None and service.texts.has_text:
+    if body.stop is None and body.beam_width is None and service.texts.template is None and service.texts.has_text:
         body = body.model_copy(update={"stop": list(PLAIN_STOPS)})
     try:
         params = of_chat(body)
@@ -34,7 +34,8 @@ def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
         async def encode() -> list[list[int]]:
             return [await service.texts.chat([message.plain for message in body.messages], params, body.add_generation_prompt)]
 
-        async with service.generation(encode, params.sequences, params, tenant, note, body.timeout_s) as generation:
+        at_fault = grammar_field(body)
+        async with service.generation(encode, params.sequences, params, tenant, note, body.timeout_s, at_fault) as generation:
             await (view.stream(generation, sender) if body.stream else view.whole(generation, sender))
 
     return Reply(work, note)

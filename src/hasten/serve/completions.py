@@ -7,7 +7,7 @@ from typing import Any
 from hasten.base.errors import ConfigError
 from hasten.engine import TokenLogprob
 from hasten.serve import logprobs
-from hasten.serve.asked import of_completion
+from hasten.serve.asked import grammar_field, of_completion
 from hasten.serve.bodies import CompletionBody
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
@@ -31,7 +31,8 @@ def completion(service: Service, body: CompletionBody, tenant: str, note: Note) 
             return await service.texts.prompts(body.prompt, params)
 
         outputs = len(body.prompt) * params.sequences
-        async with service.generation(encode, outputs, params, tenant, note, body.timeout_s) as generation:
+        at_fault = grammar_field(body)
+        async with service.generation(encode, outputs, params, tenant, note, body.timeout_s, at_fault) as generation:
             await (view.stream(generation, sender) if body.stream else view.whole(generation, sender))
 
     return Reply(work, note)

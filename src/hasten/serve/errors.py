@@ -38,17 +38,21 @@ def refused(error: UserError, param: str | None = None) -> ApiError:
 
 
 def field_of(message: str) -> str | None:
-    """The field that a message of `hasten.engine.SamplingParams` begins with."""
-    first = message.split(" ", 1)[0]
-    return first if first.isidentifier() and (first in FIELDS) else None
+    """The field that a message of `hasten.engine` or of this package begins with."""
+    words = message.removeprefix("the ").split(" ", 2)
+    if words[:2] == ["beam", "width"]:
+        return "beam_width"
+    first = words[0].partition("[")[0].rstrip(":")
+    return words[0].rstrip(":") if first in FIELDS else None
 
 
 FIELDS = frozenset({
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "min_tokens", "stop", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "n", "best_of", "ignore_eos", "echo", "grammar",
-    "beam_width", "length_penalty", "early_stopping", "regex", "json_schema", "choices",
+    "max_completion_tokens", "length_penalty", "early_stopping", "regex", "choices", "prompt", "messages", "response_format", "tokens",
+    "top_logprobs",
 })  # fmt: skip
-"""Names that both the engine and the API give a field."""
+"""Names that messages and the API both give a field."""
 
 
 def unready(retry_s: int, why: str) -> ApiError:

@@ -20,7 +20,7 @@ from hasten.serve.reply import Sender
 PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key: they say nothing but whether the server is well."""
 QUIET = frozenset({"/health", "/ready", "/metrics"})
-"""Paths that are asked every few seconds, and logged only where they fail."""
+"""Paths that are asked every few seconds, and logged only where they fail otherwise than by what they say."""
 
 Shape = Callable[[ApiError], Mapping[str, Any]]
 
@@ -80,7 +80,7 @@ class Guard:
                 if not started:
                     await Sender(told).error(ApiError(500, "the server failed on this request; its log says why"))
         finally:
-            if note.status >= 400 or scope["path"] not in QUIET:
+            if scope["path"] not in QUIET or note.status not in {200, 503}:
                 self._log.request(note, time.monotonic() - note.began)
 
     def _check(self, scope: Scope, note: Note) -> None:

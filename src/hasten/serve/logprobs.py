@@ -27,7 +27,7 @@ def of_chat(tokens: TokenTexts, entries: Sequence[TokenLogprob]) -> dict[str, An
     """For ``/v1/chat/completions``."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": tokens.text(token), "logprob": number(logprob), "bytes": tokens.bytes(token)}
+        return {"token": tokens.text(token), "logprob": number(logprob), "bytes": tokens.data(token)}
 
     content = [
         {**one(entry.token, entry.logprob), "top_logprobs": [one(top, value) for top, value in entry.top]} for entry in entries

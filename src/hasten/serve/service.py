@@ -21,8 +21,10 @@ Encode = Callable[[], Awaitable[list[list[int]]]]
 class Generation:
     """The outputs of one HTTP request, of one or several prompts. Read it to its end, or leave it: what is not done then is aborted."""
 
-    def __init__(self, supervisor: Supervisor, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note) -> None:
-        self.prompts, self.params = prompts, params
+    def __init__(
+        self, supervisor: Supervisor, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note, at_fault: str | None
+    ) -> None:  # fmt: skip
+        self.prompts, self.params, self._at_fault = prompts, params, at_fault
         self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox()
         self._left: dict[int, int] = {}  # outputs to come, by request
         self._place: dict[int, int] = {}
@@ -38,7 +40,9 @@ class Generation:
             told: list[tuple[int, Piece]] = []
             for piece in await self._mailbox.take():
                 if piece.error is not None:
-                    raise ApiError(400 if piece.fault == "request" else 500, piece.error, code="output_failed")
+                    if piece.fault == "request":
+                        raise ApiError(400, piece.error, param=self._at_fault, code="output_failed")
+                    raise ApiError(500, piece.error, code="output_failed")
                 told.append((self._place[piece.id] * n + piece.choice, piece))
                 note.output_tokens += len(piece.token_ids)
                 if piece.finish_reason is not None:
@@ -84,18 +88,20 @@ class Service:
 
     @asynccontextmanager
     async def generation(
-        self, encode: Encode, outputs: int, params: SamplingParams, tenant: str, note: Note, timeout_s: float | None
+        self, encode: Encode, outputs: int, params: SamplingParams, tenant: str, note: Note, timeout_s: float | None,
+        at_fault: str | None,
     ) -> AsyncIterator[Generation]:  # fmt: skip
         """The outputs that ``params`` ask for of each prompt that ``encode`` gives, ``outputs`` in all.
 
-        Raises ApiError: 429 where too much waits already, before anything is encoded; 503 without an engine; 504 past the deadline."""
+        ``at_fault`` is the field that the engine may yet refuse: a grammar is compiled there. Raises ApiError: 429 where too much waits
+        already, before anything is encoded; 503 without an engine; 504 past the deadline."""
         self.check_able()
         limits = [seconds for seconds in (timeout_s, self._deadline_s) if seconds is not None]
         with self._admitted(outputs):
             try:
                 async with asyncio.timeout(min(limits) if limits else None):
                     with faults(self):
-                        generation = Generation(self.supervisor, await encode(), params, tenant, note)
+                        generation = Generation(self.supervisor, await encode(), params, tenant, note, at_fault)
                         try:
                             yield generation
                         finally:

@@ -28,7 +28,7 @@ class TokenTexts:
         text, data = self._both(token)
         return text if REPLACEMENT not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def bytes(self, token: int) -> Sequence[int]:
+    def data(self, token: int) -> Sequence[int]:
         """Its bytes."""
         return list(self._both(token)[1])
 
