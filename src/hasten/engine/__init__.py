@@ -14,7 +14,7 @@
                 completions = answers.pop(chunk.index).completions()
 
 Any of it may be done at any time between steps, in the thread that steps; a client that goes away is ``engine.abort(number)`` for each of
-its ``numbers``, after which no chunk of it comes.
+its ``numbers``, after which no chunk of it comes. Several LLMs in one process divide its memory by ``share_memory([a, b], bytes)``.
 """
 
 from hasten.engine.answer import Answer, Completion
@@ -25,7 +25,9 @@ from hasten.engine.plan import NeverFitsError
 from hasten.engine.prepare import Prepared
 from hasten.engine.request import Chunk
 from hasten.engine.sampling import BeamSearch, SamplingParams
+from hasten.engine.sharing import share_memory
 
 __all__ = [
     "LLM", "Answer", "BeamSearch", "Chunk", "Completion", "Grammar", "NeverFitsError", "Prepared", "SamplingParams", "TokenLogprob",
+    "share_memory",
 ]  # fmt: skip

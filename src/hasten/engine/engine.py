@@ -65,7 +65,7 @@ class Engine:
         scored = params.prompt_logprobs if first.choice == 0 else None
         states, search, scores = self._states(params, len(sequences)), None, None
         try:
-            job = Job(sequences[0], first.prompt, most, together, priority, key if scored is None else None)
+            job = Job(sequences[0], first.prompt, most, together, priority, key if scored is None else None, scored is not None)
             self.scheduler.submit(job, sequences[0], self._clock())
         except NeverFitsError:
             for state in states:
@@ -140,8 +140,8 @@ class Engine:
             whole = len(ended) == len(live.running(number))
             for sequence in ended:
                 request = live.requests[sequence]
-                error = None if request.constraint is None else request.constraint.error
-                step.chunks.append(request.end("stop" if error is None else "error", error))
+                why = None if request.constraint is None else request.constraint.error
+                step.chunks.append(request.end("stop" if why is None else "error", why))
                 if not whole:
                     self.scheduler.finish(sequence)
                     live.forget(sequence)

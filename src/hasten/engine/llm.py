@@ -14,7 +14,7 @@ from hasten.engine.backends import AUTO, choose_backend, find_loaded, open_sessi
 from hasten.engine.batching import Continuous
 from hasten.engine.constraint import Constraints
 from hasten.engine.engine import Engine
-from hasten.engine.memory import MemoryPlan, plan_memory
+from hasten.engine.memory import Load, MemoryPlan, added, plan_memory
 from hasten.engine.plan import Settings
 from hasten.engine.prepare import Prepared, Preparer, Prompt
 from hasten.engine.request import Chunk
@@ -67,9 +67,10 @@ class LLM:
         if cache is not None:
             cache_format(cache)  # a wrong name is told at once, not with the first prompt
         self.preparer = Preparer(self.model, context=self.context, slots=self.scheduling.batching.slots, cache=cache)
+        self._plans: dict[int, MemoryPlan] = {}
+        self._engines: dict[int, Engine] = {}
         if memory is not None:
             self.memory_plan()  # what is not enough is told before anything is loaded
-        self._engines: dict[int, Engine] = {}
         self._constraints: Constraints | None = None
         self._streams = Streams()
 
@@ -129,14 +130,36 @@ class LLM:
         return self._engines[context]
 
     def memory_plan(self, context: int | None = None) -> MemoryPlan:
-        """What weights, cache and arena of `engine` take, which need not be there yet. Raises UserError where ``memory`` is not enough."""
-        backend = find_loaded(self.backend, self.model)
-        program = backend.program(self.model, self.preparer.contexts[-1] if context is None else context, self._formats)
-        free = hardware.memory(hardware.ROOT).available or 8 << 30
-        return plan_memory(
-            program, backend.weight_bytes(program), slots=self.max_sequences, step_tokens=self.scheduling.step_tokens, memory=self._memory,
-            free=free, outside=self._swap_bytes,
-        )  # fmt: skip
+        """What weights, cache and arena of `engine` take, which need not be there yet; of all its engines unless ``context`` is given.
+
+        Raises UserError where ``memory`` is not enough."""
+        if not self._plans:
+            free = hardware.memory(hardware.ROOT).available or 8 << 30
+            self._plans = dict(zip(self.preparer.contexts, plan_memory(self.loads(), memory=self._memory, free=free)))
+        return added([*self._plans.values()]) if context is None else self._plans[context]
+
+    @property
+    def bounded(self) -> bool:
+        """Was it given bytes of its own?"""
+        return self._memory is not None or self._cache_bytes is not None
+
+    def loads(self) -> list[Load]:
+        """What each of its engines puts into memory, for a planner."""
+        backend, settings = find_loaded(self.backend, self.model), self.scheduling
+        programs = [backend.program(self.model, context, self._formats) for context in self.preparer.contexts]
+        return [
+            Load(
+                self.model.name, program, backend.weight_bytes(program), settings.batching.slots, settings.step_tokens,
+                settings.scored_tokens, backend.page, self._swap_bytes,
+            )
+            for program in programs
+        ]  # fmt: skip
+
+    def keep_to(self, plans: Sequence[MemoryPlan]) -> None:
+        """Take caches as ``plans`` say, one for each of `loads`. Raises ConfigError where an engine is there already."""
+        if self._engines:
+            raise ConfigError(f"{self.model.name} has its cache already; plan memory before the first prompt")
+        self._plans = dict(zip(self.preparer.contexts, plans, strict=True))
 
     def _prepared(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, tenant: str
@@ -148,7 +171,7 @@ class LLM:
         return [self.prepare(prompt, p, tenant=tenant, name=f"prompt {index}") for index, (prompt, p) in enumerate(zip(many, each))]
 
     def _stream(self, requests: Sequence[Prepared]) -> Iterator[Chunk]:
-        answers = {place: answer for place, one in enumerate(requests) if (answer := one.answer()).compared}
+        answers = {place: its for place, one in enumerate(requests) if (its := one.answer()).compared}
         for chunk in self._run(requests):
             if (answer := answers.get(chunk.index)) is None:
                 yield chunk
