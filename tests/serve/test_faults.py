@@ -73,7 +73,7 @@ def test_a_killed_engine_ends_every_stream_within_a_second_and_comes_back():
 
 
 def test_a_stopped_engine_is_noticed_and_replaced():
-    with serving("code-8m") as server:
+    with serving("code-8m", "--replace-after", "6") as server:
         before = server.engine_pid()
         os.kill(before, signal.SIGSTOP)
         stopped = time.monotonic()
@@ -206,7 +206,7 @@ def test_keys_are_asked_for_everywhere_but_where_nothing_is_said(tmp_path):
             ("GET", "/health/../v1/models"), ("GET", "//health"), ("GET", "/%68ealth"), ("GET", "/ready%2f..%2fv1%2fmodels"),
         ]  # fmt: skip
         wrong = [
-            {}, {"authorization": ""}, {"authorization": "Bearer"}, {"authorization": "Bearer "}, {"authorization": "Bearer alpha-"},
+            {}, {"authorization": ""}, {"authorization": "Bearer"}, {"authorization": "Bearer x"}, {"authorization": "Bearer alpha-"},
             {"authorization": "Bearer alpha-11"}, {"authorization": "Basic alpha-1"}, {"x-api-key": "beta"},
             {"authorization": "Bearer # ours"}, {"host": "localhost", "x-forwarded-for": "127.0.0.1"},
         ]  # fmt: skip

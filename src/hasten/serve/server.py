@@ -15,6 +15,7 @@ from hasten.base.errors import ConfigError
 from hasten.serve.admission import Admission
 from hasten.serve.app import make_app
 from hasten.serve.guard import Guard, Limits
+from hasten.serve.heart import Patience
 from hasten.serve.keys import Keys
 from hasten.serve.log import Log
 from hasten.serve.messages import Begin
@@ -43,6 +44,7 @@ class Settings:
     grace_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
     as_json: bool = False
+    patience: Patience = Patience()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -88,7 +90,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
         codes.append(code)
         gave_up.set()
 
-    supervisor = Supervisor(settings.begin, told=log.event, gave_up=give_up)
+    supervisor = Supervisor(settings.begin, told=log.event, gave_up=give_up, patience=settings.patience)
     service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s)
     hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.hosts)} if _is_loopback(settings.host) else None
     app = Guard(make_app(service), log, keys=settings.keys, hosts=hosts, limits=settings.limits)
