@@ -1,15 +1,21 @@
 """What is malformed, out of range or too large: 4xx that names the field, on every route, and a server that goes on as before."""
 
+import asyncio
 import contextlib
 import gzip
 import http.client
 import json
 import socket
 import time
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from hasten.serve.http import Http
 
 GOOD = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
@@ -146,3 +152,31 @@ def test_a_hundred_idle_sockets_change_nothing(server):
     assert time.monotonic() - began < 2
     for one in idle:
         one.close()
+
+
+def test_half_a_head_is_not_waited_for_for_ever():
+    """By a clock of the test's own making: the protocol without a network."""
+
+    async def trickle() -> list[bool]:
+        closed = []
+        loop = asyncio.get_running_loop()
+        for sent in (b"", b"GET / HTTP/1.1\r\nx: ", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"):
+            config = uvicorn.Config(waits, http=Http, lifespan="off", log_config=None)
+            config.load()
+            made = Http(config, ServerState(), {}, loop)
+            transport = Mock(asyncio.Transport)
+            transport.get_extra_info.return_value = None
+            transport.is_closing.return_value = False
+            made.connection_made(transport)
+            if sent:
+                made.data_received(sent)
+            if made._limit is not None:
+                assert made._limit.when() - loop.time() < 21
+                made._late()
+            closed.append(transport.close.called)
+        return closed
+
+    async def waits(scope, receive, send) -> None:
+        await asyncio.sleep(60)
+
+    assert asyncio.run(trickle()) == [True, True, False]

@@ -103,7 +103,11 @@ class Engine:
             if live.searches and live.numbers[sequence] in live.searches:
                 continue
             request = live.requests[sequence]
-            chunks.append(request.take(token, logprobs.get(sequence)))
+            try:
+                chunks.append(request.take(token, logprobs.get(sequence)))
+            except UserError as error:  # a tokenizer that cannot decode what was drawn
+                step.errors[sequence] = str(error)
+                continue
             if request.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 live.forget(sequence)

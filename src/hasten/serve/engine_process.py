@@ -108,8 +108,9 @@ def serve(line: Line, heart: Heart) -> int:
         llm = open_llm(begin)
         plan = str(llm.memory_plan())
         llm.engine()
-        for _ in llm.stream([[0]], SamplingParams(max_tokens=1)):  # the first step makes what is made once
-            pass
+        for chunk in llm.stream([[0]], SamplingParams(max_tokens=1)):  # the first step makes what is made once
+            if chunk.error is not None:
+                raise RuntimeError(f"the first step fails: {chunk.error}")
     except UserError as error:
         line.report(Failed(str(error), True))
         return 2
@@ -130,7 +131,11 @@ def main() -> None:
     die_with_parent(parent)
     heart = Heart(pipe)
     heart.start()
-    code = serve(Line(descriptor), heart)
+    try:
+        code = serve(Line(descriptor), heart)
+    except Exception:
+        traceback.print_exc()  # the server tells everyone, and begins another
+        code = 1
     sys.stderr.flush()
     os._exit(code)  # at once: nothing here is worth a wait for threads
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from hasten.serve.errors import ApiError
 from hasten.serve.log import Note
@@ -15,6 +15,14 @@ from hasten.serve.log import Note
 DONE = b"data: [DONE]\n\n"
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+STALLED_S = 30.0
+"""How long a client may leave a full line unread."""
+
+
+class StalledError(Exception):
+    """The client is there and does not read."""
 
 
 def encoded(value: Any) -> bytes:
@@ -26,7 +34,7 @@ class Sender:
     """One answer on its way out: one JSON body, or a stream of server-sent events."""
 
     def __init__(self, send: Send) -> None:
-        self._send = send
+        self._out = send
         self.streaming = False
 
     async def body(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -48,6 +56,13 @@ class Sender:
         """The last frames of a stream."""
         await self.events(frames)
         await self._send({"type": "http.response.body", "body": b""})
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(STALLED_S):
+                await self._out(message)
+        except TimeoutError:
+            raise StalledError from None
 
     async def error(self, error: ApiError) -> None:
         """An error as the answer, or as the last event of a stream that has begun."""
@@ -83,9 +98,12 @@ class Reply(Response):
     async def _answer(self, sender: Sender) -> None:
         try:
             await self._work(sender)
+        except StalledError:
+            self._note.said = "the client does not read"
         except ApiError as error:
             self._note.said = error.message
-            await sender.error(error)
+            with contextlib.suppress(StalledError):
+                await sender.error(error)
 
 
 async def _gone(receive: Receive) -> None:

@@ -116,6 +116,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     host, port = listener.getsockname()[:2]
     log.event(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, serving {settings.name}")
     await supervisor.start()
+    texts.warm()  # while the engine loads
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked, over = asyncio.create_task(server.asked.wait()), asyncio.create_task(gave_up.wait())
     await asyncio.wait({serving, asked, over}, return_when=asyncio.FIRST_COMPLETED)

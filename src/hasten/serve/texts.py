@@ -32,6 +32,19 @@ class Texts:
         self._own = threading.local()  # a tokenizer serves one thread at a time
         self._pool = ThreadPoolExecutor(THREADS, "texts")
 
+    def warm(self) -> None:
+        """Read the tokenizer in every thread, so that no request waits for that."""
+        together = threading.Barrier(THREADS)
+
+        def one() -> None:
+            together.wait(60)
+            if self._preparer().model.tokenizer is not None:
+                self._preparer().model.text_tokenizer().encode("x")
+
+        for task in [self._pool.submit(one) for _ in range(THREADS)]:
+            task.result()
+        self.tokens.text(0)
+
     async def prompts(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[list[int]]:
         """Token ids of each prompt, begun as the model's tokenizer begins a text. Raises UserError for what the model does not take."""
 
