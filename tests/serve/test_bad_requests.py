@@ -80,6 +80,29 @@ def test_every_field_is_bounded_and_named(route, server):
         assert client.post(route, json=GOOD[route]).status_code == 200
 
 
+TEXT_ROUTES = {
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+}
+TEXT_FIELDS = {
+    "/tokenize": {
+        "prompt": [1, True, ["x"], {}], "messages": [[], [1], "x", [{"role": "user", "content": "x"}]], "add_special_tokens": [1, "x"],
+    },
+    "/detokenize": {"tokens": [None, 1, "x", [-1], [1.5], [HUGE], [10**6], ["1"], {}], "skip_special_tokens": [1, "x"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("route", TEXT_ROUTES)
+def test_every_field_of_the_text_routes_too(route, server):
+    for field, values in {**TEXT_FIELDS[route], "model": TEXTS, "no_such_field": [None, 1]}.items():
+        for value in values:
+            answer = server.post(route, {**TEXT_ROUTES[route], field: value})
+            assert 400 <= answer.status_code < 500, (field, value)
+            assert field in answer.json()["error"]["message"], (field, value, answer.text)
+    assert server.post(route, TEXT_ROUTES[route]).status_code == 200
+    assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
 RAW = {
     "nothing": b"", "no JSON": b"{", "not UTF-8": b'{"prompt": "\xff"}', "half a surrogate": b'{"prompt": "\\ud800"}',
     "a list": b"[]", "a text": b'"x"',

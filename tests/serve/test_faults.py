@@ -140,7 +140,7 @@ def test_told_to_stop_it_ends_its_streams_and_takes_no_new_ones():
         async def drain() -> None:
             async with client_of(server) as client:
                 begun = [asyncio.Event() for _ in range(STREAMS)]
-                body = {**LONG, "max_tokens": 300}
+                body = {**LONG, "max_tokens": 150}
                 streams = [asyncio.create_task(read(client, body, one)) for one in begun]
                 await asyncio.gather(*(one.wait() for one in begun[:1]))
                 server.process.send_signal(signal.SIGTERM)

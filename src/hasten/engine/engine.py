@@ -105,8 +105,8 @@ class Engine:
             request = live.requests[sequence]
             try:
                 chunks.append(request.take(token, logprobs.get(sequence)))
-            except UserError as error:  # a tokenizer that cannot decode what was drawn
-                step.errors[sequence] = str(error)
+            except UserError as undecoded:  # by its tokenizer
+                step.errors[sequence] = str(undecoded)
                 continue
             if request.finish_reason is not None:
                 self.scheduler.finish(sequence)

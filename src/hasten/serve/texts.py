@@ -11,9 +11,12 @@ from hasten.checkpoint import load
 from hasten.engine import SamplingParams
 from hasten.engine.chat import render_chat
 from hasten.engine.prepare import Preparer
+from hasten.serve.errors import ApiError
 from hasten.serve.tokens import TokenTexts
 
 THREADS = 2
+MOST = 256
+"""Tasks that wait for a thread; who brings more is refused."""
 Result = TypeVar("Result")
 
 
@@ -31,6 +34,7 @@ class Texts:
         self.tokens = TokenTexts(first.tokenizer)
         self._own = threading.local()  # a tokenizer serves one thread at a time
         self._pool = ThreadPoolExecutor(THREADS, "texts")
+        self._tasks = 0
 
     def warm(self) -> None:
         """Read the tokenizer in every thread, so that no request waits for that."""
@@ -86,7 +90,13 @@ class Texts:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, task: Callable[[Preparer], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(self._preparer()))
+        if self._tasks >= MOST:
+            raise ApiError(429, f"{MOST} texts wait to be tokenized; try again in 1 s", code="overloaded", retry_s=1)
+        self._tasks += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(self._preparer()))
+        finally:
+            self._tasks -= 1
 
     def _preparer(self) -> Preparer:
         """The calling thread's."""
