@@ -16,6 +16,7 @@ from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
 from hasten.serve.reply import encoded
 from hasten.serve.service import Service
+from hasten.serve.tools import plain_messages
 
 
 def make_app(service: Service) -> FastAPI:
@@ -61,7 +62,7 @@ def make_app(service: Service) -> FastAPI:
         async def tokens() -> list[int]:
             if body.prompt is not None:
                 return await service.texts.encode(body.prompt, body.add_special_tokens)
-            return await service.texts.chat([message.plain for message in body.messages or ()], None, body.add_generation_prompt)
+            return await service.texts.chat(plain_messages(body.messages or ()), None, body.add_generation_prompt)
 
         ids = await mended(tokens)
         return answer({"tokens": ids, "count": len(ids), "max_model_len": service.texts.context})
