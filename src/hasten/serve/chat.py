@@ -99,7 +99,8 @@ class _View:
                 if not begun[index]:
                     begun[index] = True
                     frames.append(place + b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' + tail)
-                text, reason, calls = piece.text, piece.finish_reason, list[Call]()
+                text, calls = piece.text, list[Call]()
+                reason: str | None = piece.finish_reason
                 if (reader := readers[index]) is not None:
                     text = reader.feed(text)
                     if reason is not None:

@@ -96,14 +96,18 @@ class Texts:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, task: Callable[[Preparer], Result]) -> Result:
+    async def aside(self, task: Callable[[], Result]) -> Result:
+        """What ``task`` gives, made in one of the threads. Raises ApiError 429 where too many wait for that."""
         if self._tasks >= MOST:
-            raise ApiError(429, f"{MOST} texts wait to be tokenized; try again in 1 s", code="overloaded", retry_s=1)
+            raise ApiError(429, f"{MOST} texts wait to be read; try again in 1 s", code="overloaded", retry_s=1)
         self._tasks += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(self._preparer()))
+            return await asyncio.get_running_loop().run_in_executor(self._pool, task)
         finally:
             self._tasks -= 1
+
+    async def _run(self, task: Callable[[Preparer], Result]) -> Result:
+        return await self.aside(lambda: task(self._preparer()))
 
     def _preparer(self) -> Preparer:
         """The calling thread's."""
