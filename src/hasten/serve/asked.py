@@ -10,8 +10,8 @@ from hasten.serve.bodies import ChatBody, CompletionBody, Sampled
 
 def of_completion(body: CompletionBody) -> SamplingParams:
     """For ``/v1/completions``. ``max_tokens`` 0, which OpenAI's API has for scoring a prompt, asks for one that is not shown."""
-    if body.max_tokens == 0 and not body.echo:
-        raise ConfigError("max_tokens is 0: that is for echo, to score a prompt; ask for at least one token")
+    if body.max_tokens == 0 and (not body.echo or body.stream):
+        raise ConfigError("max_tokens is 0: that is for echo without stream, to score a prompt; ask for at least one token")
     scored = body.logprobs if body.echo and body.logprobs is not None and body.prompt_logprobs is None else body.prompt_logprobs
     most = 16 if body.max_tokens is None else max(body.max_tokens, 1) if body.max_tokens >= 0 else body.max_tokens
     return _params(body, most, body.logprobs, scored, body.best_of, bool(body.echo))
