@@ -17,7 +17,7 @@ import msgspec
 
 from hasten.base.errors import UserError
 from hasten.engine import SamplingParams
-from hasten.serve.heart import Patience, Pulse, read_beats
+from hasten.serve.heart import READ, Patience, Pulse, read_beats
 from hasten.serve.mailbox import EngineGoneError, Mailbox
 from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Stats, Submit, frame
 
@@ -257,7 +257,7 @@ class Supervisor:
 
     def _feel(self, descriptor: int) -> None:
         try:
-            data = os.read(descriptor, 1 << 16)
+            data = os.read(descriptor, READ)
         except BlockingIOError:
             return
         if not data:
