@@ -107,7 +107,11 @@ class Engine:
             if live.searches and live.numbers[sequence] in live.searches:
                 continue
             request = live.requests[sequence]
-            chunks.append(request.take(token, logprobs.get(sequence)))
+            try:
+                chunks.append(request.take(token, logprobs.get(sequence)))
+            except UserError as undecoded:  # by its tokenizer
+                step.errors[sequence] = str(undecoded)
+                continue
             if request.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 live.forget(sequence)

@@ -1,0 +1,109 @@
+"""Reply: an HTTP answer that is computed while the client waits for it, and given up when the client goes away."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from hasten.serve.errors import ApiError
+from hasten.serve.log import Note
+
+DONE = b"data: [DONE]\n\n"
+_JSON = [(b"content-type", b"application/json")]
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+STALLED_S = 30.0
+"""How long a client may leave a full line unread."""
+
+
+def encoded(value: Any) -> bytes:
+    """JSON."""
+    return msgspec.json.encode(value)
+
+
+class Sender:
+    """One answer on its way out: one JSON body, or a stream of server-sent events."""
+
+    def __init__(self, send: Send) -> None:
+        self._out = send
+        self._since: float | None = None  # when what is being sent began to be
+        self.streaming = False
+
+    async def body(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        """The whole answer."""
+        data = encoded(value)
+        more = [(name.encode(), text.encode()) for name, text in (headers or {}).items()]
+        length = (b"content-length", str(len(data)).encode())
+        await self._send({"type": "http.response.start", "status": status, "headers": [*_JSON, length, *more]})
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def events(self, frames: bytes) -> None:
+        """Frames, whole ones, at once. The first begin the answer, with status 200."""
+        if not self.streaming:
+            self.streaming = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+
+    async def end(self, frames: bytes) -> None:
+        """The last frames of a stream."""
+        await self.events(frames)
+        await self._send({"type": "http.response.body", "body": b""})
+
+    @property
+    def stalled(self) -> bool:
+        """Is the client there, and does not read?"""
+        return self._since is not None and time.monotonic() - self._since > STALLED_S
+
+    async def _send(self, message: Message) -> None:
+        self._since = time.monotonic()  # whoever runs the answer looks at it now and then, which costs less than a timer a message
+        await self._out(message)
+        self._since = None
+
+    async def error(self, error: ApiError) -> None:
+        """An error as the answer, or as the last event of a stream that has begun."""
+        if self.streaming:
+            await self.end(b"data: " + encoded(error.body) + b"\n\n")
+        else:
+            await self.body(error.status, error.body, error.headers)
+
+
+class Reply(Response):
+    """What ``work`` sends. An ApiError of it is the answer then; ``work`` is cancelled when the client goes."""
+
+    def __init__(self, work: Callable[[Sender], Awaitable[None]], note: Note) -> None:
+        super().__init__()
+        self._work, self._note = work, note
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As an ASGI application."""
+        sender = Sender(send)
+        working = asyncio.create_task(self._answer(sender))
+        going = asyncio.create_task(_gone(receive))
+        try:
+            while not working.done() and not going.done() and not sender.stalled:
+                await asyncio.wait({working, going}, timeout=STALLED_S / 4, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            else:
+                self._note.said = "the client went away" if going.done() else "the client does not read"
+        finally:
+            for task in (working, going):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
+
+    async def _answer(self, sender: Sender) -> None:
+        try:
+            await self._work(sender)
+        except ApiError as error:
+            self._note.said = error.message
+            await sender.error(error)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
