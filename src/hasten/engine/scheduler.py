@@ -53,6 +53,9 @@ class Scheduler:
         self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
         self._may_score = 0  # tokens, in what is left of this plan
+        self._now_s = 0.0  # of this plan
+        self.let_in: list[tuple[int, float]] = []
+        """Of the last plan: the requests that joined the batch for the first time, and how many seconds each had waited."""
 
     # --- from outside
 
@@ -102,6 +105,7 @@ class Scheduler:
         Of the jobs ``held`` nothing is drawn in this step: their last known token waits."""
         batching = self.settings.batching
         self._planned.clear()
+        self._now_s, self.let_in = now_s, []
         self._held = held
         self._gave_way.clear()
         self._may_score = self.settings.scored_tokens
@@ -273,6 +277,7 @@ class Scheduler:
                 if self.cache.adopt(sequence.pages, match):
                     self.counters.hit_tokens += sequence.pages.length
                 self.counters.prompt_tokens += len(first.job.prompt)
+                self.let_in.append((first.job.id, self._now_s - first.arrived_s))
             spare = self._add(first, spare, ready=False)
 
     def _can_join(self, waiting: _Live) -> bool:

@@ -1,12 +1,17 @@
 """Counts: what the server's own process counts, for `/metrics`."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from hasten.serve.histogram import SECONDS, TOKENS, Histogram
 from hasten.serve.messages import Piece
 
 GONE = 499
 """The status that is counted for a client which went away before it was answered."""
+
+
+EndReason = Literal["stop", "length", "abort", "error"]
+"""Of outputs: as the engine ends them, or because nobody wanted them any more."""
 
 
 def _seconds() -> Histogram:
@@ -25,7 +30,7 @@ class Counts:
     """Of prompts of which something came."""
     output_tokens: int = 0
     """That came of them."""
-    ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
+    ended: dict[EndReason, int] = field(default_factory=lambda: dict.fromkeys(get_args(EndReason), 0))
     """Outputs, by why they ended."""
     answers: dict[tuple[str, int], int] = field(default_factory=dict)
     """HTTP requests, by route and status."""
@@ -79,11 +84,11 @@ class Tally:
         if piece.finish_reason is not None:
             self._end(output, piece.finish_reason, submitted, waited_s, now)
 
-    def cut(self, outputs: int, reason: str) -> None:
+    def cut(self, outputs: int, reason: EndReason) -> None:
         """So many ended otherwise: 'abort' where nobody wanted them any more, 'error' where they failed."""
         self._counts.ended[reason] += outputs
 
-    def _end(self, output: int, reason: str, submitted: float, waited_s: float, now: float) -> None:
+    def _end(self, output: int, reason: EndReason, submitted: float, waited_s: float, now: float) -> None:
         counts, tokens, first = self._counts, self._tokens[output], self._first[output] or now
         counts.ended[reason] += 1
         counts.whole.observe(now - self._began)

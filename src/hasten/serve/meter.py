@@ -1,5 +1,6 @@
 """Meter: what an engine's steps read, and how long they took, in kernels and outside them."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -8,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.backends.cpu import CpuSession
+from hasten.base import hardware
 from hasten.engine import LLM, Chunk
 from hasten.engine.engine import Engine
-from hasten.engine.session import Session
 from hasten.measure.cost import read_share
 from hasten.measure.roofline import Limits
 from hasten.program import Batch, Move, PageLists, Program, RecurrentGroup, unfuse
@@ -26,10 +27,13 @@ MOST_READ = 256 << 20
 
 
 class Meter:
-    """Stands between one engine and its ``session``, and counts. Of a session that is not native it counts steps and their time only."""
+    """Counts from now on what ``engine`` does: it stands between it and its session. Of one that is not native it counts no bytes, and
+    profiles no step."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._before = engine, dataclasses.replace(engine.counters)
+        session = self._session = engine.session
+        engine.session = self
         self._native = session if isinstance(session, CpuSession) else None
         self._due = self._kernel = self._clock = 0
         self._read = None if self._native is None else ReadBytes(unfuse(session.program), self._native.compiled.weight_bytes)
@@ -40,11 +44,18 @@ class Meter:
         self.kernel_ns = 0
         """Of that, in kernels: the thread's that was longest in them."""
 
-    def step(self, engine: Engine) -> list[Chunk]:
+    def counters(self) -> dict[str, int]:
+        """The engine's (`hasten.engine.plan.Counters`) and what is counted here, by name."""
+        before, now = dataclasses.asdict(self._before), dataclasses.asdict(self._engine.counters)
+        found = {name: now[name] - before[name] for name in now}
+        own = {"read_bytes": self.read_bytes, "step_ns": self.step_ns, "profiled_ns": self.profiled_ns, "kernel_ns": self.kernel_ns}
+        return found | own
+
+    def step(self) -> list[Chunk]:
         """A step of the engine, counted."""
         self._kernel = self._clock = 0
         began = time.perf_counter_ns()
-        chunks = engine.step()
+        chunks = self._engine.step()
         took = time.perf_counter_ns() - began - self._clock
         self.step_ns += took
         if self._kernel:
@@ -99,7 +110,9 @@ class ReadBytes:
         self._program, self._whole = program, weight_bytes / read_share(program, 1)
         self._weights: dict[int, int] = {}  # by tokens of a step: experts are read by those who choose them
         states = program.states
-        self._causal = sum(group.bytes_per_token() for group in states if not isinstance(group, RecurrentGroup) and group.visible == Causal())
+        self._causal = sum(
+            group.bytes_per_token() for group in states if not isinstance(group, RecurrentGroup) and group.visible == Causal()
+        )
         self._bounded = [group for group in states if not isinstance(group, RecurrentGroup) and group.visible != Causal()]
         self._fixed = sum(group.bytes_per_sequence() for group in states)
 
@@ -121,6 +134,6 @@ def streaming_read(llm: LLM) -> float | None:
     steps are not counted in bytes."""
     if llm.backend != "cpu":
         return None
-    loads = llm.loads()
-    limits = Limits(llm.threads, "best", "f32", min(MOST_READ, max(load.weights for load in loads)))
+    largest = max(load.weights for load in llm.loads())
+    limits = Limits(hardware.detect().cpu.cores, "best", "f32", min(MOST_READ, largest))
     return 1e9 * limits.read_gb_per_s()

@@ -1,4 +1,4 @@
-"""Trace ids as W3C's Trace Context has them: a request's place in somebody else's trace. They are told, and nothing is ever looked up by one."""
+"""Trace ids as W3C's Trace Context has them: a request's place in somebody else's trace. They are told, never looked up."""
 
 import re
 import secrets
