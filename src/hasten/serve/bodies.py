@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hasten.serve.errors import ApiError
 
@@ -15,6 +15,8 @@ MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
 MAX_CHOICES = 1024
 """Texts that ``choices`` may name."""
+MAX_TOOLS = 128
+FUNCTION_NAME = "^[a-zA-Z0-9_.-]{1,64}$"
 
 
 class Strict(BaseModel):
@@ -139,24 +141,73 @@ class TextPart(Strict):
     text: str
 
 
-class Message(Strict):
-    """One message of a chat. A template may want more names than ``role`` and ``content``; they are texts."""
+class CalledFunction(Strict):
+    """Of a call in an earlier answer."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
+    arguments: str
+    """JSON."""
+
+
+class CalledTool(Strict):
+    """A call in an earlier answer."""
+
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Accepted."""
+
+
+class Message(Strict):
+    """One message of a chat."""
+
     role: Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+    """May be left out where there are ``tool_calls``."""
+    tool_calls: list[CalledTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(default=None, max_length=256)
     name: str | None = Field(default=None, max_length=256)
     refusal: None = None
     annotations: list[None] | None = Field(default=None, max_length=0)
-    tool_calls: list[None] | None = Field(default=None, max_length=0)
     function_call: None = None
     audio: None = None
 
-    @property
-    def plain(self) -> dict[str, str]:
-        """As templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text, **({} if self.name is None else {"name": self.name})}
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: field required, where there are no tool_calls")
+        return self
+
+
+class FunctionSpec(Strict):
+    """A function that the model may call; ``parameters`` is a JSON Schema."""
+
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
+    description: str | None = Field(default=None, max_length=65536)
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Accepted."""
+
+
+class Tool(Strict):
+    """A tool, which is a function."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(Strict):
+    """Of a choice."""
+
+    name: str = Field(max_length=256)
+
+
+class NamedTool(Strict):
+    """The choice of one tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(Sampled):
@@ -168,8 +219,10 @@ class ChatBody(Sampled):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     add_generation_prompt: bool = True
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    """Accepted."""
+    """False keeps the first call alone."""
     reasoning_effort: str | None = None
     """Accepted."""
     verbosity: str | None = None
@@ -232,7 +285,7 @@ def _named(kind: type[BaseModel], place: Sequence[str | int]) -> list[str | int]
         if (
             isinstance(part, str)
             and kept
-            and (part in {"str", "int", "bool", "float", "TextPart"} or part.startswith(("list[", "dict[", "literal[")))
+            and (part in {"str", "int", "bool", "float", "NamedTool"} or part.startswith(("list[", "dict[", "literal[")))
         ):
             continue
         kept.append(part)

@@ -143,6 +143,14 @@ class Supervisor:
         """All outputs of this one have come."""
         self._mailboxes.pop(id, None)
 
+    def cut_off(self) -> None:
+        """End all requests, unfinished."""
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        for id, mailbox in mailboxes.items():
+            if self._process is not None:
+                self._process.send(Abort(id))
+            mailbox.close()
+
     # --- the process's life
 
     async def start(self) -> None:
