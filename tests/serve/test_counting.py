@@ -99,7 +99,7 @@ def test_work_counts_its_steps_profiles_some_and_gives_what_it_gave():
         begun += work.take_begun()
     assert [*found.values()] == wanted
     assert [id for id, _ in begun] == [0, 1, 2]
-    assert begun[0][1] <= begun[1][1] < begun[2][1]  # the third waited for a slot
+    assert max(begun[0][1], begun[1][1]) < begun[2][1]  # the third waited for a slot
     counted = work.stats().counters
     assert counted["prompt_tokens"] == 63
     assert counted["hit_tokens"] + counted["computed_tokens"] + 3 == 63 + 300  # the last token of each is not computed

@@ -22,7 +22,7 @@ def options() -> set[str]:
 
 
 def test_options_that_are_spoken_of_are_there():
-    known = options() | {"--file", "--tag", "--rm", "--publish", "--volume", "--stop-timeout"}  # podman's
+    known = options() | {"--file", "--tag", "--rm", "--publish", "--volume", "--stop-timeout", "--now"}  # podman, systemctl
     assert {"--api-key-file", "--metrics-prefix", "--read-rate", "--grace"} <= known
     for text in (
         UNIT,

@@ -71,7 +71,9 @@ class Work:
         for engine, meter in self._meters.items():
             if engine.busy:
                 chunks = meter.step()
-                self._begun += [(self._ids[engine, number], waited_s) for number, waited_s in engine.scheduler.let_in]
+                for number, waited_s in engine.scheduler.let_in:
+                    if (id := self._ids.get((engine, number))) is not None:
+                        self._begun.append((id, waited_s))
                 pieces += self._told(chunks)
         return pieces
 
