@@ -18,7 +18,7 @@ import msgspec
 from hasten.base.errors import UserError
 from hasten.engine import SamplingParams
 from hasten.serve.engine_totals import EngineTotals
-from hasten.serve.heart import Patience, Pulse, read_beats
+from hasten.serve.heart import READ, Patience, Pulse, read_beats
 from hasten.serve.mailbox import EngineGoneError, Mailbox
 from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Stats, Submit, frame
 
@@ -266,7 +266,7 @@ class Supervisor:
 
     def _feel(self, descriptor: int) -> None:
         try:
-            data = os.read(descriptor, 1 << 16)
+            data = os.read(descriptor, READ)
         except BlockingIOError:
             return
         if not data:
