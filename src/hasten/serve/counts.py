@@ -34,10 +34,6 @@ class Counts:
     """Outputs, by why they ended."""
     answers: dict[tuple[str, int], int] = field(default_factory=dict)
     """HTTP requests, by route and status."""
-    cache_hits: int = 0
-    """Requests that the response cache answered."""
-    cache_misses: int = 0
-    """Requests that it was asked for in vain."""
     # of outputs
     first_token: Histogram = field(default_factory=_seconds)
     inter_token: Histogram = field(default_factory=_seconds)

@@ -5,7 +5,7 @@ Every name is explained in ``docs/metrics.md``."""
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,10 +37,14 @@ def check_prefix(prefix: str) -> None:
 
 class Metrics(Collector):
     """All that is known of one server, gathered when somebody asks. ``model`` is what clients call it, and a label of everything that is
-    the model's; ``prefix`` begins every name."""
+    the model's; ``prefix`` begins every name. ``caches`` are the response caches' counts by kind, with ``hits`` and ``misses``."""
 
-    def __init__(self, counts: Counts, supervisor: Supervisor, log: Log, *, model: str, prefix: str = PREFIX) -> None:
+    def __init__(
+        self, counts: Counts, supervisor: Supervisor, log: Log, *, model: str, prefix: str = PREFIX,
+        caches: Mapping[str, Callable[[], Mapping[str, int]]] | None = None,
+    ) -> None:  # fmt: skip
         self._counts, self._supervisor, self._log, self._model, self._prefix = counts, supervisor, log, model, prefix
+        self._caches = caches or {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -130,8 +134,14 @@ class Metrics(Collector):
         for (route, status), number in counts.answers.items():
             answers.add_metric([route, str(status)], number)
         yield answers
-        yield self._counter("response_cache_hits", "Requests answered from the response cache.", counts.cache_hits)
-        yield self._counter("response_cache_misses", "Requests looked for there in vain.", counts.cache_misses)
+        hits = self._family(CounterMetricFamily, "response_cache_hits", "Requests answered from the response cache.", "kind")
+        misses = self._family(CounterMetricFamily, "response_cache_misses", "Requests looked for there in vain.", "kind")
+        for kind, counted in self._caches.items():
+            found = counted()
+            hits.add_metric([self._model, kind], found["hits"])
+            misses.add_metric([self._model, kind], found["misses"])
+        yield hits
+        yield misses
         dropped = CounterMetricFamily(self._prefix + "log_lines_dropped", "Log lines that nobody read in time.")
         dropped.add_metric([], self._log.dropped)
         yield dropped
