@@ -56,7 +56,7 @@ class Prometheus:
 
     def up(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
-            return self.value("up") == 1
+            return self._client.get("/-/ready").status_code == 200 and self.value("up") == 1
         return False
 
 
