@@ -40,7 +40,7 @@ def test_totals_never_fall_however_often_engines_die():
         for _ in range(rng.randrange(4)):  # one may die before it says anything
             count += rng.randrange(5)
             now += 0.25
-            totals.take({"steps": count}, now)
+            totals.take({"steps": count}, now, True)
         told += count
     assert totals.total("steps") == told > 100
     assert totals.total("nothing") == 0
@@ -57,7 +57,7 @@ def test_shares_are_those_of_the_last_second_and_of_the_time_that_steps_took():
                 "step_ns": tick * 125_000_000, "read_bytes": 1_000_000 * tick + 9_000_000 * fast, "profiled_ns": 1000 * tick,
                 "kernel_ns": 500 * tick + 250 * fast,
             },
-            100 + tick / 4,
+            100 + tick / 4, tick < 40,
         )  # fmt: skip
         if tick == 20:
             assert totals.read_bytes_s(105.0) == pytest.approx(1e6 / 0.125)
@@ -69,7 +69,7 @@ def test_shares_are_those_of_the_last_second_and_of_the_time_that_steps_took():
     assert totals.read_bytes_s(110.0) == 0.0
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "mixtral", "deepseek_v3", "mamba", "gemma3_text", "transfo-xl"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "mixtral", "deepseek_v3", "mamba", "gemma3_text"])
 def test_bytes_of_a_step_are_those_of_its_cost(name):
     family = find_family(name)
     program = lower(family.spec(family.examples[0]))

@@ -13,17 +13,18 @@ class EngineTotals:
         self._before: dict[str, int] = {}
         self._now: dict[str, int] = {}
         self._window: deque[tuple[float, Mapping[str, int]]] = deque([(0.0, {})])
+        self._busy = False
 
     def begin(self) -> None:
         """Another process counts from here on."""
         for name, value in self._now.items():
             self._before[name] = self._before.get(name, 0) + value
         self._now = {}
-        self._window = deque([(0.0, {})])
+        self._window, self._busy = deque([(0.0, {})]), False
 
-    def take(self, counters: dict[str, int], now: float) -> None:
-        """What the process says it has counted by ``now``."""
-        self._now = counters
+    def take(self, counters: dict[str, int], now: float, busy: bool) -> None:
+        """What the process says it has counted by ``now``, and whether there is more to do."""
+        self._now, self._busy = counters, busy
         window = self._window
         window.append((now, counters))
         while len(window) > 2 and window[1][0] < now - WINDOW_S:
@@ -45,6 +46,6 @@ class EngineTotals:
     def _ratio(self, over: str, under: str, now: float, otherwise: float) -> float:
         (_, first), (at, last) = self._window[0], self._window[-1]
         steps = last.get(under, 0) - first.get(under, 0)
-        if not steps or now - at > WINDOW_S + max(0.0, steps / 1e9):
+        if not steps or (not self._busy and now - at > WINDOW_S):  # a step may take longer than that
             return otherwise
         return (last.get(over, 0) - first.get(over, 0)) / steps

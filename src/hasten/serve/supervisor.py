@@ -212,7 +212,7 @@ class Supervisor:
                         mailbox.put(piece)
             case Stats():
                 self.stats = report
-                self.totals.take(report.counters, time.monotonic())
+                self.totals.take(report.counters, time.monotonic(), report.running + report.waiting > 0)
             case Ready():
                 self.state, self.ready = "ready", report
                 self._begin = msgspec.structs.replace(self._begin, read_bytes_s=report.read_bytes_s)
