@@ -98,7 +98,7 @@ class Guard:
 
     def _route(self, scope: Scope) -> str:
         """The server's own name for what was asked; none of it is the client's."""
-        path: str = getattr(scope.get("route"), "path", scope["path"])
+        path = str(getattr(scope.get("route"), "path", scope["path"]))
         return path if path in self._routes else OTHER
 
     def _check(self, scope: Scope, note: Note) -> None:
