@@ -42,6 +42,8 @@ MAX_STEPS = 1_000_000
 MAX_SECONDS = 3.0
 MAX_DEPTH = 64
 """Deepest nesting of lists and mappings."""
+TOOL_CALLS = "tool_calls"
+"""The part of a message that is more than text."""
 MAX_BITS = 4096
 """Longest whole number."""
 
@@ -61,25 +63,27 @@ _SIZED = frozenset({"batch", "center", "expandtabs", "indent", "ljust", "rjust",
 
 def render_chat(
     template: str | None,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The prompt's text for ``messages``, each a mapping of text to text, usually ``role`` and ``content``.
+    """The prompt's text for ``messages``, each a mapping of text to text, usually ``role`` and ``content``; but ``tool_calls`` is JSON.
 
     ``template`` is Jinja source, at most 256 KiB; None takes `PLAIN_TEMPLATE`. It sees ``messages``, ``add_generation_prompt``,
-    ``special_tokens`` by name (``bos_token``, ``eos_token``, …), ``tools`` and ``documents`` (None), and transformers' ``raise_exception``,
-    ``strftime_now`` and ``tojson``. The result is at most 4 MiB. Raises `UserError` for whatever fails, be it the template's own
-    ``raise_exception``. The text of messages is inserted as it is: keep special tokens in it from being read as such when tokenizing, if
-    their writer is not trusted.
+    ``special_tokens`` by name (``bos_token``, ``eos_token``, …), ``tools`` (JSON), ``documents`` (None), and transformers'
+    ``raise_exception``, ``strftime_now`` and ``tojson``. The result is at most 4 MiB. Raises `UserError` for whatever fails, be it the
+    template's own ``raise_exception``. The text of messages is inserted as it is: keep special tokens in it from being read as such when
+    tokenizing, if their writer is not trusted.
     """
     source = PLAIN_TEMPLATE if template is None else template
     if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
         raise UserError(f"chat template has {len(source)} characters: at most {MAX_TEMPLATE_BYTES} bytes are read; use a shorter template")
     plain = [_plain(index, message) for index, message in enumerate(messages)]
     names: dict[str, Any] = {str(name): str(value) for name, value in special_tokens.items()}
-    names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "documents": None}
+    names["tools"] = None if tools is None else _json("tools", list(tools))
     try:
         return _render(source, names)
     except Exception as error:  # a template can raise anything, MemoryError and RecursionError among it
@@ -91,14 +95,24 @@ def render_chat(
         ) from error
 
 
-def _plain(index: int, message: object) -> dict[str, str]:
-    """A copy of one message that holds nothing but text, so that a template reaches no other object."""
+def _plain(index: int, message: object) -> dict[str, Any]:
+    """A copy of one message that holds nothing but text and JSON, so that a template reaches no other object."""
     if not isinstance(message, Mapping):
         raise UserError(f"messages[{index}] is a {type(message).__name__}: give a mapping with 'role' and 'content'")
     for name, value in message.items():
-        if not isinstance(name, str) or not isinstance(value, str):
+        if not isinstance(name, str) or not (isinstance(value, str) or name == TOOL_CALLS):
             raise UserError(f"messages[{index}][{one_line(name, 40)}] is a {type(value).__name__}: names and values of a message are text")
-    return {str(name): str(value) for name, value in message.items()}
+    return {
+        str(name): str(value) if isinstance(value, str) else _json(f"messages[{index}].{name}", value) for name, value in message.items()
+    }
+
+
+def _json(name: str, value: object) -> Any:
+    """A copy that is nothing but JSON."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} is no JSON: {one_line(str(error))}; give what json.loads makes") from None
 
 
 def _render(source: str, names: Mapping[str, Any]) -> str:

@@ -84,6 +84,7 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     fault: Fault = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    stop: str | None = None
 
 
 class News(msgspec.Struct, tag=True, frozen=True):

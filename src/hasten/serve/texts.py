@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hasten.base.errors import UserError
 from hasten.checkpoint import load
@@ -59,14 +59,20 @@ class Texts:
 
         return await self._run(made)
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None, add_generation_prompt: bool) -> list[int]:
-        """Token ids of a conversation. Raises UserError as `prompts` does, and where the model's template refuses the messages."""
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None, add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of a conversation; ``tools`` are the template's to tell.
+
+        Raises UserError as `prompts` does, and where the model's template refuses the messages."""
 
         def made(preparer: Preparer) -> list[int]:
             tokenizer = preparer.model.text_tokenizer()
             text = render_chat(
-                tokenizer.chat_template, messages, add_generation_prompt=add_generation_prompt, special_tokens=tokenizer.special_tokens
-            )
+                tokenizer.chat_template, messages, add_generation_prompt=add_generation_prompt,
+                special_tokens=tokenizer.special_tokens, tools=tools,
+            )  # fmt: skip
             ids = tokenizer.encode(text, add_special_tokens=False) if tokenizer.chat_template is not None else preparer.encode(text)
             if params is not None:
                 preparer.check_params(params)
