@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "kernels.hpp"
@@ -26,22 +27,6 @@ using Vector = Array<const float, 1>;
 using Matrix = Array<const float, 2>;
 using Output = Array<float, 2>;
 using Cache = Array<std::uint8_t, 2>;
-
-[[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
-
-void require(bool holds, const char* what) {
-    if (!holds) refuse(what);
-}
-
-Isa isa_of(const std::string& name) {
-    const Features& has = cpu().features;
-    if (name == "generic") return Isa::generic;
-    if (name == "avx2" && has.avx2 && has.fma) return Isa::avx2;
-    const bool avx512 = has.avx2 && has.fma && has.avx512f && has.avx512bw && has.avx512vl && has.avx512dq;
-    if (name == "avx512" && avx512) return Isa::avx512;
-    if (name == "amx" && avx512 && has.avx512_bf16 && has.amx_bf16 && amx_granted()) return Isa::amx;
-    refuse("isa is '" + name + "'; accepted are those of generic, avx2, avx512 and amx that run on this machine");
-}
 
 Activation activation_of(const std::string& name) {
     constexpr std::pair<const char*, Activation> kNames[] = {

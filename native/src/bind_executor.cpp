@@ -16,6 +16,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "borrowed.hpp"
 #include "cpu.hpp"
@@ -42,35 +43,12 @@ using Floats = std::vector<float>;
 using Bytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-[[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
-
 // A page's memory, which is as long as `bytes`.
 template <class Array>
 std::uint8_t* page_of(const PagePool& pool, int page, const Array& bytes) {
     if (page < 0 || page >= pool.pages()) refuse("page " + std::to_string(page) + " is outside the cache");
     if (bytes.size() != pool.page_bytes()) refuse("a page has " + std::to_string(pool.page_bytes()) + " bytes, not " + std::to_string(bytes.size()));
     return pool.page_memory(page);
-}
-
-Isa isa_named(const std::string& name) {
-    const Isa limit = name == "best" || name == "amx" ? Isa::amx
-                      : name == "avx512"              ? Isa::avx512
-                      : name == "avx2"                ? Isa::avx2
-                      : name == "generic"             ? Isa::generic
-                                                      : (refuse("isa is '" + name + "'; accepted: best, generic, avx2, avx512, amx"), Isa::generic);
-    const Isa found = best_isa(limit);
-    if (name != "best" && found != limit) refuse("isa '" + name + "' does not run on this machine");
-    return found;
-}
-
-const char* name_of(Isa isa) {
-    switch (isa) {
-        case Isa::generic: return "generic";
-        case Isa::avx2: return "avx2";
-        case Isa::avx512: return "avx512";
-        case Isa::amx: return "amx";
-    }
-    return "?";
 }
 
 Activation activation_named(const std::string& name) {
@@ -99,7 +77,7 @@ class Player {
     nb::list kept;
 
     Player(std::shared_ptr<ThreadPool> pool, const std::string& isa, std::size_t arena, int most_tokens, int vocab, int context)
-        : tape(std::move(pool), isa_named(isa), arena, most_tokens), vocab_(vocab), context_(context) {}
+        : tape(std::move(pool), isa_of(isa), arena, most_tokens), vocab_(vocab), context_(context) {}
 
     int context() const { return context_; }
 
@@ -322,7 +300,7 @@ using CopiedPart = std::tuple<std::int64_t, std::int64_t, int, int, int, int, in
 }  // namespace
 
 void bind_executor(nb::module_& module) {
-    module.def("isa_level", [](const std::string& isa) { return name_of(isa_named(isa)); }, "isa"_a = "best",
+    module.def("isa_level", [](const std::string& isa) { return name_of(isa_of(isa)); }, "isa"_a = "best",
                "The instruction-set level that kernels run at: generic, avx2, avx512 or amx. Raises ValueError for one this machine lacks.");
 
     nb::class_<ThreadPool>(module, "ThreadPool", "Threads that play steps together, the caller's included; asleep between steps.")

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "experts.hpp"
 #include "linear.hpp"
@@ -22,18 +23,6 @@ namespace {
 
 template <class T, std::size_t dims>
 using Array = nb::ndarray<T, nb::numpy, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char* what) {
-    if (!holds) throw nb::value_error(what);
-}
-
-Isa isa_of(const std::string& name) {
-    constexpr std::pair<const char*, Isa> kNames[] = {
-        {"generic", Isa::generic}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}};
-    for (const auto& [known, isa] : kNames)
-        if (name == known && best_isa(isa) == isa) return isa;
-    throw nb::value_error(("isa is '" + name + "'; accepted are those of generic, avx2, avx512 and amx that run on this machine").c_str());
-}
 
 void run_route(Array<const float, 2> logits, std::optional<Array<const float, 1>> correction, bool sigmoid, bool normalize, float scale, int groups,
                int top_groups, Array<std::int32_t, 2> experts, Array<float, 2> weights) {

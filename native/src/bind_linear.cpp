@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "linear.hpp"
 #include "tape.hpp"
@@ -27,33 +28,6 @@ namespace hasten {
 namespace {
 
 constexpr int kMostIn = 131072;  // so that no integer sum overflows
-
-[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
-
-const char* name(Isa isa) {
-    switch (isa) {
-        case Isa::amx: return "amx";
-        case Isa::avx512: return "avx512";
-        case Isa::avx2: return "avx2";
-        default: return "generic";
-    }
-}
-
-// Best first.
-std::vector<std::string> available_isas() {
-    std::vector<std::string> names;
-    for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::generic})
-        if (best_isa(isa) == isa) names.emplace_back(name(isa));
-    return names;
-}
-
-Isa isa_of(const std::string& wanted) {
-    for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::generic})
-        if (wanted == name(isa) && best_isa(isa) == isa) return isa;
-    std::string accepted;
-    for (const std::string& each : available_isas()) accepted += (accepted.empty() ? "" : ", ") + each;
-    refuse("isa is '" + wanted + "'; this machine accepts " + accepted);
-}
 
 constexpr std::pair<const char*, WeightFormat> kFormats[] = {
     {"f32", WeightFormat::f32},   {"f16", WeightFormat::f16},   {"bf16", WeightFormat::bf16}, {"fp8", WeightFormat::fp8},

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 
+#include "arguments.hpp"
 #include "bindings.hpp"
 #include "sampling.hpp"
 
@@ -26,20 +27,6 @@ using Array = nb::ndarray<T, nb::numpy, nb::ndim<dims>, nb::c_contig, nb::device
 using Longs = Array<const std::int64_t, 1>;
 using Logits = Array<const float, 2>;
 using Masks = Array<const std::uint32_t, 2>;
-
-[[noreturn]] void refuse(const std::string& what) { throw nb::value_error(what.c_str()); }
-
-void require(bool holds, const std::string& what) {
-    if (!holds) refuse(what);
-}
-
-Isa isa_of(const std::string& name) {
-    const std::pair<const char*, Isa> levels[] = {
-        {"best", best_isa()}, {"generic", Isa::generic}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}};
-    for (const auto& [its, isa] : levels)
-        if (name == its && best_isa(isa) == isa) return isa;
-    refuse("isa '" + name + "' is not known or does not run on this machine");
-}
 
 std::uint32_t word_of(std::int64_t value, const char* name) {
     require(value >= 0 && value <= std::numeric_limits<std::uint32_t>::max(),

@@ -51,7 +51,7 @@ OWN = {
             [{"role": "user", "content": "x", "what": 1}], [{"role": "user", "content": "x"}] * 4097,
         ],
         "logprobs": [1, "x", []], "top_logprobs": [*INTS, 21, 1], "max_completion_tokens": [-1, 0, 1.5, "1", True, [1], {"a": 1}],
-        "tools": [[], 1],
+        "tools": [1, [1], [{}], {}], "tool_choice": [1, "any", {}, "required"],
         "chat_template": ["{{ 7*7 }}"],
         "chat_template_kwargs": [{}],
     },

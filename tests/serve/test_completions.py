@@ -118,6 +118,7 @@ def test_logprobs_as_completions_have_them(client, llm, server):
     assert scored.choices[0].text == PROMPT
     assert scored.choices[0].logprobs.token_logprobs == found.token_logprobs[: len(wanted.prompt_token_ids)]
     assert scored.usage.completion_tokens == 0
+    assert server.post("/v1/completions", {**asked, "max_tokens": 0, "stream": True}).json()["error"]["param"] == "max_tokens"
 
 
 MESSAGES = [{"role": "system", "content": "Write Python."}, {"role": "user", "content": "A loop."}]

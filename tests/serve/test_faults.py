@@ -166,7 +166,8 @@ def test_grace_ends():
                 stream = asyncio.create_task(read(client, {**LONG, "n": 8}, begun))
                 await begun.wait()
                 server.process.send_signal(signal.SIGTERM)
-                await asyncio.gather(stream, return_exceptions=True)
+                _, found, _ = await stream
+                assert "went down" in found[-1]["error"]["message"], found[-1]
 
         began = time.monotonic()
         asyncio.run(cut())

@@ -1,11 +1,13 @@
 """What tells a long step from a hung loop, and a stopped process from a sleeping one: by a clock of the test's."""
 
+import os
+
 import msgspec
 import pytest
 
 from hasten.base.errors import UserError
 from hasten.engine import BeamSearch, Grammar, SamplingParams, TokenLogprob
-from hasten.serve.heart import Beat, Patience, Pulse
+from hasten.serve.heart import READ, Beat, Heart, Patience, Pulse, read_beats
 from hasten.serve.messages import Abort, Begin, Frames, News, Order, Piece, Report, Submit, frame
 
 PATIENCE = Patience(unready_s=4.0, replaced_s=30.0, step_s=600.0)
@@ -40,6 +42,31 @@ def test_what_beats_say(seconds, beats, well, lost):
     assert pulse.well(now) is well
     assert pulse.lost(now).find(lost) >= 0
     assert bool(pulse.lost(now)) is bool(lost)
+
+
+def test_beats_cross_a_pipe_whole_however_long_nobody_reads():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    heart, pulse = Heart(writer), Pulse(PATIENCE, 0.0)
+    heart.turns, heart.busy = 41, True
+    for _ in range(5000):  # more than a pipe holds
+        heart.beat()
+    found = []
+    while data := _read(reader):
+        found += read_beats(data)
+    assert 3000 < len(found) < 5000
+    assert {(beat.turns, beat.busy) for beat in found} == {(41, True)}
+    pulse.feel(found[-1], 1.0)
+    assert pulse.well(1.0)
+    os.close(reader)
+    os.close(writer)
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, READ)
+    except BlockingIOError:
+        return b""
 
 
 MESSAGES = [

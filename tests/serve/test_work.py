@@ -132,10 +132,11 @@ def test_what_fails_inside_is_the_engines(llm, monkeypatch):
     monkeypatch.undo()
     session = llm.engine().session
     monkeypatch.setattr(session, "run", fails, raising=False)
-    work.submit(Submit(2, [1], SamplingParams(), ""))
-    (told,) = run(work)
-    assert (told.fault, told.finish_reason) == ("engine", "error")
-    assert "planted" in told.error
+    for params in (SamplingParams(), SamplingParams(grammar=Grammar.regex("[ab]+"))):
+        work.submit(Submit(2, [1], params, ""))
+        (told,) = run(work)
+        assert (told.fault, told.finish_reason) == ("engine", "error")
+        assert "planted" in told.error
     monkeypatch.undo()
     assert work.submit(Submit(3, [1], PARAMS[0], "")) == []
     assert outputs(run(work))[3, 0][2] == "length"

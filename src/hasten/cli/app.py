@@ -18,6 +18,7 @@ from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
 from hasten.cli.serve import serve
 from hasten.cli.terminal import fail
+from hasten.cli.warm import warm
 
 app = typer.Typer(
     name="hasten",
@@ -32,6 +33,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("eval")(evaluate)
+app.command("warm")(warm)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 

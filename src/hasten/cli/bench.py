@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.cli import options
+from hasten.cli.bench_serve import serve
 from hasten.cli.terminal import notify, visible_line
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hasten.measure.throughput import Throughput
 
 bench = typer.Typer(name="bench", help="Measure speed, beside this machine's limits.", no_args_is_help=True)
+bench.command("serve")(serve)
 
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to run on; all cores granted unless given.")]
 IsaOption = Annotated[str, typer.Option("--isa", help="Instruction-set level of the kernels: best, generic, avx2, avx512 or amx.")]

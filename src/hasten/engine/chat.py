@@ -42,16 +42,17 @@ MAX_STEPS = 1_000_000
 MAX_SECONDS = 3.0
 MAX_DEPTH = 64
 """Deepest nesting of lists and mappings."""
-TOOL_CALLS = "tool_calls"
-"""The part of a message that is more than text."""
 MAX_BITS = 4096
 """Longest whole number."""
 
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if tools %}system: These are tools: {{ tools | tojson }}. To call one, write "
+    '<tool_call>{"name": NAME, "arguments": {…}}</tool_call>.\n{% endif %}'
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message.get('tool_calls', []) %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-"""For models without a template: a line ``role: content`` for each message."""
+"""For models without a template: a line ``role: content`` for each message, calls of tools as Hermes writes them."""
 
 # Keys of the meter's own filters: no template can spell them.
 _TURNS, _CONCAT, _MADE = "loop turns", "concat ~", "made here"
@@ -69,13 +70,14 @@ def render_chat(
     special_tokens: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The prompt's text for ``messages``, each a mapping of text to text, usually ``role`` and ``content``; but ``tool_calls`` is JSON.
+    """The prompt's text for ``messages``, each a mapping of text to text, usually ``role`` and ``content``; ``tool_calls`` alone may be
+    a list of what JSON has. ``tools`` are what the model may call, in OpenAI's shape.
 
     ``template`` is Jinja source, at most 256 KiB; None takes `PLAIN_TEMPLATE`. It sees ``messages``, ``add_generation_prompt``,
-    ``special_tokens`` by name (``bos_token``, ``eos_token``, …), ``tools`` (JSON), ``documents`` (None), and transformers'
-    ``raise_exception``, ``strftime_now`` and ``tojson``. The result is at most 4 MiB. Raises `UserError` for whatever fails, be it the
-    template's own ``raise_exception``. The text of messages is inserted as it is: keep special tokens in it from being read as such when
-    tokenizing, if their writer is not trusted.
+    ``special_tokens`` by name (``bos_token``, ``eos_token``, …), ``tools``, ``documents`` (None), and transformers' ``raise_exception``,
+    ``strftime_now`` and ``tojson``. The result is at most 4 MiB. Raises `UserError` for whatever fails, be it the template's own
+    ``raise_exception``. The text of messages is inserted as it is: keep special tokens in it from being read as such when tokenizing, if
+    their writer is not trusted.
     """
     source = PLAIN_TEMPLATE if template is None else template
     if len(source.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
@@ -83,7 +85,7 @@ def render_chat(
     plain = [_plain(index, message) for index, message in enumerate(messages)]
     names: dict[str, Any] = {str(name): str(value) for name, value in special_tokens.items()}
     names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "documents": None}
-    names["tools"] = None if tools is None else _json("tools", list(tools))
+    names["tools"] = _data(list(tools), "tools") if tools else None
     try:
         return _render(source, names)
     except Exception as error:  # a template can raise anything, MemoryError and RecursionError among it
@@ -95,24 +97,26 @@ def render_chat(
         ) from error
 
 
-def _plain(index: int, message: object) -> dict[str, Any]:
-    """A copy of one message that holds nothing but text and JSON, so that a template reaches no other object."""
-    if not isinstance(message, Mapping):
-        raise UserError(f"messages[{index}] is a {type(message).__name__}: give a mapping with 'role' and 'content'")
-    for name, value in message.items():
-        if not isinstance(name, str) or not (isinstance(value, str) or name == TOOL_CALLS):
-            raise UserError(f"messages[{index}][{one_line(name, 40)}] is a {type(value).__name__}: names and values of a message are text")
-    return {
-        str(name): str(value) if isinstance(value, str) else _json(f"messages[{index}].{name}", value) for name, value in message.items()
-    }
-
-
-def _json(name: str, value: object) -> Any:
-    """A copy that is nothing but JSON."""
+def _data(value: object, name: str) -> Any:
+    """A copy of what JSON can say, so that a template reaches no other object."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{name} is no JSON: {one_line(str(error))}; give what json.loads makes") from None
+        raise UserError(f"{name} is not what JSON has: {one_line(str(error))}") from None
+
+
+def _plain(index: int, message: object) -> dict[str, Any]:
+    """A copy of one message that holds nothing but text and data, so that a template reaches no other object."""
+    if not isinstance(message, Mapping):
+        raise UserError(f"messages[{index}] is a {type(message).__name__}: give a mapping with 'role' and 'content'")
+    called = {}
+    if (calls := message.get("tool_calls")) is not None:
+        called = {"tool_calls": _data(calls, f"messages[{index}]['tool_calls']")}
+        message = {name: value for name, value in message.items() if name != "tool_calls"}
+    for name, value in message.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise UserError(f"messages[{index}][{one_line(name, 40)}] is a {type(value).__name__}: names and values of a message are text")
+    return {str(name): str(value) for name, value in message.items()} | called
 
 
 def _render(source: str, names: Mapping[str, Any]) -> str:

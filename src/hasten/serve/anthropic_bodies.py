@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hasten.serve.bodies import MAX_MESSAGES, Strict
+from hasten.serve.bodies import FUNCTION_NAME, MAX_MESSAGES, Strict
 
 Cache = dict[str, Any] | None
 """Accepted: prefixes are found again without being told."""
@@ -63,7 +63,7 @@ class AnthropicTool(Strict):
     """A function that may be called."""
 
     type: Literal["custom"] | None = None
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=FUNCTION_NAME)
     description: str | None = Field(default=None, max_length=65536)
     input_schema: InputSchema
     strict: bool | None = None
@@ -77,7 +77,7 @@ class ToolChoice(Strict):
     type: Literal["auto", "any", "none", "tool"]
     name: str | None = Field(default=None, max_length=256)
     disable_parallel_tool_use: bool | None = None
-    """Accepted."""
+    """True keeps the first call alone."""
 
 
 class Thinking(Strict):

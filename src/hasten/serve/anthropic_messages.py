@@ -6,15 +6,15 @@ from typing import Any
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.engine import Grammar, SamplingParams
-from hasten.serve.anthropic_bodies import CountBody, MessagesBody, TextBlock, ToolResultBlock, ToolUseBlock, Turn
-from hasten.serve.conversation import Conversation, called, converse, prompt_ids, stops_of
+from hasten.serve.anthropic_bodies import AnthropicTool, CountBody, MessagesBody, TextBlock, ToolResultBlock, ToolUseBlock, Turn
+from hasten.serve.conversation import Conversation, called, converse, stops_of
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
 from hasten.serve.outputs import collect
 from hasten.serve.reply import Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
-from hasten.serve.tools import Call, Tool, Tools, Voice, fresh_id, parted
+from hasten.serve.tools import Call, Offer, Voice, offered
 
 NAMES = {"stop": "stop_sequences"}
 """What Anthropic's API calls fields of `hasten.engine.SamplingParams`."""
@@ -24,12 +24,12 @@ def messages(service: Service, body: MessagesBody, tenant: str, note: Note) -> R
     """Answer it. Raises ApiError for what can be told at once."""
     service.check_model(body.model)
     with called(NAMES):
-        tools = _tools(body)
+        offer = _offer(body)
         conversation = Conversation(
-            messages=_plain(body), params=_params(service, body, tools), tools=tools, timeout_s=body.timeout_s,
-            at_fault=None if body.output_config is None or body.output_config.format is None else "output_config",
+            messages=_plain(body), params=_params(service, body, offer), offer=offer, timeout_s=body.timeout_s,
+            at_fault="tools" if offer.must else "output_config",
         )  # fmt: skip
-    view = _View(service, tools, bool(body.stop_sequences))
+    view = _View(service, offer, _several(body), bool(body.stop_sequences))
     return converse(service, conversation, view.stream if body.stream else view.whole, tenant, note, NAMES)
 
 
@@ -38,27 +38,32 @@ async def count_tokens(service: Service, body: CountBody) -> dict[str, int]:
     service.check_model(body.model)
     with called(NAMES):
         try:
-            return {"input_tokens": len(await prompt_ids(service, _plain(body), None, _tools(body)))}
+            return {"input_tokens": len(await service.texts.chat(_plain(body), None, True, _offer(body).shown))}
         except UserError as error:
             raise refused(error) from None
 
 
-def _tools(body: CountBody) -> Tools | None:
-    schemas = [(tool, tool.input_schema.model_dump(exclude_unset=True)) for tool in body.tools or ()]
-    tools = [Tool(tool.name, tool.description or "", schema) for tool, schema in schemas]
-    match body.tool_choice:
-        case None:
-            return Tools.of(tools, "auto")
-        case choice if choice.type == "tool":
-            if choice.name is None:
-                raise ConfigError("tool_choice is of type tool without a name; name one of tools")
-            return Tools.of(tools, "required", choice.name)
-        case choice:
-            return Tools.of(tools, "required" if choice.type == "any" else "none" if choice.type == "none" else "auto")
+def _offer(body: CountBody) -> Offer:
+    shown = [{"type": "function", "function": _function(tool)} for tool in body.tools or ()]
+    kind, name = ("auto", None) if body.tool_choice is None else (body.tool_choice.type, body.tool_choice.name)
+    if kind == "tool":
+        if name is None:
+            raise ConfigError("tool_choice is of type tool without a name; name one of tools")
+        return offered(shown, name, None)
+    return offered(shown, None, "required" if kind == "any" else "none" if kind == "none" else "auto")
 
 
-def _params(service: Service, body: MessagesBody, tools: Tools | None) -> SamplingParams:
-    grammar = None if tools is None else tools.grammar
+def _function(tool: AnthropicTool) -> dict[str, Any]:
+    described = {} if tool.description is None else {"description": tool.description}
+    return {"name": tool.name, **described, "parameters": tool.input_schema.model_dump()}
+
+
+def _several(body: CountBody) -> bool:
+    return body.tool_choice is None or not body.tool_choice.disable_parallel_tool_use
+
+
+def _params(service: Service, body: MessagesBody, offer: Offer) -> SamplingParams:
+    grammar = offer.grammar()
     if body.output_config is not None and (form := body.output_config.format) is not None:
         if grammar is not None:
             raise ConfigError("tool_choice and output_config are both given: an output follows one of them; leave the other out")
@@ -115,19 +120,19 @@ def _text(content: str | Sequence[TextBlock] | None) -> str:
 class _View:
     """One request's answer in Anthropic's words."""
 
-    def __init__(self, service: Service, tools: Tools | None, tells_stops: bool) -> None:
-        self._tools, self._tells_stops = tools, tells_stops
+    def __init__(self, service: Service, offer: Offer, several: bool, tells_stops: bool) -> None:
+        self._offer, self._several, self._tells_stops = offer, several, tells_stops
         self._head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.name}
 
     async def whole(self, generation: Generation, sender: Sender) -> None:
         (output,) = await collect(generation)
-        items = parted(self._tools, output.text)
-        blocks = [_block(one, filled=True) for one in items]
-        reason = self._reason(output.finish_reason, output.stop, any(isinstance(one, Call) for one in items))
+        voice = Voice(self._offer, self._several)
+        blocks = [_block(one, filled=True) for one in voice.says(output.text, last=True)]
+        reason = self._reason(output.finish_reason, output.stop, voice.called)
         await sender.body(200, {**self._head, "content": blocks, **reason, "usage": _usage(generation, len(output.token_ids))})
 
     async def stream(self, generation: Generation, sender: Sender) -> None:
-        voice, blocks, count = Voice(self._tools), _Blocks(), 0
+        voice, blocks, count = Voice(self._offer, self._several), _Blocks(), 0
         begun = False
         async for told in generation.pieces():
             frames: list[bytes] = []
@@ -137,7 +142,7 @@ class _View:
                 frames += [_event("message_start", message=message), _event("ping")]
             for _, piece in told:
                 count += len(piece.token_ids)
-                for one in voice.says(piece):
+                for one in voice.says(piece.text, piece.finish_reason is not None):
                     frames += blocks.say(one)
                 if piece.finish_reason is not None:
                     frames += [*blocks.close(), *self._last(generation, piece, voice.called, count)]
@@ -192,7 +197,7 @@ class _Blocks:
 def _block(item: str | Call, filled: bool) -> dict[str, Any]:
     if isinstance(item, str):
         return {"type": "text", "text": item}
-    return {"type": "tool_use", "id": fresh_id("toolu"), "name": item.name, "input": item.values if filled else {}}
+    return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": item.name, "input": item.values if filled else {}}
 
 
 def _event(kind: str, **fields: Any) -> bytes:

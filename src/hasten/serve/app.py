@@ -11,19 +11,29 @@ from hasten import __version__
 from hasten.base.errors import UserError
 from hasten.serve.anthropic_bodies import CountBody, MessagesBody
 from hasten.serve.anthropic_messages import count_tokens, messages
-from hasten.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, schema_of
+from hasten.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, schema_of
 from hasten.serve.chat import chat
 from hasten.serve.completions import completion
 from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
+from hasten.serve.openai_responses import respond
 from hasten.serve.reply import encoded
+from hasten.serve.responses_bodies import ResponsesBody
 from hasten.serve.service import Service
 from hasten.serve.shapes import error_body
+from hasten.serve.tools import plain_messages
+
+QUICK = 64 << 10
+"""Bytes of a body that is read at once; what is longer is read beside the event loop."""
 
 
 def make_app(service: Service) -> FastAPI:
     """Of the API, without what guards it. Requests come with what `hasten.serve.guard` found: body, tenant and note."""
     app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+
+    async def parsed(kind: type[Body], request: Request) -> Body:
+        raw: bytes = request.state.body
+        return parse(kind, raw) if len(raw) <= QUICK else await service.texts.aside(lambda: parse(kind, raw))
 
     @app.exception_handler(ApiError)
     async def _known(request: Request, error: ApiError) -> Response:
@@ -39,19 +49,23 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions", openapi_extra=dict(schema_of(CompletionBody)))
     async def completions(request: Request) -> Response:
-        return completion(service, parse(CompletionBody, request.state.body), request.state.tenant, note_of(request))
+        return completion(service, await parsed(CompletionBody, request), request.state.tenant, note_of(request))
 
     @app.post("/v1/chat/completions", openapi_extra=dict(schema_of(ChatBody)))
     async def chat_completions(request: Request) -> Response:
-        return chat(service, parse(ChatBody, request.state.body), request.state.tenant, note_of(request))
+        return chat(service, await parsed(ChatBody, request), request.state.tenant, note_of(request))
 
     @app.post("/v1/messages", openapi_extra=dict(schema_of(MessagesBody)))
     async def anthropic_messages(request: Request) -> Response:
-        return messages(service, parse(MessagesBody, request.state.body), request.state.tenant, note_of(request))
+        return messages(service, await parsed(MessagesBody, request), request.state.tenant, note_of(request))
 
     @app.post("/v1/messages/count_tokens", openapi_extra=dict(schema_of(CountBody)))
     async def anthropic_count(request: Request) -> Response:
-        return answer(await count_tokens(service, parse(CountBody, request.state.body)))
+        return answer(await count_tokens(service, await parsed(CountBody, request)))
+
+    @app.post("/v1/responses", openapi_extra=dict(schema_of(ResponsesBody)))
+    async def responses(request: Request) -> Response:
+        return respond(service, await parsed(ResponsesBody, request), request.state.tenant, note_of(request))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -64,7 +78,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/tokenize", openapi_extra=dict(schema_of(TokenizeBody)))
     async def tokenize(request: Request) -> Response:
-        body = parse(TokenizeBody, request.state.body)
+        body = await parsed(TokenizeBody, request)
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give a prompt or messages, one of them", param="prompt")
@@ -72,14 +86,14 @@ def make_app(service: Service) -> FastAPI:
         async def tokens() -> list[int]:
             if body.prompt is not None:
                 return await service.texts.encode(body.prompt, body.add_special_tokens)
-            return await service.texts.chat([message.plain for message in body.messages or ()], None, body.add_generation_prompt)
+            return await service.texts.chat(plain_messages(body.messages or ()), None, body.add_generation_prompt)
 
         ids = await mended(tokens)
         return answer({"tokens": ids, "count": len(ids), "max_model_len": service.texts.context})
 
     @app.post("/detokenize", openapi_extra=dict(schema_of(DetokenizeBody)))
     async def detokenize(request: Request) -> Response:
-        body = parse(DetokenizeBody, request.state.body)
+        body = await parsed(DetokenizeBody, request)
         service.check_model(body.model)
         return answer({"prompt": await mended(lambda: service.texts.decode(body.tokens, body.skip_special_tokens))})
 

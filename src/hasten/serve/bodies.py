@@ -15,6 +15,8 @@ MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
 MAX_CHOICES = 1024
 """Texts that ``choices`` may name."""
+MAX_TOOLS = 128
+FUNCTION_NAME = "^[a-zA-Z0-9_.-]{1,64}$"
 
 
 class Strict(BaseModel):
@@ -139,95 +141,73 @@ class TextPart(Strict):
     text: str
 
 
-def _arguments(given: Any) -> Any:
-    """A JSON object, as text."""
-    try:
-        if isinstance(given, str) and isinstance(msgspec.json.decode(given or "{}"), dict):
-            return given or "{}"
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
-        pass
-    raise ValueError("give the arguments of a call as the text of a JSON object")
-
-
 class CalledFunction(Strict):
-    """``function`` of a call."""
+    """Of a call in an earlier answer."""
 
-    name: str = Field(max_length=256)
-    arguments: Annotated[str, BeforeValidator(_arguments)]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
+    arguments: str
+    """JSON."""
 
 
-class ToolCall(Strict):
+class CalledTool(Strict):
     """A call in an earlier answer."""
 
     id: str = Field(max_length=256)
     type: Literal["function"] = "function"
     function: CalledFunction
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """As templates take it."""
-        arguments = msgspec.json.decode(self.function.arguments)
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
-
-
-class Function(Strict):
-    """``function`` of a tool."""
-
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
-    description: str | None = Field(default=None, max_length=65536)
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    """Accepted: the arguments of a call that must come always follow the schema."""
-
-
-class ToolBody(Strict):
-    """One of ``tools``."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Strict):
-    """``function`` of a choice."""
-
-    name: str = Field(max_length=256)
-
-
-class NamedTool(Strict):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: FunctionName
+    index: int | None = None
+    """Accepted."""
 
 
 class Message(Strict):
-    """One message of a chat. A template may want more names than ``role`` and ``content``; they are texts, but for ``tool_calls``."""
+    """One message of a chat."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
     content: str | list[TextPart] | None = None
+    """May be left out where there are ``tool_calls``."""
+    tool_calls: list[CalledTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(default=None, max_length=256)
     name: str | None = Field(default=None, max_length=256)
     refusal: None = None
     annotations: list[None] | None = Field(default=None, max_length=0)
-    tool_calls: list[ToolCall] | None = Field(default=None, max_length=128)
-    tool_call_id: str | None = Field(default=None, max_length=256)
     function_call: None = None
     audio: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "Message":
         if self.content is None and not self.tool_calls:
-            raise ValueError("give content; only a message with tool_calls may leave it out")
+            raise ValueError("content: field required, where there are no tool_calls")
         return self
 
-    @property
-    def plain(self) -> dict[str, Any]:
-        """As templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
-        plain: dict[str, Any] = {"role": self.role, "content": text}
-        if self.tool_calls:
-            plain["tool_calls"] = [call.plain for call in self.tool_calls]
-        return plain | {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+
+class FunctionSpec(Strict):
+    """A function that the model may call; ``parameters`` is a JSON Schema."""
+
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
+    description: str | None = Field(default=None, max_length=65536)
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Accepted."""
+
+
+class Tool(Strict):
+    """A tool, which is a function."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class NamedFunction(Strict):
+    """Of a choice."""
+
+    name: str = Field(max_length=256)
+
+
+class NamedTool(Strict):
+    """The choice of one tool."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(Sampled):
@@ -239,10 +219,10 @@ class ChatBody(Sampled):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     add_generation_prompt: bool = True
-    tools: list[ToolBody] | None = Field(default=None, min_length=1, max_length=128)
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    """Accepted."""
+    """False keeps the first call alone."""
     reasoning_effort: str | None = None
     """Accepted."""
     verbosity: str | None = None

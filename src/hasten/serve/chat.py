@@ -6,7 +6,7 @@ from typing import Any
 
 from hasten.base.errors import ConfigError
 from hasten.serve import logprobs
-from hasten.serve.asked import grammar_field, of_chat, tools_of
+from hasten.serve.asked import grammar_field, of_chat
 from hasten.serve.bodies import ChatBody
 from hasten.serve.conversation import Conversation, converse, stops_of
 from hasten.serve.errors import refused
@@ -15,7 +15,7 @@ from hasten.serve.messages import Piece
 from hasten.serve.outputs import Output, collect, usage
 from hasten.serve.reply import DONE, Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
-from hasten.serve.tools import Call, Tools, Voice, fresh_id, parted
+from hasten.serve.tools import Call, Offer, Voice, offer_of, plain_messages
 
 
 def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
@@ -24,14 +24,15 @@ def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
     if body.stop is None and body.beam_width is None:
         body = body.model_copy(update={"stop": stops_of(service)})
     try:
-        tools = tools_of(body)
-        params = of_chat(body, tools)
+        offer = offer_of(body)
+        params = of_chat(body, offer.grammar())
+        messages = plain_messages(body.messages)
     except ConfigError as error:
         raise refused(error) from None
-    view = _View(service, body, tools)
+    view = _View(service, body, offer)
     conversation = Conversation(
-        messages=[message.plain for message in body.messages], params=params, tools=tools, timeout_s=body.timeout_s,
-        add_generation_prompt=body.add_generation_prompt, at_fault=grammar_field(body),
+        messages=messages, params=params, offer=offer, timeout_s=body.timeout_s, add_generation_prompt=body.add_generation_prompt,
+        at_fault=grammar_field(body),
     )  # fmt: skip
     return converse(service, conversation, view.stream if body.stream else view.whole, tenant, note)
 
@@ -39,8 +40,8 @@ def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
 class _View:
     """One request's answer in OpenAI's words."""
 
-    def __init__(self, service: Service, body: ChatBody, tools: Tools | None) -> None:
-        self._body, self._tools = body, tools
+    def __init__(self, service: Service, body: ChatBody, offer: Offer) -> None:
+        self._body, self._offer = body, offer
         self._tokens = service.texts.tokens
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created, self._model = int(time.time()), service.name
@@ -54,16 +55,18 @@ class _View:
         counted = usage(generation, sum(len(output.token_ids) for output in outputs))
         await sender.body(200, {**self._head("chat.completion"), "choices": choices, "usage": counted})
 
+    def _voice(self) -> Voice:
+        return Voice(self._offer, self._body.parallel_tool_calls is not False)
+
     def _choice(self, generation: Generation, index: int, output: Output) -> dict[str, Any]:
         said = logprobs.of_chat(self._tokens, output.logprobs) if self._body.logprobs else None
         message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
         reason = output.finish_reason
-        if self._tools is not None:
-            items = parted(self._tools, output.text)
-            message["content"] = "".join(one for one in items if isinstance(one, str))
-            if calls := [_called(one) for one in items if isinstance(one, Call)]:
-                message |= {"content": message["content"] or None, "tool_calls": calls}
-                reason = "tool_calls" if reason == "stop" else reason
+        items = self._voice().says(output.text, last=True)
+        if calls := [one for one in items if isinstance(one, Call)]:
+            text = "".join(one for one in items if isinstance(one, str))
+            message |= {"content": text.strip() or None, "tool_calls": [call.said() for call in calls]}
+            reason = "tool_calls"
         choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": reason, "logprobs": said}
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = logprobs.plain(output.prompt_logprobs or ())
@@ -78,7 +81,7 @@ class _View:
         head = b"data: " + encoded(named)[:-1] + b',"choices":[{"index":'
         tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
         begun = [False] * generation.params.n
-        voices, numbers = [Voice(self._tools) for _ in begun], [0] * len(begun)
+        voices = [self._voice() for _ in begun]
         count = 0
         async for told in generation.pieces():
             frames = []
@@ -88,16 +91,16 @@ class _View:
                 if not begun[index]:
                     begun[index] = True
                     frames.append(place + b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' + tail)
-                reason, items = piece.finish_reason, voices[index].says(piece)
-                text = "".join(one for one in items if isinstance(one, str))
+                reason: str | None = piece.finish_reason
+                items = voices[index].says(piece.text, reason is not None)
+                text, calls = "".join(one for one in items if isinstance(one, str)), [one for one in items if isinstance(one, Call)]
+                reason = "tool_calls" if calls else reason
                 if text or piece.logprobs or body.return_token_ids:
-                    frames.append(place + self._delta(piece, text) + b',"finish_reason":null' + tail)
-                for call in [one for one in items if isinstance(one, Call)]:
-                    deltas = _call_deltas(call, numbers[index])
-                    numbers[index] += 1
-                    frames += [place + b',"delta":' + one + b',"logprobs":null,"finish_reason":null' + tail for one in deltas]
+                    frames.append(place + self._delta(text, piece) + b',"finish_reason":null' + tail)
+                for number, call in enumerate(calls):
+                    delta = b',"delta":{"tool_calls":[' + encoded({"index": number, **call.said()}) + b"]}"
+                    frames.append(place + delta + b',"logprobs":null,"finish_reason":null' + tail)
                 if reason is not None:
-                    reason = "tool_calls" if reason == "stop" and voices[index].called else reason
                     frames.append(place + b',"delta":{},"logprobs":null,"finish_reason":"' + reason.encode() + b'"' + tail)
             if frames:
                 await sender.events(b"".join(frames))
@@ -105,19 +108,9 @@ class _View:
             await sender.events(b"data: " + encoded({**named, "choices": [], "usage": usage(generation, count)}) + b"\n\n")
         await sender.end(DONE)
 
-    def _delta(self, piece: Piece, text: str) -> bytes:
+    def _delta(self, text: str, piece: Piece) -> bytes:
         delta = b',"delta":{"content":' + encoded(text) + b'},"logprobs":'
         delta += encoded(logprobs.of_chat(self._tokens, piece.logprobs)) if self._body.logprobs else b"null"
         if self._body.return_token_ids:
             delta += b',"token_ids":' + encoded(piece.token_ids)
         return delta
-
-
-def _called(call: Call) -> dict[str, Any]:
-    return {"id": fresh_id("call"), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def _call_deltas(call: Call, number: int) -> list[bytes]:
-    """A call in two deltas, as OpenAI sends them: its name, then its arguments."""
-    named = {"index": number, **_called(Call(call.name, ""))}
-    return [encoded({"tool_calls": [one]}) for one in (named, {"index": number, "function": {"arguments": call.arguments}})]

@@ -11,7 +11,7 @@ from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
 from hasten.serve.reply import Reply, Sender
 from hasten.serve.service import Generation, Service
-from hasten.serve.tools import Tools, in_words, told_in_words
+from hasten.serve.tools import Offer
 
 PLAIN_STOPS = ("\nuser:", "\nsystem:")
 """What ends an answer under the plain template, where the model would go on for the user."""
@@ -22,11 +22,11 @@ Names = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """``messages`` as templates take them; ``at_fault`` is the field that the engine may yet refuse, where it is none of ``tools``."""
+    """``messages`` as templates take them, what they may call, and ``at_fault``, the field that the engine may yet refuse."""
 
     messages: Sequence[Mapping[str, Any]]
     params: SamplingParams
-    tools: Tools | None = None
+    offer: Offer
     add_generation_prompt: bool = True
     timeout_s: float | None = None
     at_fault: str | None = None
@@ -37,32 +37,20 @@ def stops_of(service: Service) -> list[str] | None:
     return list(PLAIN_STOPS) if service.texts.template is None and service.texts.has_text else None
 
 
-async def prompt_ids(
-    service: Service, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None, tools: Tools | None, answered: bool = True
-) -> list[int]:  # fmt: skip
-    """Token ids of a conversation. Raises UserError for what the model or its template does not take."""
-    told = None
-    if service.texts.template is not None and "tools" in service.texts.template:
-        told = None if tools is None else tools.told
-    else:
-        messages = in_words(messages) if tools is None else told_in_words(tools, messages)
-    return await service.texts.chat(messages, params, answered, told)
-
-
 def converse(
     service: Service, conversation: Conversation, answer: Callable[[Generation, Sender], Awaitable[None]], tenant: str, note: Note,
     names: Names | None = None,
 ) -> Reply:  # fmt: skip
     """What ``answer`` makes of the outputs."""
-    params, tools = conversation.params, conversation.tools
+    params, offer = conversation.params, conversation.offer
 
     async def work(sender: Sender) -> None:
         async def encode() -> list[list[int]]:
-            return [await prompt_ids(service, conversation.messages, params, tools, conversation.add_generation_prompt)]
+            return [await service.texts.chat(conversation.messages, params, conversation.add_generation_prompt, offer.shown)]
 
-        at_fault = conversation.at_fault or ("tools" if tools is not None else None)
+        at_fault, timeout_s = conversation.at_fault, conversation.timeout_s
         with called(names or {}):
-            async with service.generation(encode, params.sequences, params, tenant, note, conversation.timeout_s, at_fault) as generation:
+            async with service.generation(encode, params.sequences, params, tenant, note, timeout_s, at_fault) as generation:
                 await answer(generation, sender)
 
     return Reply(work, note)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 BEAT_S = 0.5
 _BEAT = struct.Struct("<QdB")
+READ = 4096 * _BEAT.size
+"""Bytes to read at a time: whole beats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +35,26 @@ class Heart:
 
     def start(self) -> None:
         """Begin to beat."""
-        threading.Thread(target=self._beat, name="heart", daemon=True).start()
+        threading.Thread(target=self._run, name="heart", daemon=True).start()
 
-    def _beat(self) -> None:
-        while True:
-            try:
-                os.write(self._descriptor, _BEAT.pack(self.turns, time.process_time(), self.busy))
-            except BlockingIOError:
-                pass
-            except OSError:
-                return  # the server is gone; the loop sees it too
+    def beat(self) -> bool:
+        """One beat, unless the pipe is full; whether anybody is there to read it."""
+        try:
+            os.write(self._descriptor, _BEAT.pack(self.turns, time.process_time(), self.busy))
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def _run(self) -> None:
+        while self.beat():  # the loop sees it too when the server is gone
             time.sleep(BEAT_S)
 
 
 def read_beats(data: bytes) -> list[Beat]:
     """The beats in what a pipe gave: it passes each on whole."""
-    return [Beat(turns, cpu_s, bool(busy)) for turns, cpu_s, busy in _BEAT.iter_unpack(data[: len(data) // _BEAT.size * _BEAT.size])]
+    return [Beat(turns, cpu_s, bool(busy)) for turns, cpu_s, busy in _BEAT.iter_unpack(data)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from hasten.serve.texts import Texts
 
 BACKLOG = 2048
 DRAIN_CHECK_S = 0.05
+CUT_OFF_S = 1.0
+"""How long those that were cut off have to be told so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +139,19 @@ async def _drain(service: Service, server: uvicorn.Server, grace_s: float) -> No
     service.admission.draining = True
     log, left = service.log, service.admission.taken
     log.event(f"going down: {left} outputs are on their way and get {grace_s:g} s" if left else "going down")
+    await _done(service, server, grace_s)
+    if service.admission.taken:
+        log.event(f"{service.admission.taken} outputs are cut off")
+        service.supervisor.cut_off()
+        await _done(service, server, CUT_OFF_S)
+
+
+async def _done(service: Service, server: uvicorn.Server, seconds: float) -> None:
+    """Wait for all work to end, for so long at most."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(grace_s):
+        async with asyncio.timeout(seconds):
             while service.admission.taken and not server.should_exit:
                 await asyncio.sleep(DRAIN_CHECK_S)
-    if service.admission.taken:
-        log.event(f"{service.admission.taken} outputs were cut off")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -131,8 +131,7 @@ def faults(service: Service) -> Iterator[None]:
     try:
         yield
     except EngineGoneError:
-        raise ApiError(
-            503, "the engine died under this request; try again", code="engine_died", retry_s=service.supervisor.retry_s
-        ) from None
+        why, retry = ("the server went down", 5) if service.admission.draining else ("the engine died", service.supervisor.retry_s)
+        raise ApiError(503, f"{why} under this request; try again", code="engine_gone", retry_s=retry) from None
     except UserError as error:
         raise refused(error) from None

@@ -17,20 +17,20 @@ import msgspec
 
 from hasten.base.errors import UserError
 from hasten.engine import SamplingParams
-from hasten.serve.heart import Patience, Pulse, read_beats
+from hasten.serve.heart import READ, Patience, Pulse, read_beats
 from hasten.serve.mailbox import EngineGoneError, Mailbox
 from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Stats, Submit, frame
 
 State = Literal["starting", "ready", "down", "failed"]
 WATCH_S = 0.5
-SOUND_S = 60.0
-"""An engine that was ready for so long has started well: the next death is a first one."""
+FIRST_TRIES = 2
+"""Starts of a server that was never ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restarts:
     """After a death the next start waits ``first_s`` seconds, twice as long after each further one, ``most_s`` at most; after ``tries``
-    starts in a row that were not ready for a minute, the server gives up."""
+    starts in a row that did not become ready, the server gives up. One that did has started well, however soon it dies."""
 
     first_s: float = 0.1
     most_s: float = 30.0
@@ -94,7 +94,6 @@ class Supervisor:
         self.deaths = 0
         """Of engines, since the server began."""
         self._in_a_row = 0
-        self._ready_at = 0.0
         self._process: _Process | None = None
         self._pulse = Pulse(self._patience, time.monotonic())
         self._ids = itertools.count(1)
@@ -142,6 +141,14 @@ class Supervisor:
         """All outputs of this one have come."""
         self._mailboxes.pop(id, None)
 
+    def cut_off(self) -> None:
+        """End all requests, unfinished."""
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        for id, mailbox in mailboxes.items():
+            if self._process is not None:
+                self._process.send(Abort(id))
+            mailbox.close()
+
     # --- the process's life
 
     async def start(self) -> None:
@@ -169,9 +176,15 @@ class Supervisor:
         os.set_blocking(beats, False)
         command = [sys.executable, "-m", "hasten.serve.engine_process", str(theirs.fileno()), str(pipe), str(os.getpid())]
         # From the main thread: the kernel takes the death of the thread that began a process for that of its parent.
-        child = subprocess.Popen(command, pass_fds=[theirs.fileno(), pipe], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        theirs.close()
-        os.close(pipe)
+        try:
+            child = subprocess.Popen(command, pass_fds=[theirs.fileno(), pipe], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        except OSError:
+            ours.close()
+            os.close(beats)
+            raise
+        finally:
+            theirs.close()
+            os.close(pipe)
         loop = asyncio.get_running_loop()
         self._pulse = Pulse(self._patience, time.monotonic())
         process = _Process(self, child, beats)
@@ -193,7 +206,7 @@ class Supervisor:
             case Stats():
                 self.stats = report
             case Ready():
-                self.state, self.ready, self._ready_at = "ready", report, time.monotonic()
+                self.state, self.ready = "ready", report
                 for line in filter(None, (report.notice, report.plan)):
                     self._told(line)
                 self._told(f"ready after {report.seconds:.1f} s, on the {report.backend} backend")
@@ -217,10 +230,9 @@ class Supervisor:
         if self._closing or self.state == "failed":
             return
         self.deaths += 1
-        sound = self.state == "ready" and time.monotonic() - self._ready_at >= SOUND_S
-        self._in_a_row = 1 if sound else self._in_a_row + 1
-        was, self.state = self.state, "down"
-        if (was == "starting" and self.ready is None and self._in_a_row > 2) or self._in_a_row > self._restarts.tries:
+        self._in_a_row = 1 if self.state == "ready" else self._in_a_row + 1
+        self.state = "down"
+        if self._in_a_row > (self._restarts.tries if self.ready is not None else FIRST_TRIES):
             self._told(f"the engine died {self._in_a_row} times in a row; giving up")
             self._give_up(1)
             return
@@ -229,9 +241,15 @@ class Supervisor:
         self._spawn(self._relaunch(wait))
 
     async def _relaunch(self, wait: float) -> None:
-        await asyncio.sleep(wait)
-        self.state = "starting"
-        await self._launch()
+        while not self._closing:
+            await asyncio.sleep(wait)
+            self.state = "starting"
+            try:
+                await self._launch()
+                return
+            except OSError as error:  # no memory, no process
+                wait = self._restarts.most_s
+                self._told(f"no process can begin ({error.strerror}); tried again in {wait:g} s")
 
     async def _reap(self, child: "subprocess.Popen[bytes]") -> None:
         while child.poll() is None:
@@ -239,7 +257,7 @@ class Supervisor:
 
     def _feel(self, descriptor: int) -> None:
         try:
-            data = os.read(descriptor, 1 << 16)
+            data = os.read(descriptor, READ)
         except BlockingIOError:
             return
         if not data:

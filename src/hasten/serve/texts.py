@@ -61,18 +61,19 @@ class Texts:
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None, add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:  # fmt: skip
-        """Token ids of a conversation; ``tools`` are the template's to tell.
-
-        Raises UserError as `prompts` does, and where the model's template refuses the messages."""
+        """Token ids of a conversation. Raises UserError as `prompts` does, and where the model's template refuses the messages."""
 
         def made(preparer: Preparer) -> list[int]:
             tokenizer = preparer.model.text_tokenizer()
             text = render_chat(
-                tokenizer.chat_template, messages, add_generation_prompt=add_generation_prompt,
-                special_tokens=tokenizer.special_tokens, tools=tools,
-            )  # fmt: skip
+                tokenizer.chat_template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                special_tokens=tokenizer.special_tokens,
+                tools=tools,
+            )
             ids = tokenizer.encode(text, add_special_tokens=False) if tokenizer.chat_template is not None else preparer.encode(text)
             if params is not None:
                 preparer.check_params(params)
@@ -95,14 +96,18 @@ class Texts:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, task: Callable[[Preparer], Result]) -> Result:
+    async def aside(self, task: Callable[[], Result]) -> Result:
+        """What ``task`` gives, made in one of the threads. Raises ApiError 429 where too many wait for that."""
         if self._tasks >= MOST:
-            raise ApiError(429, f"{MOST} texts wait to be tokenized; try again in 1 s", code="overloaded", retry_s=1)
+            raise ApiError(429, f"{MOST} texts wait to be read; try again in 1 s", code="overloaded", retry_s=1)
         self._tasks += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: task(self._preparer()))
+            return await asyncio.get_running_loop().run_in_executor(self._pool, task)
         finally:
             self._tasks -= 1
+
+    async def _run(self, task: Callable[[Preparer], Result]) -> Result:
+        return await self.aside(lambda: task(self._preparer()))
 
     def _preparer(self) -> Preparer:
         """The calling thread's."""

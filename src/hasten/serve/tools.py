@@ -1,29 +1,26 @@
-"""Tools: functions that a chat's answer may call. How they are told to the model, what grammar a call that must come has, and the calls
-in what the model says."""
+"""Tools: what a model may call, how its answer is held to a call, and how calls are read out of an answer.
+
+Models write calls in two ways that matter: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>`` (Hermes, Qwen), perhaps after some
+text, or an answer that is nothing but such an object or a list of them (Llama, Mistral; ``parameters`` for ``arguments`` too). What is
+neither, or names no tool that was offered, is text."""
 
 import json
+import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, one_line
 from hasten.engine import Grammar
-from hasten.serve.messages import Piece
+from hasten.serve.bodies import CalledTool, ChatBody, Message, NamedTool
 
-MAX_HELD = 1 << 16
-"""Characters that may be held back because they could become a call; what is longer is text."""
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-"""Around a call, in the templates of Hermes, Qwen and their kin. Others say bare JSON."""
-_KEYS = tuple(f'"{key}"' for key in ("name", "type", "function", "arguments", "parameters", "id"))
-"""What the object of a bare call may begin with."""
-
-Choice = Literal["none", "auto", "required"]
+OPENS, CLOSES = "<tool_call>", "</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: ``arguments`` is a JSON object, as text."""
+    """One call; ``arguments`` are JSON, as text."""
 
     name: str
     arguments: str
@@ -34,221 +31,172 @@ class Call:
         values: dict[str, Any] = json.loads(self.arguments)
         return values
 
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function and the JSON Schema of its arguments."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """As templates take it."""
-        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
-        return {"type": "function", "function": function}
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What a request may call. With ``choice`` 'required' it must call one of ``tools``; of one that must be called there is no other.
-    Raises ConfigError for names that come twice."""
-
-    tools: tuple[Tool, ...]
-    choice: Choice = "auto"
-
-    def __post_init__(self) -> None:
-        names = [tool.name for tool in self.tools]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ConfigError(f"tools names {twice} twice; give each a name of its own")
-
-    @classmethod
-    def of(cls, tools: Iterable[Tool], choice: Choice, named: str | None = None) -> "Tools | None":
-        """What is to be called, None if nothing may be. Raises ConfigError for a name that is none of the tools'."""
-        all_of_them = cls(tuple(tools), choice)
-        if named is not None:
-            chosen = tuple(tool for tool in all_of_them.tools if tool.name == named)
-            if not chosen:
-                raise ConfigError(f"tool_choice names {named}, which is none of tools; name one of them")
-            return cls(chosen, "required")
-        if not all_of_them.tools and choice == "required":
-            raise ConfigError("tool_choice asks for a call, and there are no tools; give some")
-        return None if choice == "none" or not all_of_them.tools else all_of_them
-
-    @property
-    def must(self) -> bool:
-        """Is a call all that may come?"""
-        return self.choice == "required"
-
-    @property
-    def told(self) -> list[dict[str, Any]]:
-        """As templates take them."""
-        return [tool.told for tool in self.tools]
-
-    @property
-    def grammar(self) -> Grammar | None:
-        """Of the call that must come: ``{"name": …, "arguments": …}``. None where none must."""
-        if not self.must:
-            return None
-        if len(self.tools) == 1:
-            return Grammar.json_schema({**_call_schema(self.tools[0], "#"), **_COMPACT})
-        return Grammar.json_schema({"anyOf": [_call_schema(tool, f"#/anyOf/{place}") for place, tool in enumerate(self.tools)], **_COMPACT})
-
-    def sieve(self) -> "Sieve":
-        """For one output."""
-        return Sieve([tool.name for tool in self.tools])
+    def said(self) -> dict[str, Any]:
+        """In OpenAI's words, under a number of the server's own."""
+        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 _COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
-"""For llguidance: no space but between items, of which a model can write without end."""
+"""For llguidance: no space but after commas and colons, for a model can write space without end."""
 
 
-def _call_schema(tool: Tool, place: str) -> dict[str, Any]:
-    arguments = _moved({"type": "object", **tool.parameters}, f"{place}/properties/arguments")
-    return {
-        "type": "object", "properties": {"name": {"const": tool.name}, "arguments": arguments}, "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }  # fmt: skip
+def grammar_of_calls(functions: Sequence[Mapping[str, Any]]) -> Grammar:
+    """Of an answer that is one call of one of these, each with a ``name`` and perhaps ``parameters``, a JSON Schema."""
+    branches = []
+    for place, function in enumerate(functions):
+        parameters = _moved(function.get("parameters") or {"type": "object"}, f"#/anyOf/{place}/properties/arguments")
+        properties = {"name": {"const": function["name"]}, "arguments": parameters}
+        branches.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
+    return Grammar.json_schema({"anyOf": branches, **_COMPACT})
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to itself are right where it lies at ``place``."""
-    if isinstance(schema, dict):
-        return {
-            name: place + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#") else _moved(value, place)
-            for name, value in schema.items()
-            if name not in {"$schema", "$id"}
+    """A schema whose references are to itself, where it lies at ``place`` of another."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: place + value[1:] if name == "$ref" and isinstance(value, str) and value.startswith("#") else _moved(value, place)
+        for name, value in schema.items()
+    }
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as templates take them: content as one text, arguments of calls as objects. Raises ConfigError where they are none."""
+    plain = []
+    for place, message in enumerate(messages):
+        given, content = {"name": message.name, "tool_call_id": message.tool_call_id}, message.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        said: dict[str, Any] = {
+            "role": message.role,
+            "content": text,
+            **{name: value for name, value in given.items() if value is not None},
         }
-    return [_moved(one, place) for one in schema] if isinstance(schema, list) else schema
-
-
-def told_in_words(tools: Tools, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """``messages`` for a template that knows no tools: they are told in the system message, and calls and results are text."""
-    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools.told)
-    form = f'{OPEN}\n{{"name": NAME, "arguments": {{…}}}}\n{CLOSE}'
-    words = f"You may call these functions:\n{lines}\nTo call one, answer with its name and arguments as JSON:\n{form}"
-    plain = in_words(messages)
-    if plain and plain[0]["role"] == "system":
-        return [{**plain[0], "content": f"{plain[0]['content']}\n\n{words}"}, *plain[1:]]
-    return [{"role": "system", "content": words}, *plain]
-
-
-def in_words(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """``messages`` with calls and results as text."""
-    plain: list[dict[str, Any]] = []
-    for message in messages:
-        content = message["content"]
-        for call in message.get("tool_calls", ()):
-            content += f"\n{OPEN}\n{json.dumps(call['function'], ensure_ascii=False)}\n{CLOSE}"
-        if message["role"] == "tool":
-            plain.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
-        else:
-            plain.append({"role": message["role"], "content": content.strip("\n") if "tool_calls" in message else content})
+        if message.tool_calls:
+            said["tool_calls"] = [
+                _earlier(call, f"messages[{place}].tool_calls[{index}].function.arguments") for index, call in enumerate(message.tool_calls)
+            ]
+        plain.append(said)
     return plain
 
 
-class Sieve:
-    """Parts what a model says into text and calls of the functions ``names``, whatever it says and however it is portioned. What only
-    looks like a call is text. It never raises. Text around calls that is nothing but space is dropped."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._held = ""
-        self._space = ""
-        self._bare: bool | None = None  # is the whole output a bare call? None while that is open
-        self.called = False
-
-    def feed(self, text: str) -> list[str | Call]:
-        """What is known with the next text."""
-        self._held += text
-        if self._bare is None and self._held.strip():
-            self._bare = True
-        if self._bare and (len(self._held) > MAX_HELD or not _could_be_bare(self._held[:256])):
-            self._bare = False
-        return [] if self._bare is not False else self._parted(last=False)
-
-    def end(self) -> list[str | Call]:
-        """What was held until the end."""
-        if self._bare and (calls := parsed_calls(self._held, self._names)):
-            self._held = ""
-            self.called = True
-            return list(calls)
-        return self._parted(last=True)
-
-    def _parted(self, last: bool) -> list[str | Call]:
-        found: list[str | Call] = []
-        held, at = self._held, 0
-        while (begin := held.find(OPEN, at)) >= 0:
-            end = held.find(CLOSE, begin)
-            if end < 0 and not last and len(held) - begin <= MAX_HELD:
-                break
-            stop = len(held) if end < 0 else end + len(CLOSE)
-            calls = parsed_calls(held[begin + len(OPEN) : end if end >= 0 else stop], self._names)
-            self._say(held[at : begin if calls else stop], found)
-            if calls:
-                found += calls
-                self.called, self._space = True, ""
-            at = stop
-        if begin < 0:
-            begin = len(held) - (0 if last else _overlap(held[at:], OPEN))
-        self._say(held[at:begin], found)
-        self._held = held[begin:]
-        if last and not self.called:
-            self._say("", found, whole=True)
-        return found
-
-    def _say(self, text: str, found: list[str | Call], whole: bool = False) -> None:
-        """Text, of which space at the end waits for more unless this is the ``whole``."""
-        text = self._space + text
-        kept = text if whole else text.rstrip()
-        self._space = text[len(kept) :]
-        if kept and found and isinstance(last := found[-1], str):
-            found[-1] = last + kept
-        elif kept:
-            found.append(kept)
-
-
-def _could_be_bare(text: str) -> bool:
-    """Could this be the beginning of a call that stands for itself, or of a list of them?"""
-    rest = text.lstrip()
-    if rest.startswith("["):
-        rest = rest[1:].lstrip()
-    if rest.startswith("{"):
-        rest = rest[1:].lstrip()
-        return any(rest.startswith(key) or key.startswith(rest) for key in _KEYS)
-    return not rest
-
-
-def _overlap(text: str, marker: str) -> int:
-    """How many of the last characters could begin ``marker``."""
-    return next((size for size in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-size:])), 0)
-
-
-def parsed_calls(text: str, names: Collection[str]) -> list[Call] | None:
-    """The calls that ``text`` is, one or a list of them in JSON; None for anything else. Never raises."""
+def _earlier(call: CalledTool, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, parse_constant=_refuse)
-        calls = [_call(one, names) for one in (value if isinstance(value, list) else [value])]
-    except (ValueError, RecursionError, TypeError):
-        return None
-    return calls or None
-
-
-def _call(value: Any, names: Collection[str]) -> Call:
-    """One call. Raises ValueError for what is none."""
-    if isinstance(value, dict) and isinstance(inner := value.get("function"), dict):
-        value = inner
-    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str) or name not in names:
-        raise ValueError
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments, parse_constant=_refuse)
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
     if not isinstance(arguments, dict):
-        raise ValueError
-    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()  # half a surrogate pair is no text
-    return Call(name, text)
+        raise ConfigError(f"{name} is {one_line(call.function.arguments, 60)}: give a JSON object, as text")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a chat may call. ``shown`` is for the template, ``callable`` are the names to look for, ``must`` that a call is asked for."""
+
+    shown: tuple[dict[str, Any], ...] = ()
+    callable: tuple[str, ...] = ()
+    must: bool = False
+
+    def reader(self, several: bool) -> "CallReader":
+        """For one answer."""
+        return CallReader(self.callable, several and not self.must)
+
+    def grammar(self) -> Grammar | None:
+        """That the answer must follow, if it must be a call."""
+        if not self.must:
+            return None
+        return grammar_of_calls([one["function"] for one in self.shown if one["function"]["name"] in self.callable])
+
+
+def offer_of(body: ChatBody) -> Offer:
+    """What a body offers. Raises ConfigError for a choice of what it does not."""
+    tools, choice = [tool.model_dump(exclude_none=True) for tool in body.tools or ()], body.tool_choice
+    return offered(
+        tools, choice.function.name if isinstance(choice, NamedTool) else None, None if isinstance(choice, NamedTool) else choice
+    )
+
+
+def offered(shown: Sequence[dict[str, Any]], named: str | None, choice: Literal["none", "auto", "required"] | None) -> Offer:
+    """What of the tools ``shown``, in OpenAI's shape, may be called. Raises ConfigError for a choice of what they do not have."""
+    names = tuple(tool["function"]["name"] for tool in shown)
+    if not shown:
+        if named is not None or choice == "required":
+            raise ConfigError("tool_choice is given without tools; give some")
+        return Offer()
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"tools names {twice} twice; give each a name of its own")
+    if named is not None:
+        if named not in names:
+            raise ConfigError(f"tool_choice names {one_line(named, 60)}: the tools are {', '.join(names)[:200]}")
+        return Offer(tuple(shown), (named,), True)
+    return Offer() if choice == "none" else Offer(tuple(shown), names, choice == "required")
+
+
+class CallReader:
+    """Reads one answer as it comes. Text is passed on as soon as it cannot be part of a call. ``names`` may be called,
+    at once only where there may be ``several`` calls."""
+
+    def __init__(self, names: Collection[str], several: bool = True) -> None:
+        self._names, self._several = frozenset(names), several
+        self._held = ""
+        self._state = "begin"  # then "text", and "call" from where one may have begun
+
+    def feed(self, text: str) -> str:
+        """Take the next text; what of it is no part of a call."""
+        self._held += text
+        if self._state == "begin" and (start := self._held.lstrip()):
+            self._state = "call" if start[0] in "{[" else "text"
+        if self._state != "text":
+            return ""
+        if (at := self._held.find(OPENS)) >= 0:
+            self._state = "call"
+        else:
+            at = len(self._held) - next((size for size in range(len(OPENS) - 1, 0, -1) if self._held.endswith(OPENS[:size])), 0)
+        told, self._held = self._held[:at], self._held[at:]
+        return told
+
+    def end(self) -> tuple[str, list[Call]]:
+        """What was held: text, or calls."""
+        calls = self._read(self._held) if self._state == "call" else None
+        if calls is None:
+            return self._held, []
+        return "", calls if self._several else calls[:1]
+
+    def _read(self, text: str) -> list[Call] | None:
+        """The calls that a text is; None where it is anything else."""
+        if OPENS in text:
+            pieces = re.split(f"{OPENS}(.*?)(?:{CLOSES}|$)", text, flags=re.DOTALL)
+            if any(between.strip() for between in pieces[::2]):
+                return None
+            bodies = pieces[1::2]
+        else:
+            bodies = [text]
+        calls: list[Call] = []
+        for body in bodies:
+            try:
+                given = json.loads(body, parse_constant=_refuse)
+            except (ValueError, RecursionError):
+                return None
+            for one in given if isinstance(given, list) else [given]:
+                if (call := self._call(one)) is None:
+                    return None
+                calls.append(call)
+        return calls or None
+
+    def _call(self, given: Any) -> Call | None:
+        if not isinstance(given, dict) or not isinstance(name := given.get("name"), str) or name not in self._names:
+            return None
+        arguments = given.get("arguments", given.get("parameters", {}))
+        try:
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments, parse_constant=_refuse)
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            text.encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError):
+            return None
+        return Call(name, text) if isinstance(arguments, dict) else None
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -256,43 +204,19 @@ def _refuse(constant: str) -> NoReturn:
 
 
 class Voice:
-    """One output on its way, as text and calls; all text where there are no ``tools``."""
+    """One output on its way, as text and calls in their order; all text where nothing is offered."""
 
-    def __init__(self, tools: Tools | None) -> None:
-        self._sieve = None if tools is None else tools.sieve()
+    def __init__(self, offer: Offer, several: bool = True) -> None:
+        self._reader = offer.reader(several) if offer.callable else None
+        self.called = False
 
-    def says(self, piece: Piece) -> list[str | Call]:
-        """What is known with the next piece."""
-        if self._sieve is None:
-            return [piece.text] if piece.text else []
-        found = self._sieve.feed(piece.text)
-        return found if piece.finish_reason is None else joined([*found, *self._sieve.end()])
-
-    @property
-    def called(self) -> bool:
-        """Was there a call?"""
-        return self._sieve is not None and self._sieve.called
-
-
-def joined(items: Iterable[str | Call]) -> list[str | Call]:
-    """Text that follows text, in one."""
-    found: list[str | Call] = []
-    for one in items:
-        if isinstance(one, str) and found and isinstance(before := found[-1], str):
-            found[-1] = before + one
-        else:
-            found.append(one)
-    return found
-
-
-def fresh_id(stem: str) -> str:
-    """Of a call."""
-    return f"{stem}_{secrets.token_hex(12)}"
-
-
-def parted(tools: Tools | None, text: str) -> list[str | Call]:
-    """What a whole output holds."""
-    if tools is None:
-        return [text] if text else []
-    sieve = tools.sieve()
-    return joined([*sieve.feed(text), *sieve.end()])
+    def says(self, text: str, last: bool) -> list[str | Call]:
+        """What is known with the next text, perhaps the last."""
+        calls = list[Call]()
+        if self._reader is not None:
+            text = self._reader.feed(text)
+            if last:
+                rest, calls = self._reader.end()
+                text += rest
+        self.called = self.called or bool(calls)
+        return [*([text] if text else []), *calls]

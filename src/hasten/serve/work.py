@@ -1,5 +1,6 @@
 """Work: the requests that the engine's process has in hand, under the server's numbers."""
 
+import re
 import traceback
 from collections.abc import Iterable
 
@@ -8,6 +9,9 @@ from hasten.engine import LLM, Chunk
 from hasten.engine.answer import Answer
 from hasten.engine.engine import Engine
 from hasten.serve.messages import Fault, Piece, Stats, Submit
+
+_INSIDE = re.compile(r"\w+(Error|Exception): ")
+"""How the engine words what failed in computing; what a grammar failed at is worded for its writer."""
 
 
 class _Live:
@@ -86,7 +90,7 @@ class Work:
             if (live := self._by_index.get(chunk.index)) is None:
                 continue
             for one in live.answer.take(chunk):
-                fault: Fault = "" if one.error is None else "request" if live.grammatical else "engine"
+                fault: Fault = "" if one.error is None else "request" if live.grammatical and not _INSIDE.match(one.error) else "engine"
                 pieces.append(
                     Piece(
                         live.id,

@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from hasten import __version__, _native
 from hasten.backends.cpu.sparse import advice, slower_than_dense
 from hasten.base import settings
+from hasten.base.priority import give_way
 from hasten.formats.linear import LinearFormat
 from hasten.formats.weights import Array, Origin, Weight
 
@@ -361,7 +361,7 @@ class PackedCache:
         return files, size
 
     def _write(self, model: str, key: Key, parts: Sequence[Sequence[Room]]) -> None:
-        _give_way()
+        give_way()
         size = _PREAMBLE.size + sum(part + _ALIGNMENT for each in _sizes(parts) for part in each)
         partial = None
         try:
@@ -459,10 +459,3 @@ def _will_need(file: BinaryIO) -> None:
     """Let the disk run ahead of the readers."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def _give_way() -> None:
-    """This thread runs when the others let it. Only Linux gives threads priorities of their own by this call."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
