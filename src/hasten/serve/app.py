@@ -14,6 +14,7 @@ from hasten.serve.anthropic_messages import count_tokens, messages
 from hasten.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, schema_of
 from hasten.serve.chat import chat
 from hasten.serve.completions import completion
+from hasten.serve.embeddings import EmbeddingsBody, embeddings
 from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
 from hasten.serve.openai_responses import respond
@@ -62,6 +63,10 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/messages/count_tokens", openapi_extra=dict(schema_of(CountBody)))
     async def anthropic_count(request: Request) -> Response:
         return answer(await count_tokens(service, await parsed(CountBody, request)))
+
+    @app.post("/v1/embeddings", openapi_extra=dict(schema_of(EmbeddingsBody)))
+    async def embed(request: Request) -> Response:
+        return embeddings(service, await parsed(EmbeddingsBody, request), note_of(request))
 
     @app.post("/v1/responses", openapi_extra=dict(schema_of(ResponsesBody)))
     async def responses(request: Request) -> Response:

@@ -50,7 +50,7 @@ FIELDS = frozenset({
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "min_tokens", "stop", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "n", "best_of", "ignore_eos", "echo", "grammar",
     "max_completion_tokens", "length_penalty", "early_stopping", "regex", "choices", "prompt", "messages", "response_format", "tokens",
-    "top_logprobs", "tools", "tool_choice",
+    "top_logprobs", "tools", "tool_choice", "input",
 })  # fmt: skip
 """Names that messages and the API both give a field."""
 
