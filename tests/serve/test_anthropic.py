@@ -15,10 +15,11 @@ SYSTEM = "Write Python."
 TURNS = [{"role": "user", "content": "A loop."}]
 GREEDY = {"temperature": 0}
 STOPS = ["\nuser:", "\nsystem:"]
+LINE = {"type": "object", "properties": {"line": {"enum": [1, 23]}}, "required": ["line"], "additionalProperties": False}
 TOOLS = [
-    {"name": "read_file", "description": "Reads.", "input_schema": {"type": "object", "properties": {"line": {"enum": [1, 23]}}, "required": ["line"]}},
+    {"name": "read_file", "description": "Reads.", "input_schema": LINE},
     {"name": "done", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}},
-]  # fmt: skip
+]
 SCHEMA = {"enum": ["ab", "cd"]}
 
 
@@ -36,7 +37,11 @@ def prompt(llm, messages) -> str:
     [
         ({"extra_body": GREEDY}, SamplingParams(max_tokens=24, stop=STOPS), "max_tokens"),
         ({"extra_body": GREEDY, "stop_sequences": ["return"]}, SamplingParams(max_tokens=24, stop=["return"]), None),
-        ({"extra_body": {"top_k": 3, "top_p": 0.9, "seed": 5}}, SamplingParams(max_tokens=24, temperature=1.0, top_k=3, top_p=0.9, seed=5, stop=STOPS), None),
+        (
+            {"extra_body": {"top_k": 3, "top_p": 0.9, "seed": 5}},
+            SamplingParams(max_tokens=24, temperature=1.0, top_k=3, top_p=0.9, seed=5, stop=STOPS),
+            None,
+        ),
         (
             {"extra_body": GREEDY, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
             SamplingParams(max_tokens=24, grammar=Grammar.json_schema(SCHEMA), stop=STOPS),
@@ -75,7 +80,9 @@ def test_a_stream_has_anthropics_events_in_their_order(server):
     found = [json.loads(data.removeprefix("data: ")) for _, data in events]
     assert [name.removeprefix("event: ") for name, _ in events] == [one["type"] for one in found]
     kinds = [kind for place, kind in enumerate(one["type"] for one in found) if place == 0 or kind != found[place - 1]["type"]]
-    assert kinds == ["message_start", "ping", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop"]  # fmt: skip
+    assert kinds == [
+        "message_start", "ping", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop",
+    ]  # fmt: skip
     assert found[-2]["usage"]["output_tokens"] == 8
 
 
@@ -92,7 +99,10 @@ def test_calls(claude):
         assert (streamed.name, streamed.input) == (block.name, block.input)
         more = [
             *TURNS, {"role": "assistant", "content": [{"type": "text", "text": "I look."}, block.model_dump(exclude_none=True)]},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "42"}, {"type": "text", "text": "So?"}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "42"}, {"type": "text", "text": "So?"}],
+            },
         ]  # fmt: skip
         assert claude.messages.create(**{**asked, "messages": more, "max_tokens": 4}).usage.input_tokens > whole.usage.input_tokens
     assert claude.messages.create(**{**asked, "max_tokens": 4}, tool_choice={"type": "none"}).content[0].type == "text"
@@ -114,14 +124,23 @@ def test_many_at_once(server):
 
 
 WRONG = {
-    "max_tokens": [None, 0, -1, 1.5, "1", 2**63], "messages": [[], "x", [1], [{"role": "system", "content": "x"}], [{"role": "user"}],
-        [{"role": "user", "content": [{"type": "image", "source": {}}]}], [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}],
-        [{"role": "assistant", "content": "x"}], [{"role": "user", "content": "x", "what": 1}]],
-    "system": [1, [1], [{"type": "image"}]], "temperature": [-1, "1", 1e9], "top_k": [-1, 1.5], "top_p": [2, -1], "stop_sequences": ["x", [1], [""], ["x"] * 65],
-    "tools": [1, [1], [{"name": "f"}], [{"name": "f g", "input_schema": {"type": "object"}}], [TOOLS[0], TOOLS[0]], [{"type": "web_search_20250305", "name": "w"}]],
-    "tool_choice": ["auto", {"type": "any"}, {"type": "tool", "name": "f"}, {"type": "what"}], "thinking": [{"type": "enabled", "budget_tokens": 9}],
-    "stream": ["x", 1], "mcp_servers": [[]], "model": ["other", 1], "output_config": [1, {"format": {"type": "json_schema"}}],
+    "max_tokens": [None, 0, -1, 1.5, "1", 2**63],
+    "messages": [
+        [], "x", [1], [{"role": "system", "content": "x"}], [{"role": "user"}], [{"role": "assistant", "content": "x"}],
+        [{"role": "user", "content": [{"type": "image", "source": {}}]}], [{"role": "user", "content": "x", "what": 1}],
+        [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}],
+    ],
+    "system": [1, [1], [{"type": "image"}]], "temperature": [-1, "1", 1e9], "top_k": [-1, 1.5], "top_p": [2, -1],
+    "stop_sequences": ["x", [1], [""], ["x"] * 65],
+    "tools": [
+        1, [1], [{"name": "f"}], [{"name": "f g", "input_schema": {"type": "object"}}], [TOOLS[0], TOOLS[0]],
+        [{"type": "web_search_20250305", "name": "w"}],
+    ],
+    "tool_choice": ["auto", {"type": "any"}, {"type": "tool", "name": "f"}, {"type": "what"}],
+    "thinking": [{"type": "enabled", "budget_tokens": 9}], "stream": ["x", 1], "mcp_servers": [[]], "model": ["other", 1],
+    "output_config": [1, {"format": {"type": "json_schema"}}],
 }  # fmt: skip
+COUNTED = {"messages", "system", "tools", "tool_choice", "mcp_servers", "model"}
 
 
 def test_every_field_is_bounded_and_named_in_anthropics_shape(server):
