@@ -16,7 +16,7 @@ from hasten.serve.reply import Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
 from hasten.serve.tools import Call, Offer, Voice, offered
 
-NAMES = {"stop": "stop_sequences"}
+NAMES = {"stop": "stop_sequences", "json_schema": "output_config.format.schema"}
 """What Anthropic's API calls fields of `hasten.engine.SamplingParams`."""
 
 

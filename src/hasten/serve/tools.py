@@ -107,7 +107,10 @@ class Offer:
         """That the answer must follow, if it must be a call."""
         if not self.must:
             return None
-        return grammar_of_calls([one["function"] for one in self.shown if one["function"]["name"] in self.callable])
+        try:
+            return grammar_of_calls([one["function"] for one in self.shown if one["function"]["name"] in self.callable])
+        except ConfigError as error:
+            raise ConfigError(f"tools: {error}") from None
 
 
 def offer_of(body: ChatBody) -> Offer:
