@@ -81,7 +81,7 @@ def test_alone_in_a_batch_and_beside_requests_it_is_the_same():
 def test_where_pages_are_short_requests_go_first_and_what_never_fits_says_so():
     whole = LLM("code-8m", max_sequences=1)
     page = sum(group.page_bytes for group in whole.engine().cache.groups)
-    llm = LLM("code-8m", max_sequences=1, cache_bytes=10 * page, prefixes=False)
+    llm = LLM("code-8m", max_sequences=1, context=160, cache_bytes=10 * page, prefixes=False)
     engine = llm.engine()
     embedder = Embedder(engine, llm.model.spec.width)
     prompt, long = [7] * 100, [7] * 200

@@ -34,7 +34,7 @@ def test_alone_in_a_batch_and_beside_streams_they_are_the_same(vectors, client, 
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as both:
 
             async def stream() -> str:
-                asked = {"model": "code-8m", "prompt": "def f(", "max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+                asked = {"model": "code-8m", "prompt": "def f(", "max_tokens": 500, "temperature": 0, "extra_body": {"ignore_eos": True}}
                 return "".join([chunk.choices[0].text async for chunk in await both.completions.create(**asked, stream=True)])
 
             streams = [asyncio.create_task(stream()) for _ in range(3)]
@@ -44,7 +44,7 @@ def test_alone_in_a_batch_and_beside_streams_they_are_the_same(vectors, client, 
             assert any(not one.done() for one in streams)  # they ran beside
             return await asyncio.gather(*streams)
 
-    plain = client.completions.create(model="code-8m", prompt="def f(", max_tokens=100, temperature=0, extra_body={"ignore_eos": True})
+    plain = client.completions.create(model="code-8m", prompt="def f(", max_tokens=500, temperature=0, extra_body={"ignore_eos": True})
     assert set(asyncio.run(busy())) == {plain.choices[0].text}
 
 

@@ -1,7 +1,7 @@
 """``POST /v1/messages`` and ``/v1/messages/count_tokens``: Anthropic's Messages API."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hasten.base.errors import ConfigError, UserError
@@ -138,8 +138,14 @@ class _View:
             frames: list[bytes] = []
             if not begun:
                 begun = True
-                message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(generation, 0)}
-                frames += [_event("message_start", message=message), _event("ping")]
+                message: dict[str, Any] = {
+                    **self._head,
+                    "content": [],
+                    "stop_reason": None,
+                    "stop_sequence": None,
+                    "usage": _usage(generation, 0),
+                }
+                frames += [_event("message_start", {"message": message}), _event("ping")]
             for _, piece in told:
                 count += len(piece.token_ids)
                 for one in voice.says(piece.text, piece.finish_reason is not None):
@@ -152,7 +158,7 @@ class _View:
 
     def _last(self, generation: Generation, piece: Piece, has_called: bool, count: int) -> list[bytes]:
         delta = self._reason(piece.finish_reason, piece.stop, has_called)
-        return [_event("message_delta", delta=delta, usage=_usage(generation, count)), _event("message_stop")]
+        return [_event("message_delta", {"delta": delta, "usage": _usage(generation, count)}), _event("message_stop")]
 
     def _reason(self, reason: str | None, stop: str | None, has_called: bool) -> dict[str, Any]:
         if reason == "length":
@@ -173,14 +179,14 @@ class _Blocks:
     def say(self, item: str | Call) -> list[bytes]:
         """The next item's events."""
         if isinstance(item, str):
-            frames = [] if self._open else [_event("content_block_start", index=self._index, content_block=_block("", filled=True))]
+            frames = [] if self._open else [_event("content_block_start", {"index": self._index, "content_block": _block("", filled=True)})]
             self._open = True
-            return [*frames, _event("content_block_delta", index=self._index, delta={"type": "text_delta", "text": item})]
+            return [*frames, _event("content_block_delta", {"index": self._index, "delta": {"type": "text_delta", "text": item}})]
         delta = {"type": "input_json_delta", "partial_json": item.arguments}
         frames = self.close()
         frames += [
-            _event("content_block_start", index=self._index, content_block=_block(item, filled=False)),
-            _event("content_block_delta", index=self._index, delta=delta),
+            _event("content_block_start", {"index": self._index, "content_block": _block(item, filled=False)}),
+            _event("content_block_delta", {"index": self._index, "delta": delta}),
         ]
         self._open = True
         return [*frames, *self.close()]
@@ -191,7 +197,7 @@ class _Blocks:
             return []
         self._open = False
         self._index += 1
-        return [_event("content_block_stop", index=self._index - 1)]
+        return [_event("content_block_stop", {"index": self._index - 1})]
 
 
 def _block(item: str | Call, filled: bool) -> dict[str, Any]:
@@ -200,8 +206,8 @@ def _block(item: str | Call, filled: bool) -> dict[str, Any]:
     return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": item.name, "input": item.values if filled else {}}
 
 
-def _event(kind: str, **fields: Any) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: " + encoded({"type": kind, **fields}) + b"\n\n"
+def _event(kind: str, fields: Mapping[str, Any] | None = None) -> bytes:
+    return b"event: " + kind.encode() + b"\ndata: " + encoded({"type": kind, **(fields or {})}) + b"\n\n"
 
 
 def _usage(generation: Generation, output_tokens: int) -> dict[str, int]:

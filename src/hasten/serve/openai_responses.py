@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hasten.base.errors import ConfigError, one_line
@@ -62,7 +62,7 @@ def _params(service: Service, body: ResponsesBody, offer: Offer) -> SamplingPara
 
 def _plain(body: ResponsesBody) -> list[dict[str, Any]]:
     """The conversation as templates take it; calls in a row are one message's. Raises ConfigError for arguments that are none."""
-    plain = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    plain: list[dict[str, Any]] = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     items: Sequence[Item] = [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     for place, item in enumerate(items):
         match item:
@@ -110,13 +110,14 @@ class _View:
             "top_p": 1.0 if body.top_p is None else body.top_p, "truncation": "disabled",
         }  # fmt: skip
 
-    def _response(self, status: str, output: Sequence[dict[str, Any]], usage: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
-        return {**self._head, "status": status, "output": list(output), "usage": usage, **more}
+    def _response(self, status: str, output: Sequence[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        return {**self._head, "status": status, "output": list(output), "usage": usage}
 
     def _ended(self, reason: str | None, output: Sequence[dict[str, Any]], generation: Generation, count: int) -> dict[str, Any]:
         if reason != "length":
-            return self._response("completed", output, _usage(generation, count), completed_at=int(time.time()))
-        return self._response("incomplete", output, _usage(generation, count), incomplete_details={"reason": "max_output_tokens"})
+            return {**self._response("completed", output, _usage(generation, count)), "completed_at": int(time.time())}
+        why = {"incomplete_details": {"reason": "max_output_tokens"}}
+        return {**self._response("incomplete", output, _usage(generation, count)), **why}
 
     async def whole(self, generation: Generation, sender: Sender) -> None:
         (output,) = await collect(generation)
@@ -126,30 +127,29 @@ class _View:
 
     async def stream(self, generation: Generation, sender: Sender) -> None:
         events, count = _Events(), 0
-        try:
-            async for told in generation.pieces():
-                frames: list[bytes] = []
-                if not events.number:
-                    begun = self._response("in_progress", [], None)
-                    frames += [events.of("response.created", response=begun), events.of("response.in_progress", response=begun)]
-                for _, piece in told:
-                    count += len(piece.token_ids)
-                    for one in self._voice.says(piece.text, piece.finish_reason is not None):
-                        frames += events.say(one)
-                    if piece.finish_reason is not None:
-                        frames += events.close("incomplete" if piece.finish_reason == "length" else "completed")
-                        response = self._ended(piece.finish_reason, events.output, generation, count)
-                        frames.append(events.of(f"response.{response['status']}", response=response))
-                if frames:
-                    await sender.events(b"".join(frames))
-        except ApiError as error:
-            if not sender.streaming:
-                raise
-            failed = {"code": "invalid_prompt" if error.status < 500 else "server_error", "message": error.message}
+
+        def failed(error: ApiError) -> bytes:
             frames = events.close("incomplete")
-            response = self._response("failed", events.output, _usage(generation, count), error=failed)
-            await sender.end(b"".join([*frames, events.of("response.failed", response=response)]))
-            return
+            why = {"code": "server_error" if error.status >= 500 else "invalid_prompt", "message": error.message}
+            response = {**self._response("failed", events.output, _usage(generation, count)), "error": why}
+            return b"".join([*frames, events.of("response.failed", {"response": response})])
+
+        sender.last = failed
+        async for told in generation.pieces():
+            frames: list[bytes] = []
+            if not events.number:
+                begun = self._response("in_progress", [], None)
+                frames += [events.of("response.created", {"response": begun}), events.of("response.in_progress", {"response": begun})]
+            for _, piece in told:
+                count += len(piece.token_ids)
+                for one in self._voice.says(piece.text, piece.finish_reason is not None):
+                    frames += events.say(one)
+                if piece.finish_reason is not None:
+                    frames += events.close("incomplete" if piece.finish_reason == "length" else "completed")
+                    response = self._ended(piece.finish_reason, events.output, generation, count)
+                    frames.append(events.of(f"response.{response['status']}", {"response": response}))
+            if frames:
+                await sender.events(b"".join(frames))
         await sender.end(b"")
 
 
@@ -163,7 +163,7 @@ class _Events:
         self._message: dict[str, Any] | None = None
         self._texts: list[str] = []
 
-    def of(self, kind: str, **fields: Any) -> bytes:
+    def of(self, kind: str, fields: Mapping[str, Any]) -> bytes:
         """One event."""
         data = {"type": kind, "sequence_number": self.number, **fields}
         self.number += 1
@@ -178,12 +178,12 @@ class _Events:
             self._message = {**_item("", "in_progress"), "content": []}
             place = {"item_id": self._message["id"], "output_index": len(self.output)}
             frames = [
-                self.of("response.output_item.added", output_index=len(self.output), item=self._message),
-                self.of("response.content_part.added", **place, content_index=0, part=_part("")),
+                self.of("response.output_item.added", {"output_index": len(self.output), "item": self._message}),
+                self.of("response.content_part.added", {**place, "content_index": 0, "part": _part("")}),
             ]
         place = {"item_id": self._message["id"], "output_index": len(self.output), "content_index": 0}
         self._texts.append(item)
-        return [*frames, self.of("response.output_text.delta", **place, delta=item, logprobs=[])]
+        return [*frames, self.of("response.output_text.delta", {**place, "delta": item, "logprobs": []})]
 
     def close(self, status: str) -> list[bytes]:
         """Of the message that is open, if one is."""
@@ -195,9 +195,9 @@ class _Events:
         self.output.append(done)
         self._message, self._texts = None, []
         return [
-            self.of("response.output_text.done", **place, text=text, logprobs=[]),
-            self.of("response.content_part.done", **place, part=_part(text)),
-            self.of("response.output_item.done", output_index=index, item=done),
+            self.of("response.output_text.done", {**place, "text": text, "logprobs": []}),
+            self.of("response.content_part.done", {**place, "part": _part(text)}),
+            self.of("response.output_item.done", {"output_index": index, "item": done}),
         ]
 
     def _call(self, call: Call) -> list[bytes]:
@@ -205,10 +205,10 @@ class _Events:
         self.output.append(item)
         place = {"item_id": item["id"], "output_index": index}
         return [
-            self.of("response.output_item.added", output_index=index, item={**item, "arguments": "", "status": "in_progress"}),
-            self.of("response.function_call_arguments.delta", **place, delta=call.arguments),
-            self.of("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments),
-            self.of("response.output_item.done", output_index=index, item=item),
+            self.of("response.output_item.added", {"output_index": index, "item": {**item, "arguments": "", "status": "in_progress"}}),
+            self.of("response.function_call_arguments.delta", {**place, "delta": call.arguments}),
+            self.of("response.function_call_arguments.done", {**place, "name": call.name, "arguments": call.arguments}),
+            self.of("response.output_item.done", {"output_index": index, "item": item}),
         ]
 
 

@@ -31,6 +31,8 @@ class Sender:
 
     def __init__(self, send: Send, path: str) -> None:
         self._out, self._path = send, path
+        self.last: Callable[[ApiError], bytes] = lambda error: error_event(path, error)
+        """The last frames of a stream that fails."""
         self._since: float | None = None  # when what is being sent began to be
         self.streaming = False
 
@@ -67,7 +69,7 @@ class Sender:
     async def error(self, error: ApiError) -> None:
         """An error as the answer, or as the last event of a stream that has begun."""
         if self.streaming:
-            await self.end(error_event(self._path, error))
+            await self.end(self.last(error))
         else:
             await self.body(error.status, error_body(self._path, error), error.headers)
 
