@@ -13,7 +13,7 @@ CONFIGS = {
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, tie_word_embeddings=False,
     ),
-    "gpt2": transformers.GPT2Config(vocab_size=280, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+    "gpt2": transformers.GPT2Config(vocab_size=280, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0),
 }  # fmt: skip
 
 

@@ -61,12 +61,14 @@ class Embedder:
         """Compute some tokens; what is done by them."""
         planned = self._plan()
         if not planned and self._texts:
-            self._give_way()
+            first, *others = self._texts
             if self._engine.busy:
+                self._give_way([first, *others])
                 return []
+            self._give_way(others)
             planned = self._plan()
-        if not planned and self._texts:
-            return [self._end(next(iter(self._texts)), "the cache has no pages for so many tokens; send shorter texts")]
+            if not planned:
+                return [self._end(first, "the cache has no pages for so many tokens; send shorter texts")]
         return self._compute(planned)
 
     def _plan(self) -> list[tuple[int, int]]:
@@ -80,9 +82,9 @@ class Embedder:
             left -= count
         return planned
 
-    def _give_way(self) -> None:
-        """Begin again later, so that no two wait for each other's pages."""
-        for text in self._texts.values():
+    def _give_way(self, numbers: Sequence[int]) -> None:
+        """Begin these again later, so that no two wait for each other's pages."""
+        for text in (self._texts[number] for number in numbers):
             self._engine.cache.free(text.pages)
             text.total[:] = 0
 
