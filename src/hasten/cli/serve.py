@@ -32,6 +32,13 @@ def serve(
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds that streams may go on after SIGTERM.")] = 30.0,
     replace_after: Annotated[float, typer.Option("--replace-after", min=5.0, help="Seconds until a hung engine is replaced.")] = 30.0,
     max_body: Annotated[str, typer.Option("--max-body", help="Longest request.")] = "4MiB",
+    metrics_prefix: Annotated[
+        str, typer.Option("--metrics-prefix", help="What names on /metrics begin with: vllm: for its dashboards.")
+    ] = "hasten_",
+    read_rate: Annotated[
+        str | None,
+        typer.Option("--read-rate", help="Bytes a second that memory gives, for the share of it in use; measured unless given: 25GB."),
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it."""
@@ -45,6 +52,7 @@ def serve(
         model=model, backend=placing.backend, weights=placing.weights, activations=placing.activations, cache=placing.cache,
         context=placing.context, max_sequences=max_sequences, memory=options.parse_bytes("--memory", placing.memory),
         swap_bytes=options.parse_bytes("--swap", swap) or 0, prefixes=prefix_cache,
+        read_bytes_s=options.parse_bytes("--read-rate", read_rate),
     )  # fmt: skip
     code = serve(
         Settings(
@@ -61,6 +69,7 @@ def serve(
             limits=Limits(body_bytes=options.parse_bytes("--max-body", max_body) or 0),
             as_json=log_json,
             patience=Patience(replaced_s=replace_after),
+            metrics_prefix=metrics_prefix,
         )  # fmt: skip
     )
     raise typer.Exit(code)
