@@ -15,8 +15,9 @@ from hasten.engine import LLM, SamplingParams
 from hasten.engine.llm import continuous
 from hasten.program import Formats
 from hasten.serve.heart import Heart
-from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Submit, frame
+from hasten.serve.messages import Abort, Begin, Embed, Embedded, Failed, Frames, News, Order, Piece, Ready, Report, Submit, Vector, frame
 from hasten.serve.meter import streaming_read
+from hasten.serve.vectors import Vectors
 from hasten.serve.work import Work
 
 RECEIVED = 1 << 18
@@ -74,27 +75,33 @@ def open_llm(begin: Begin) -> LLM:
     )  # fmt: skip
 
 
-def run(line: Line, heart: Heart, work: Work) -> None:
+def run(line: Line, heart: Heart, work: Work, vectors: Vectors) -> None:
     """Take orders, step and report, until the server goes."""
     told = 0.0
     was_busy = False
     while True:
-        heart.busy = work.busy
-        pieces = []
-        for order in line.orders(wait=not work.busy):
+        heart.busy = work.busy or vectors.busy
+        pieces, embedded = list[Piece](), list[Vector]()
+        for order in line.orders(wait=not heart.busy):
             match order:
                 case Submit():
                     pieces += work.submit(order)
+                case Embed():
+                    embedded += vectors.take(order)
                 case Abort():
                     work.abort(order.id)
+                    vectors.abort(order.id)
         if line.ended:
             return
-        heart.busy = work.busy
+        heart.busy = work.busy or vectors.busy
         pieces += work.step()
+        embedded += vectors.step()
         heart.turns += 1
         begun = work.take_begun()
         if pieces or begun:
             line.report(News(pieces, begun))
+        if embedded:
+            line.report(Embedded(embedded))
         now = time.monotonic()
         if now - told >= STATS_S or (was_busy and not work.busy):
             line.report(work.stats())
@@ -125,7 +132,7 @@ def serve(line: Line, heart: Heart) -> int:
         return 1
     seconds = time.monotonic() - began
     line.report(Ready(backend=llm.backend, context=llm.context, plan=plan, notice=llm.notice, seconds=seconds, read_bytes_s=read))
-    run(line, heart, Work(llm))
+    run(line, heart, Work(llm), Vectors(llm))
     return 0
 
 

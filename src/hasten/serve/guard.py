@@ -5,9 +5,8 @@ import ipaddress
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,8 +25,6 @@ QUIET = frozenset({"/health", "/ready", "/metrics"})
 
 OTHER = "other"
 """What paths are counted under that are none."""
-
-Shape = Callable[[ApiError], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +82,12 @@ class Guard:
             except ApiError as error:
                 note.said = error.message
                 if not started:
-                    await Sender(told).error(error)
+                    await Sender(told, scope["path"]).error(error)
             except Exception as error:
                 traceback.print_exc()
                 note.said = f"{type(error).__name__}: {one_line(str(error))}"
                 if not started:
-                    await Sender(told).error(ApiError(500, "the server failed on this request; its log says why"))
+                    await Sender(told, scope["path"]).error(ApiError(500, "the server failed on this request; its log says why"))
         finally:
             self._counts.answered(self._route(scope), note.status)
             if scope["path"] not in QUIET or note.status not in {200, 503}:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol, TypeVar
 
 from hasten.base.errors import UserError, one_line
 from hasten.engine import SamplingParams
@@ -19,6 +20,17 @@ from hasten.serve.texts import Texts
 Encode = Callable[[], Awaitable[list[list[int]]]]
 
 
+class Closable(Protocol):
+    """Work in the engine's hands."""
+
+    def close(self) -> None:
+        """Abort what is not done."""
+        ...
+
+
+Job = TypeVar("Job", bound=Closable)
+
+
 class Generation:
     """The outputs of one HTTP request, of one or several prompts. Read it to its end, or leave it: what is not done then is aborted."""
 
@@ -27,7 +39,7 @@ class Generation:
         counts: Counts,
     ) -> None:  # fmt: skip
         self.prompts, self.params, self._at_fault = prompts, params, at_fault
-        self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox()
+        self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox[Piece]()
         self._tally = Tally(counts, note.began, list(map(len, prompts)), params.n)
         self._submitted = time.monotonic()
         self._cut: EndReason = "abort"
@@ -112,17 +124,29 @@ class Service:
 
         ``at_fault`` is the field that the engine may yet refuse: a grammar is compiled there. Raises ApiError: 429 where too much waits
         already, before anything is encoded; 503 without an engine; 504 past the deadline."""
+
+        def begin(prompts: list[list[int]]) -> Generation:
+            return Generation(self.supervisor, prompts, params, tenant, note, at_fault, self.counts)
+
+        async with self.computed(encode, outputs, timeout_s, begin) as generation:
+            yield generation
+
+    @asynccontextmanager
+    async def computed(
+        self, encode: Encode, outputs: int, timeout_s: float | None, begin: Callable[[list[list[int]]], Job]
+    ) -> AsyncIterator[Job]:  # fmt: skip
+        """What ``begin`` makes of the prompts that ``encode`` gives; closed afterwards. Raises as `generation`."""
         self.check_able()
         limits = [seconds for seconds in (timeout_s, self._deadline_s) if seconds is not None]
         with self._admitted(outputs):
             try:
                 async with asyncio.timeout(min(limits) if limits else None):
                     with faults(self):
-                        generation = Generation(self.supervisor, await encode(), params, tenant, note, at_fault, self.counts)
+                        job = begin(await encode())
                         try:
-                            yield generation
+                            yield job
                         finally:
-                            generation.close()
+                            job.close()
             except TimeoutError:
                 raise ApiError(504, f"not done within {min(limits):g} s; ask for less, or allow more time", code="timeout") from None
 
