@@ -186,4 +186,4 @@ def test_a_line_in_the_log(server):
     made = server.post("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 4, "ignore_eos": True})
     id = made.headers["x-request-id"]
     line = server.until(lambda: next((line for line in server.lines if id in line), None), 5)
-    assert re.search(r"POST  /v1/completions  200  3 → 4 tokens  first 0\.\d+ s  total 0\.\d+ s", line)
+    assert re.search(r"POST  /v1/completions  200  3 → 4 tokens  queued 0\.\d+ s  first 0\.\d+ s  total 0\.\d+ s", line)
