@@ -291,8 +291,7 @@ def test_plan_commit_and_detokenize_of_64_sequences_take_a_millisecond(monkeypat
     monkeypatch.setattr(engine, "_draw", draw)
     monkeypatch.setattr(engine, "_compute", compute)
     for index in range(100):  # 64 run, the others wait
-        (one,) = llm._choices(index, text[index : index + 100], SamplingParams(max_tokens=1000, ignore_eos=True))
-        engine.submit([one], key="all")
+        llm.prepare(text[index : index + 100], SamplingParams(max_tokens=1000, ignore_eos=True)).submit(engine)
     for _ in range(30):
         engine.step()
     runs, ratios = [], []

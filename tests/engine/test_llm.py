@@ -222,7 +222,7 @@ def test_echo_begins_with_the_prompt(llm):
 
 def test_a_row_that_overflows_fails_its_request_alone(llm, monkeypatch):
     (good, expected) = llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=5))
-    session = llm.engine(llm._contexts[0])._session
+    session = llm.engine().session
     plain = session.run
     steps = []
 

@@ -6,7 +6,9 @@ from hasten import LLM, SamplingParams, load
 from hasten.backends.cpu import CpuBackend
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli.options import parse_bytes
-from hasten.engine.memory import plan_memory
+from hasten.engine import share_memory
+from hasten.engine.batching import Continuous
+from hasten.engine.memory import Load, plan_memory
 from hasten.engine.plan import Settings
 from hasten.program import Formats
 from tests.cli import main
@@ -71,9 +73,95 @@ def test_what_is_not_enough_is_refused_with_what_would_be():
 
 def test_more_memory_than_64_long_sequences_need_is_not_taken():
     program, settings = CpuBackend().program(MODEL, 64), Settings()
-    plan = plan_memory(program, 0, slots=4, step_tokens=settings.step_tokens, memory=1 << 40, free=1 << 40)
+    load = Load("m", program, 0, slots=4, step_tokens=settings.step_tokens)
+    (plan,) = plan_memory([load], memory=1 << 40, free=1 << 40)
     assert plan.cache_tokens == 64 * 64
-    assert plan_memory(program, 0, slots=4, step_tokens=512, memory=None, free=0).cache_tokens == 64
+    assert plan_memory([load], memory=None, free=0)[0].cache_tokens == 64
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pages_that_no_context_fills_are_counted_whole(backend):
+    llm = LLM(MODEL, backend=backend, context=100)
+    (load,) = llm.loads()
+    least = sum((load.weights, load.arena, load.sequence))
+    bounded = LLM(MODEL, backend=backend, context=100, memory=least)
+    groups = bounded.engine().cache.groups
+    assert [group.pages for group in groups] == [7] * len(groups)
+    assert sum(group.pages * group.page_bytes for group in groups) == load.sequence == bounded.memory_plan().cache
+
+
+def test_prompts_are_scored_by_so_many_rows_a_step_as_were_planned():
+    """Else a step's logits would take what no planner has counted: a row of them may be a megabyte."""
+    prompts = [list(range(5 + seed, 155 + seed)) for seed in range(3)]
+    asked = [SamplingParams(max_tokens=3, prompt_logprobs=2, ignore_eos=True)] * 3
+    whole = LLM(MODEL, backend="cpu", context=256, scheduling=Settings(512, Continuous(4), scored_tokens=512))
+    few = LLM(MODEL, backend="cpu", context=256, scheduling=Settings(512, Continuous(4), scored_tokens=20))
+    most = []
+    for llm in (whole, few):
+        run, rows = llm.engine().session.run, []
+        llm.engine().session.run = lambda batch, pages, run=run, rows=rows: rows.append(len(batch.rows)) or run(batch, pages)
+        most.append(rows)
+    beside = SamplingParams(max_tokens=30, ignore_eos=True)
+    assert whole.generate([*prompts, [3]], [*asked, beside]) == few.generate([*prompts, [3]], [*asked, beside])
+    assert max(most[0]) > 400
+    assert 20 <= max(most[1]) <= 20 + 4
+    vocab = MODEL.spec.vocab
+    assert whole.memory_plan().arena - few.memory_plan().arena == (256 - 20) * 4 * vocab
+    with pytest.raises(ConfigError, match="scored_tokens is 0"):
+        Settings(scored_tokens=0)
+
+
+# --- several models in one memory
+
+
+@pytest.fixture
+def small(tmp_path):
+    make_checkpoint(EXPERTS, tmp_path)
+    return load(tmp_path)
+
+
+def pair(small, **settings):
+    return LLM(MODEL, backend="cpu", context=512, **settings), LLM(small, backend="cpu", context=200, max_sequences=4, swap_bytes=9000)
+
+
+def test_two_models_answer_in_one_process_in_the_memory_they_share(small):
+    prompts = [list(range(begin, begin + 30)) for begin in (5, 40, 99)]
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    expected = [[one.token_ids for one in llm.generate(prompts, params)] for llm in pair(small)]
+    llms = pair(small)
+    plans = share_memory(llms, 40_000_000)
+    assert sum(plan.total for plan in plans) <= 40_000_000
+    assert sum(plan.total for plan in plans) > 39_999_990
+    assert [llm.memory_plan() for llm in llms] == list(plans)
+    taken = [sum(group.pages * group.page_bytes for group in llm.engine().cache.groups) for llm in llms]
+    for llm, plan, pages in zip(llms, plans, taken):
+        assert 0.95 * plan.cache < pages <= plan.cache
+        assert llm.loads()[0].sequence < plan.cache
+    sequences = [plan.cache / llm.loads()[0].sequence for llm, plan in zip(llms, plans)]
+    assert sequences[0] == pytest.approx(sequences[1], rel=1e-4)
+    streams, made = [llm.stream(prompts, params) for llm in llms], [[[], [], []], [[], [], []]]
+    for chunks in zip(*streams, strict=True):
+        for its, chunk in zip(made, chunks):
+            its[chunk.index] += chunk.token_ids
+    assert [[tuple(one) for one in its] for its in made] == expected
+
+
+def test_two_models_that_do_not_fit_together_are_refused_with_what_would_do(small):
+    said = r"weights of code-8m take .*; weights of .* take .* swapped pages 9,000; give at least [\d,]+, or a smaller"
+    with pytest.raises(UserError, match=said) as caught:
+        share_memory(pair(small), 22_000_000)
+    least = int(str(caught.value).partition("give at least ")[2].partition(", or")[0].replace(",", ""))
+    with pytest.raises(UserError):
+        share_memory(pair(small), least - 1)
+    llms = pair(small)
+    plans = share_memory(llms, least)
+    assert sum(plan.total for plan in plans) == least
+    assert [plan.cache_tokens for plan in plans] == [512, 200]
+    assert [llm.generate([[5] * 150], SamplingParams(max_tokens=4))[0].error for llm in llms] == [None, None]
+    with pytest.raises(ConfigError, match="code-8m has its cache already"):
+        share_memory(llms, 2 * least)
+    with pytest.raises(ConfigError, match="code-8m has a bound of its own"):
+        share_memory(pair(small, memory=60_000_000), 2 * least)
 
 
 @pytest.mark.parametrize(

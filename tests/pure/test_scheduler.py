@@ -40,6 +40,15 @@ def test_a_long_prompt_takes_what_the_others_leave():
     assert [step(scheduler) for _ in range(5)] == [{0: 1, 1: 1, 2: 1, 3: 5}] * 4 + [{0: 1, 1: 1, 2: 1, 3: 1}]
 
 
+def test_so_many_tokens_of_scored_prompts_as_are_allowed():
+    scheduler = make(settings=Settings(20, Continuous(4), scored_tokens=6))
+    scheduler.submit(job(0, 14, scored=True), 0, 0.0)
+    scheduler.submit(job(1, 9, scored=True), 1, 0.0)
+    scheduler.submit(job(2, 30), 2, 0.0)
+    assert [step(scheduler) for _ in range(3)] == [{0: 6, 2: 14}, {0: 6, 2: 14}, {0: 2, 1: 4, 2: 2}]
+    assert [step(scheduler) for _ in range(2)] == [{0: 1, 1: 5, 2: 1}, {0: 1, 1: 1, 2: 1}]
+
+
 def test_what_never_fits_is_refused_at_once_and_blocks_nobody():
     scheduler = make(pages=8)
     with pytest.raises(NeverFitsError, match=r"30 tokens and 10 more, 1 times, need 10 pages of kv, and the cache has 8"):

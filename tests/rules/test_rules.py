@@ -28,6 +28,7 @@ SECONDS_OVER_BARE = 0.4
 
 # Functions that take **names, and why: everywhere else a parameter is written down.
 TAKES_ANY_NAMES = {
+    ("hasten/cli/options.py", "spread_command"): "typer calls it with what its signature has, which is made of groups of options",
     ("hasten/engine/chat.py", "call"): "jinja2 calls it for every call a template makes",
     ("hasten/engine/chat.py", "measured"): "stands in for a function of a template, whatever its parameters",
     ("hasten/engine/chat.py", "__init__"): "stands in for jinja2's namespace(), whose names the template chooses",

@@ -16,6 +16,7 @@ from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
+from hasten.cli.serve import serve
 from hasten.cli.terminal import fail
 from hasten.cli.warm import warm
 
@@ -30,6 +31,7 @@ app.command("doctor")(doctor)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("eval")(evaluate)
 app.command("warm")(warm)
 app.add_typer(cache, name="cache")

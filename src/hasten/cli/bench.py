@@ -85,7 +85,7 @@ def latency(
     from rich.progress import Progress
 
     from hasten.checkpoint import load
-    from hasten.engine.llm import choose_backend
+    from hasten.engine.backends import choose_backend
     from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
     from hasten.program import Formats
 

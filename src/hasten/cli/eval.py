@@ -35,7 +35,7 @@ def evaluate(
     from rich.progress import Progress
 
     from hasten.checkpoint import load
-    from hasten.engine.llm import choose_backend
+    from hasten.engine.backends import choose_backend
     from hasten.measure import Evaluation, cut_windows, held_out, read_corpus, score_windows
     from hasten.program import Formats
 

@@ -1,5 +1,6 @@
 """`hasten generate MODEL`: complete a prompt."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -11,46 +12,33 @@ import typer
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli import options
-from hasten.cli.terminal import notify, write
+from hasten.cli.terminal import write
 
 if TYPE_CHECKING:
     from hasten.engine import LLM, Chunk, Completion, SamplingParams
-    from hasten.program import Formats
+
+DRAWING, PLACING = options.Drawing(), options.Placing()
 
 
+@options.spread
 def generate(
     model: options.ModelArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")] = None,
     token_ids: Annotated[
         str | None, typer.Option("--token-ids", help="Prompt as comma-separated ids, for models without tokenizer.")
     ] = None,
-    max_tokens: options.MaxTokens = 128,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ignore_eos: options.IgnoreEos = False,
-    min_tokens: options.MinTokens = 0,
-    logit_bias: options.LogitBias = None,
-    choices: options.Choices = 1,
-    best_of: options.BestOf = None,
-    beams: options.Beams = None,
-    length_penalty: options.LengthPenalty = 1.0,
-    logprobs: options.Logprobs = None,
-    prompt_logprobs: options.PromptLogprobs = None,
-    json_schema: options.JsonSchema = None,
-    regex: options.Regex = None,
-    grammar: options.GrammarFile = None,
+    drawing: options.Drawing = DRAWING,
+    choices: Annotated[int, typer.Option("--choices", help="Outputs to make; with a seed, each is repeatable.")] = 1,
+    best_of: Annotated[int | None, typer.Option("--best-of", help="Outputs to draw, of which the likeliest per token are kept.")] = None,
+    beams: Annotated[int | None, typer.Option("--beams", help="Search with so many beams instead of drawing.")] = None,
+    length_penalty: Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours long outputs.")] = 1.0,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="With --json: each token's log-probability and those of so many likeliest; 0 for none of them."),
+    ] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option("--prompt-logprobs", help="The same for the prompt.")] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
-    backend: options.BackendOption = "auto",
-    weights: options.WeightsOption = None,
-    activations: options.ActivationsOption = None,
-    cache: options.CacheOption = None,
+    placing: options.Placing = PLACING,
     source: Annotated[
         Path | None, typer.Option("--input", help='Prompts as JSON lines: {"prompt": TEXT} or {"token_ids": [1, 2]}, and sampling fields.')
     ] = None,
@@ -58,8 +46,6 @@ def generate(
         Path | None, typer.Option("--output", help="Where the answers to --input go. One that is there is gone on with.")
     ] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="Most prompts of --input that run together.")] = 32,
-    memory: options.MemoryOption = None,
-    context: options.ContextOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it comes, or every prompt of a file."""
@@ -67,26 +53,22 @@ def generate(
         raise ConfigError("--input and --output go together: prompts from one file, answers to another")
     if [prompt, token_ids, source].count(None) != 2:
         raise ConfigError("give the prompt once: --prompt TEXT, --prompt - for standard input, --token-ids 1,2,3, or --input FILE")
-    from hasten.engine import BeamSearch, SamplingParams
-    from hasten.program import Formats
+    from hasten.engine import BeamSearch
 
     if not as_json and source is None and (logprobs is not None or prompt_logprobs is not None):
         raise ConfigError("--logprobs and --prompt-logprobs are for programs; add --json")
-    params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=tuple(stop or ()), ignore_eos=ignore_eos,
-        min_tokens=min_tokens, logit_bias=options.biases_of(logit_bias), n=choices, best_of=best_of, logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs, grammar=options.grammar_of(json_schema, regex, grammar),
-        echo=echo and token_ids is None,
+    if choices < 1:
+        options.refuse("--choices", choices, "a number of outputs, 1 or more")
+    params = dataclasses.replace(
+        drawing.params(), n=choices, best_of=best_of, logprobs=logprobs, prompt_logprobs=prompt_logprobs, echo=echo and token_ids is None,
         beam=None if beams is None else BeamSearch(width=beams, length_penalty=length_penalty),
     )  # fmt: skip
     if source is not None and output is not None:
-        many = open_llm(model, backend, Formats(weights, activations, cache), context, memory, max(max_sequences, params.sequences))
-        _generate_file(many, source, output, params)
+        _generate_file(placing.open(model, max(max_sequences, params.sequences)), source, output, params)
         return
     text = read_stdin() if prompt == "-" else prompt
     given: Any = parse_ids(token_ids) if token_ids is not None else text
-    llm = open_llm(model, backend, Formats(weights, activations, cache), context, memory, params.sequences)
+    llm = placing.open(model, params.sequences)
     if text is not None:
         given = llm.encode(text)
     if as_json:
@@ -136,18 +118,6 @@ def in_order(chunks: "Iterable[Chunk]") -> "Iterator[Chunk]":
             later.setdefault(chunk.choice, []).append(chunk)
     for _, its in sorted(later.items()):
         yield from its
-
-
-def open_llm(model: str, backend: str, formats: "Formats", context: int | None, memory: str | None, max_sequences: int) -> "LLM":
-    """The LLM of a command. What it will take is said where its size was bounded."""
-    from hasten.engine import LLM
-
-    given = options.parse_bytes("memory", memory)
-    llm = LLM(model, backend=backend, formats=formats, context=context, memory=given, max_sequences=max_sequences)
-    notify(llm.notice)
-    if given is not None or context is not None:
-        notify(str(llm.memory_plan()))
-    return llm
 
 
 def _generate_file(llm: "LLM", source: Path, output: Path, params: "SamplingParams") -> None:

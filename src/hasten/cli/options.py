@@ -1,15 +1,20 @@
 """Options that several commands share, written once."""
 
+import dataclasses
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from hasten.base.errors import ConfigError, one_line
+from hasten.cli.terminal import notify
 
 if TYPE_CHECKING:
-    from hasten.engine.grammar import Grammar
+    from hasten.engine import LLM, Grammar, SamplingParams
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
@@ -27,41 +32,109 @@ ActivationsOption = Annotated[
 CacheOption = Annotated[
     str | None, typer.Option("--cache", help="How keys and values are kept: bf16, int8 or fp8. [default: bf16 natively]")
 ]
-MemoryOption = Annotated[
-    str | None, typer.Option("--memory", help="Most memory for weights, cache and arena together: 8GB, 500MiB or bytes.")
-]
-ContextOption = Annotated[
-    int | None,
-    typer.Option("--max-model-len", min=2, help="Most tokens of a prompt and its output; the model's own unless given."),
-]
 
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own distribution.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw from the K likeliest tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that together have this probability.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this share of the likeliest one's probability.")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages tokens seen in prompt or output.")]
-PresencePenalty = Annotated[float, typer.Option("--presence-penalty", help="Subtracted from the logit of tokens in the output.")]
-FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", help="Subtracted once per occurrence in the output.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable; a fresh seed unless given.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")]
-MinTokens = Annotated[int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")]
-LogitBias = Annotated[
-    list[str] | None, typer.Option("--logit-bias", help="ID=NUMBER: added to the logit of a token id, -100 to 100; repeatable.")
-]
-Choices = Annotated[int, typer.Option("--choices", help="Outputs to make; with a seed, each is repeatable.")]
-BestOf = Annotated[int | None, typer.Option("--best-of", help="Outputs to draw, of which the likeliest per token are kept.")]
-Beams = Annotated[int | None, typer.Option("--beams", help="Search with so many beams instead of drawing.")]
-LengthPenalty = Annotated[float, typer.Option("--length-penalty", help="With --beams: above 0 favours long outputs.")]
-Logprobs = Annotated[
-    int | None,
-    typer.Option("--logprobs", help="With --json: each token's log-probability and those of so many likeliest; 0 for none of them."),
-]
-PromptLogprobs = Annotated[int | None, typer.Option("--prompt-logprobs", help="The same for the prompt.")]
-JsonSchema = Annotated[str | None, typer.Option("--json-schema", help="The output is JSON of this schema: a file, or the schema itself.")]
-Regex = Annotated[str | None, typer.Option("--regex", help="The output matches this regular expression whole.")]
-GrammarFile = Annotated[str | None, typer.Option("--grammar", help="The output is of this grammar in Lark's syntax: a file, or the text.")]
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placing:
+    """How a model is run, and in how much memory: options of each command that makes text."""
+
+    backend: BackendOption = "auto"
+    weights: WeightsOption = None
+    activations: ActivationsOption = None
+    cache: CacheOption = None
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Most memory for weights, cache and arena together: 8GB, 500MiB or bytes.")
+    ] = None
+    context: Annotated[
+        int | None, typer.Option("--max-model-len", help="Most tokens of a prompt and its output; the model's own unless given.")
+    ] = None
+
+    def open(self, model: str, max_sequences: int) -> "LLM":
+        """The LLM of a command. What it will take is said where its size was bounded."""
+        from hasten.engine import LLM
+        from hasten.program import Formats
+
+        given, formats = parse_bytes("--memory", self.memory), Formats(self.weights, self.activations, self.cache)
+        llm = LLM(model, backend=self.backend, formats=formats, context=self.context, memory=given, max_sequences=max_sequences)
+        notify(llm.notice)
+        if given is not None or self.context is not None:
+            notify(str(llm.memory_plan()))
+        return llm
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drawing:
+    """How tokens are chosen and when an output ends: options of each command that makes text."""
+
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")] = 128
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own distribution.")
+    ] = 0.0
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw from the K likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that together have this probability.")] = 1.0
+    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens less likely than this share of the likeliest one's probability.")] = (
+        0.0
+    )
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1 discourages tokens seen in prompt or output.")
+    ] = 1.0
+    presence_penalty: Annotated[float, typer.Option("--presence-penalty", help="Subtracted from the logit of tokens in the output.")] = 0.0
+    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", help="Subtracted once per occurrence in the output.")] = 0.0
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable; a fresh seed unless given.")] = None
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeatable.")] = None
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False
+    min_tokens: Annotated[
+        int, typer.Option("--min-tokens", help="Fewest tokens before the output may end, by end of text or by --stop.")
+    ] = 0
+    logit_bias: Annotated[
+        list[str] | None, typer.Option("--logit-bias", help="ID=NUMBER: added to the logit of a token id, -100 to 100; repeatable.")
+    ] = None
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", help="The output is JSON of this schema: a file, or the schema itself.")
+    ] = None
+    regex: Annotated[str | None, typer.Option("--regex", help="The output matches this regular expression whole.")] = None
+    grammar: Annotated[
+        str | None, typer.Option("--grammar", help="The output is of this grammar in Lark's syntax: a file, or the text.")
+    ] = None
+
+    def params(self) -> "SamplingParams":
+        """The same, checked. Raises ConfigError for what is out of range or does not go together."""
+        from hasten.engine import SamplingParams
+
+        return SamplingParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, seed=self.seed, stop=tuple(self.stop or ()), ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens, logit_bias=biases_of(self.logit_bias),
+            grammar=grammar_of(self.json_schema, self.regex, self.grammar),
+        )  # fmt: skip
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with an option for each field of every group that is the default of one of its parameters; the group gives their
+    defaults, and has their values when the command is called."""
+    own = inspect.signature(command).parameters.values()
+    groups = {one.name: one.default for one in own if isinstance(one.default, Placing | Drawing)}
+    parameters: list[inspect.Parameter] = []
+    for one in own:
+        if (group := groups.get(one.name)) is None:
+            parameters.append(one.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        for field in dataclasses.fields(group):
+            default, kind = getattr(group, field.name), inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=field.type))
+
+    @functools.wraps(command)
+    def spread_command(**given: Any) -> None:
+        made = {
+            name: dataclasses.replace(group, **{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    spread_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread_command.__annotations__ = {}
+    return spread_command
 
 
 def grammar_of(json_schema: str | None, regex: str | None, lark: str | None) -> "Grammar | None":

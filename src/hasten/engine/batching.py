@@ -34,7 +34,12 @@ class Continuous:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Static:
-    """A batch of what waits, up to ``slots``, runs until the last of it has ended; its rows stay as many as they were (padding)."""
+    """A batch of what waits, up to ``slots``, runs until the last of it has ended; its rows stay as many as they were (padding).
+
+    Prompts are not padded to the longest of their batch, as where a batch must be a rectangle: a step here takes sequences of any lengths,
+    whatever the policy, so static differs from continuous batching in nothing but when a request may join. What continuous batching is
+    seen to gain over it comes from the lengths of outputs alone, which is also what `hasten.measure.throughput.Bound` is reckoned from;
+    over a rectangle of unequal prompts it would gain more."""
 
     slots: int = 64
     rectangular: ClassVar[bool] = True

@@ -46,10 +46,13 @@ MAX_BITS = 4096
 """Longest whole number."""
 
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if tools %}system: These are tools: {{ tools | tojson }}. To call one, write "
+    '<tool_call>{"name": NAME, "arguments": {…}}</tool_call>.\n{% endif %}'
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message.get('tool_calls', []) %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-"""For models without a template: a line ``role: content`` for each message."""
+"""For models without a template: a line ``role: content`` for each message, calls of tools as Hermes writes them."""
 
 # Keys of the meter's own filters: no template can spell them.
 _TURNS, _CONCAT, _MADE = "loop turns", "concat ~", "made here"
@@ -61,15 +64,17 @@ _SIZED = frozenset({"batch", "center", "expandtabs", "indent", "ljust", "rjust",
 
 def render_chat(
     template: str | None,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The prompt's text for ``messages``, each a mapping of text to text, usually ``role`` and ``content``.
+    """The prompt's text for ``messages``, each a mapping of text to text, usually ``role`` and ``content``; ``tool_calls`` alone may be
+    a list of what JSON has. ``tools`` are what the model may call, in OpenAI's shape.
 
     ``template`` is Jinja source, at most 256 KiB; None takes `PLAIN_TEMPLATE`. It sees ``messages``, ``add_generation_prompt``,
-    ``special_tokens`` by name (``bos_token``, ``eos_token``, …), ``tools`` and ``documents`` (None), and transformers' ``raise_exception``,
+    ``special_tokens`` by name (``bos_token``, ``eos_token``, …), ``tools``, ``documents`` (None), and transformers' ``raise_exception``,
     ``strftime_now`` and ``tojson``. The result is at most 4 MiB. Raises `UserError` for whatever fails, be it the template's own
     ``raise_exception``. The text of messages is inserted as it is: keep special tokens in it from being read as such when tokenizing, if
     their writer is not trusted.
@@ -79,7 +84,8 @@ def render_chat(
         raise UserError(f"chat template has {len(source)} characters: at most {MAX_TEMPLATE_BYTES} bytes are read; use a shorter template")
     plain = [_plain(index, message) for index, message in enumerate(messages)]
     names: dict[str, Any] = {str(name): str(value) for name, value in special_tokens.items()}
-    names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    names |= {"messages": plain, "add_generation_prompt": add_generation_prompt, "documents": None}
+    names["tools"] = _data(list(tools), "tools") if tools else None
     try:
         return _render(source, names)
     except Exception as error:  # a template can raise anything, MemoryError and RecursionError among it
@@ -91,14 +97,26 @@ def render_chat(
         ) from error
 
 
-def _plain(index: int, message: object) -> dict[str, str]:
-    """A copy of one message that holds nothing but text, so that a template reaches no other object."""
+def _data(value: object, name: str) -> Any:
+    """A copy of what JSON can say, so that a template reaches no other object."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not what JSON has: {one_line(str(error))}") from None
+
+
+def _plain(index: int, message: object) -> dict[str, Any]:
+    """A copy of one message that holds nothing but text and data, so that a template reaches no other object."""
     if not isinstance(message, Mapping):
         raise UserError(f"messages[{index}] is a {type(message).__name__}: give a mapping with 'role' and 'content'")
+    called = {}
+    if (calls := message.get("tool_calls")) is not None:
+        called = {"tool_calls": _data(calls, f"messages[{index}]['tool_calls']")}
+        message = {name: value for name, value in message.items() if name != "tool_calls"}
     for name, value in message.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise UserError(f"messages[{index}][{one_line(name, 40)}] is a {type(value).__name__}: names and values of a message are text")
-    return {str(name): str(value) for name, value in message.items()}
+    return {str(name): str(value) for name, value in message.items()} | called
 
 
 def _render(source: str, names: Mapping[str, Any]) -> str:

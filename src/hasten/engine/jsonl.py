@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hasten.base.errors import ConfigError, UserError, one_line
+from hasten.engine.answer import Completion
 from hasten.engine.grammar import Grammar
-from hasten.engine.llm import LLM, Completion, Prompt
+from hasten.engine.llm import LLM
+from hasten.engine.prepare import Prepared, Prompt
 from hasten.engine.sampling import BeamSearch, SamplingParams
 
 LONGEST_LINE = 16 << 20
@@ -112,18 +114,16 @@ def answer_lines(llm: LLM, lines: Sequence[Line], output: Path) -> Iterator[dict
             return answer
 
         ready: list[Line] = []
-        ids: list[list[int]] = []
+        requests: list[Prepared] = []
         for line in lines:
             try:
-                llm.check_params(line.params)
-                ids.append(llm.prompt_ids(line.prompt))
+                requests.append(llm.prepare(line.prompt, line.params))
                 ready.append(line)
             except UserError as error:
                 yield written({**_head(line), "text": "", "token_ids": [], "finish_reason": "error", "error": str(error)})
-        if ready:
-            for index, outputs in llm.finished(ids, [line.params for line in ready]):
-                each = [_output(one) for one in outputs]
-                yield written({**_head(ready[index]), **(each[0] if len(each) == 1 else {"outputs": each})})
+        for index, outputs in llm.answered(requests):
+            each = [_output(one) for one in outputs]
+            yield written({**_head(ready[index]), **(each[0] if len(each) == 1 else {"outputs": each})})
 
 
 def _head(line: Line) -> dict[str, Any]:

@@ -24,13 +24,15 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """``step_tokens`` is the budget of one step. A request is let in where the pages are there for its prompt and ``output_share`` of the
-    most it may put out, beside what those already in are counted with so: 1 means that nobody is ever preempted for pages."""
+    """``step_tokens`` is the budget of one step, and ``scored_tokens`` how many of them may be of prompts that are scored, for each brings
+    a row of logits. A request is let in where the pages are there for its prompt and ``output_share`` of the most it may put out, beside
+    what those already in are counted with so: 1 means that nobody is ever preempted for pages."""
 
     step_tokens: int = 512
     batching: Batching = Continuous()
     order: Order = FirstCome()
     output_share: float = 0.5
+    scored_tokens: int = 64
     costs: Costs = Costs()
 
     def __post_init__(self) -> None:
@@ -38,6 +40,8 @@ class Settings:
             raise ConfigError(f"a step of {self.step_tokens} tokens cannot serve {self.batching.slots} sequences; give at least as many")
         if not 0 <= self.output_share <= 1:
             raise ConfigError(f"output_share is {self.output_share}; accepted are 0 to 1")
+        if self.scored_tokens < 1:
+            raise ConfigError(f"scored_tokens is {self.scored_tokens}; at least 1 is needed")
 
 
 class NeverFitsError(UserError):
@@ -48,7 +52,7 @@ class NeverFitsError(UserError):
 class Job:
     """A request as the scheduler sees it: ``prompt`` may become up to ``sequences`` sequences, of ``most`` tokens of output each.
 
-    ``key`` is what prefixes must have in common to be shared, None for a request that shares none."""
+    ``key`` is what prefixes must have in common to be shared, None for a request that shares none; is its prompt ``scored``?"""
 
     id: int
     prompt: tuple[int, ...]
@@ -56,6 +60,7 @@ class Job:
     sequences: int = 1
     priority: int = 0
     key: Hashable | None = None
+    scored: bool = False
 
 
 class Entry(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.base.errors import UserError
 from hasten.engine.constraint import ConstraintState
 from hasten.engine.detokenize import Detokenizer, StopMatcher
 from hasten.engine.draw import TokenLogprob
@@ -125,7 +126,10 @@ class Request:
         """Text held back until the end; a stop string may still be found in it."""
         if self._detokenizer is None or self._stops.stopped is not None:
             return ""
-        text, stopped = self._until_stop(self._detokenizer.flush())
+        try:
+            text, stopped = self._until_stop(self._detokenizer.flush())
+        except UserError:  # where it fails there is nothing more to say, and the output ends all the same
+            return self._stops.flush()
         if stopped:
             self.finish_reason = self.finish_reason if self.finish_reason == "error" else "stop"
             return text

@@ -52,6 +52,7 @@ class Scheduler:
         self._planned: dict[int, Entry] = {}  # by sequence, while a plan is made
         self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
+        self._may_score = 0  # tokens, in what is left of this plan
 
     # --- from outside
 
@@ -103,6 +104,7 @@ class Scheduler:
         self._planned.clear()
         self._held = held
         self._gave_way.clear()
+        self._may_score = self.settings.scored_tokens
         if batching.rectangular and all(each.ended for running in self._running for each in running.sequences):
             for each in [each for running in self._running for each in running.sequences]:
                 self._remove(each)
@@ -152,9 +154,11 @@ class Scheduler:
             behind = len(sequence.known) - sequence.pages.length - stays
             if behind < 1:
                 continue
-            if spare and (entry := self._entry(sequence, min(behind, spare))) is not None:
+            most = min(spare, self._may_score) if running.job.scored else spare
+            if most and (entry := self._entry(sequence, min(behind, most))) is not None:
                 self._planned[entry.sequence] = entry
                 spare -= len(entry.tokens)
+                self._may_score -= len(entry.tokens) * running.job.scored
             if together:
                 return spare  # the next one finds this one's prefix when it is done
         if together and spare >= len(running.sequences):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hasten.base.errors import ConfigError, UserError
-from hasten.engine.llm import open_scorer
+from hasten.engine.backends import open_scorer
 from hasten.measure.text import Corpus
 from hasten.model import Model
 from hasten.program import Batch, Formats

@@ -13,7 +13,7 @@ from hasten.backends.cpu import CpuBackend, CpuSession
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.checkpoint.random import PREFIX
-from hasten.engine.llm import open_session
+from hasten.engine.backends import open_session
 from hasten.engine.stepper import Stepper
 from hasten.formats.linear import LinearFormat
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements

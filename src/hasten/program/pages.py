@@ -49,6 +49,11 @@ def page_counts(program: Program, page: int, memory: int) -> Mapping[str, int]:
     """How many pages of ``page`` tokens each state group has, by name: as many as ``memory`` bytes hold together, no fewer than one
     sequence of full length needs, and no more than 64 do. Of recurrent states, as many again for snapshots."""
     whole = -(-program.context // page)
-    sequence = sum(group.bytes_per_token() * page * whole + 2 * group.bytes_per_sequence() for group in program.states)
-    sequences = min(MOST_SEQUENCES, max(1.0, memory / max(1, sequence)))
+    sequences = min(MOST_SEQUENCES, max(1.0, memory / max(1, sequence_bytes(program, page))))
     return {group.name: 2 * int(sequences) if isinstance(group, RecurrentGroup) else int(sequences * whole) for group in program.states}
+
+
+def sequence_bytes(program: Program, page: int) -> int:
+    """Bytes of what one sequence of full length keeps, in pages of ``page`` tokens; recurrent states twice, for a snapshot each."""
+    whole = -(-program.context // page) * page
+    return sum(group.bytes_per_token() * whole + 2 * group.bytes_per_sequence() for group in program.states)

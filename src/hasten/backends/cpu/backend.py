@@ -45,6 +45,7 @@ class CpuBackend:
     """``threads`` are all cores granted unless given; ``isa`` forces a lower instruction-set level."""
 
     name = "cpu"
+    page = PAGE
 
     def __init__(self, threads: int | None = None, isa: str = "best") -> None:
         self.isa = isa

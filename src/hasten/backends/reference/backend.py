@@ -24,6 +24,7 @@ class ReferenceBackend:
     """Plays Programs on ``device``, in float32 with the Spec's residual dtype unless ``precision`` says otherwise."""
 
     name = "reference"
+    page = PAGE
 
     def __init__(self, device: str = "cpu", precision: Precision | None = None) -> None:
         self.device, self.precision = device, precision

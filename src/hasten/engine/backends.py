@@ -1,0 +1,64 @@
+"""Which backend plays a model, and its sessions."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import MissingExtraError, UnsupportedError
+from hasten.engine.session import Session
+from hasten.model import Model, find_backend, load_backend
+from hasten.program import Batch, Formats
+
+AUTO = "auto"
+"""The backend that is best for a model on this machine."""
+
+
+class Scorer(Protocol):
+    """What scoring needs of a backend: logits of whole sequences, nothing carried on."""
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits [R, vocab] of the batch's rows."""
+        ...
+
+
+def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = None) -> tuple[str, str]:
+    """The backend to take, and what to tell the user about it ('' where there is nothing to tell).
+
+    'auto' takes the native backend where it has every kernel, else the reference. Raises UnsupportedError for an unknown name, or for
+    a weight format that would need the native backend where it cannot run."""
+    if backend != AUTO:
+        find_backend(backend)  # a wrong name is told at once, not with the first prompt
+        return backend, ""
+    missing = load_backend("cpu").refusals(model)
+    if not missing:
+        return "cpu", ""
+    if formats is not None and formats.weights is not None:
+        raise UnsupportedError(
+            f"weights {formats.weights} pay on the native backend, which has no kernel for {', '.join(missing)} of {model.name}; "
+            "--backend reference plays what they mean, no faster"
+        )
+    return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
+
+
+def open_session(model: Model, backend: str, context: int, formats: Formats | None = None, cache_bytes: int | None = None) -> Session:
+    """A session of the named backend, whose pages take ``cache_bytes``, as many as the backend thinks fit unless given. Raises
+    MissingExtraError where the backend's library is not installed."""
+    session: Session = find_loaded(backend, model).session(model, context, formats, cache_bytes)
+    return session
+
+
+def open_scorer(model: Model, backend: str, context: int, formats: Formats | None = None) -> Scorer:
+    """The same, for scoring."""
+    scorer: Scorer = find_loaded(backend, model).session(model, context, formats, None)
+    return scorer
+
+
+def find_loaded(backend: str, model: Model) -> Any:
+    """The backend of that name, which ``model`` is to run on. Raises MissingExtraError where its library is not installed."""
+    try:
+        return load_backend(backend)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError(f"{model.name}: backend {backend!r}", "torch") from None

@@ -1,0 +1,127 @@
+"""``POST /v1/chat/completions``."""
+
+import secrets
+import time
+from typing import Any
+
+from hasten.base.errors import ConfigError
+from hasten.serve import logprobs
+from hasten.serve.asked import grammar_field, of_chat
+from hasten.serve.bodies import ChatBody
+from hasten.serve.errors import refused
+from hasten.serve.log import Note
+from hasten.serve.messages import Piece
+from hasten.serve.outputs import Output, collect, usage
+from hasten.serve.reply import DONE, Reply, Sender, encoded
+from hasten.serve.service import Generation, Service
+from hasten.serve.tools import Call, CallReader, Offer, offer_of, plain_messages
+
+PLAIN_STOPS = ("\nuser:", "\nsystem:")
+"""What ends an answer under the plain template, where the model would go on for the user."""
+
+
+def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
+    """Answer it. Raises ApiError for what can be told at once."""
+    service.check_model(body.model)
+    if body.stop is None and body.beam_width is None and service.texts.template is None and service.texts.has_text:
+        body = body.model_copy(update={"stop": list(PLAIN_STOPS)})
+    try:
+        offer = offer_of(body)
+        params = of_chat(body, offer.grammar())
+        messages = plain_messages(body.messages)
+    except ConfigError as error:
+        raise refused(error) from None
+    view = _View(service, body, offer)
+
+    async def work(sender: Sender) -> None:
+        async def encode() -> list[list[int]]:
+            return [await service.texts.chat(messages, params, body.add_generation_prompt, offer.shown)]
+
+        at_fault = grammar_field(body)
+        async with service.generation(encode, params.sequences, params, tenant, note, body.timeout_s, at_fault) as generation:
+            await (view.stream(generation, sender) if body.stream else view.whole(generation, sender))
+
+    return Reply(work, note)
+
+
+class _View:
+    """One request's answer in OpenAI's words."""
+
+    def __init__(self, service: Service, body: ChatBody, offer: Offer) -> None:
+        self._body, self._offer = body, offer
+        self._tokens = service.texts.tokens
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created, self._model = int(time.time()), service.name
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    async def whole(self, generation: Generation, sender: Sender) -> None:
+        outputs = await collect(generation)
+        choices = [self._choice(generation, index, output) for index, output in enumerate(outputs)]
+        counted = usage(generation, sum(len(output.token_ids) for output in outputs))
+        await sender.body(200, {**self._head("chat.completion"), "choices": choices, "usage": counted})
+
+    def _reader(self) -> CallReader | None:
+        return self._offer.reader(self._body.parallel_tool_calls is not False) if self._offer.callable else None
+
+    def _choice(self, generation: Generation, index: int, output: Output) -> dict[str, Any]:
+        said = logprobs.of_chat(self._tokens, output.logprobs) if self._body.logprobs else None
+        message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+        reason = output.finish_reason
+        if (reader := self._reader()) is not None:
+            text = reader.feed(output.text)
+            rest, calls = reader.end()
+            if calls:
+                message |= {"content": text.strip() or None, "tool_calls": [call.said() for call in calls]}
+                reason = "tool_calls"
+        choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": reason, "logprobs": said}
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = logprobs.plain(output.prompt_logprobs or ())
+        if self._body.return_token_ids:
+            choice |= {"token_ids": output.token_ids, "prompt_token_ids": generation.prompts[0]}
+        return choice
+
+    async def stream(self, generation: Generation, sender: Sender) -> None:
+        body = self._body
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        named = self._head("chat.completion.chunk")
+        head = b"data: " + encoded(named)[:-1] + b',"choices":[{"index":'
+        tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
+        begun = [False] * generation.params.n
+        readers = [self._reader() for _ in begun]
+        count = 0
+        async for told in generation.pieces():
+            frames = []
+            for index, piece in told:
+                count += len(piece.token_ids)
+                place = head + str(index).encode()
+                if not begun[index]:
+                    begun[index] = True
+                    frames.append(place + b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' + tail)
+                text, calls = piece.text, list[Call]()
+                reason: str | None = piece.finish_reason
+                if (reader := readers[index]) is not None:
+                    text = reader.feed(text)
+                    if reason is not None:
+                        rest, calls = reader.end()
+                        text, reason = text + rest, "tool_calls" if calls else reason
+                if text or piece.logprobs or body.return_token_ids:
+                    frames.append(place + self._delta(text, piece) + b',"finish_reason":null' + tail)
+                for number, call in enumerate(calls):
+                    delta = b',"delta":{"tool_calls":[' + encoded({"index": number, **call.said()}) + b"]}"
+                    frames.append(place + delta + b',"logprobs":null,"finish_reason":null' + tail)
+                if reason is not None:
+                    frames.append(place + b',"delta":{},"logprobs":null,"finish_reason":"' + reason.encode() + b'"' + tail)
+            if frames:
+                await sender.events(b"".join(frames))
+        if with_usage:
+            await sender.events(b"data: " + encoded({**named, "choices": [], "usage": usage(generation, count)}) + b"\n\n")
+        await sender.end(DONE)
+
+    def _delta(self, text: str, piece: Piece) -> bytes:
+        delta = b',"delta":{"content":' + encoded(text) + b'},"logprobs":'
+        delta += encoded(logprobs.of_chat(self._tokens, piece.logprobs)) if self._body.logprobs else b"null"
+        if self._body.return_token_ids:
+            delta += b',"token_ids":' + encoded(piece.token_ids)
+        return delta

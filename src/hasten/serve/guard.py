@@ -1,0 +1,154 @@
+"""The guard: what every HTTP request passes before any route sees it. It works on the raw path, and refuses what it does not know."""
+
+import asyncio
+import ipaddress
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hasten.base.errors import one_line
+from hasten.serve.errors import ApiError
+from hasten.serve.keys import Keys, key_in
+from hasten.serve.log import Log, Note
+from hasten.serve.reply import Sender
+
+PUBLIC = frozenset({"/health", "/ready"})
+"""Paths that need no key: they say nothing but whether the server is well."""
+QUIET = frozenset({"/health", "/ready", "/metrics"})
+"""Paths that are asked every few seconds, and logged only where they fail otherwise than by what they say."""
+
+Shape = Callable[[ApiError], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of what a client may send."""
+
+    body_bytes: int = 4 << 20
+    body_s: float = 30.0
+    """Seconds for a body to arrive."""
+    headers: int = 100
+    header_bytes: int = 32 << 10
+    path_bytes: int = 2048
+
+
+class Guard:
+    """An ASGI application around ``app``: keys, hosts, limits, the request's number, and its line in the log.
+
+    ``hosts`` are the names under which a server without keys may be asked, so that a web page that a user looks at cannot reach it under a
+    name of its own (DNS rebinding); None takes any."""
+
+    def __init__(self, app: ASGIApp, log: Log, *, keys: Keys, hosts: Collection[str] | None, limits: Limits | None = None) -> None:
+        self._app, self._log, self._keys, self._hosts, self._limits = app, log, keys, hosts, limits or Limits()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # nothing here speaks WebSocket
+        note = Note(secrets.token_hex(8), scope["method"][:16], one_line(scope["path"], 80)[1:-1], time.monotonic())
+        started = False
+
+        async def told(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                note.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", note.id.encode())]}
+            await send(message)
+
+        try:
+            try:
+                self._check(scope, note)
+                body = await self._body(scope, receive)
+                scope["state"] = {**scope.get("state", {}), "note": note, "tenant": note.tenant, "body": body}
+                await self._app(scope, _replayed(body, receive), told)
+            except ApiError as error:
+                note.said = error.message
+                if not started:
+                    await Sender(told).error(error)
+            except Exception as error:
+                traceback.print_exc()
+                note.said = f"{type(error).__name__}: {one_line(str(error))}"
+                if not started:
+                    await Sender(told).error(ApiError(500, "the server failed on this request; its log says why"))
+        finally:
+            if scope["path"] not in QUIET or note.status not in {200, 503}:
+                self._log.request(note, time.monotonic() - note.began)
+
+    def _check(self, scope: Scope, note: Note) -> None:
+        limits, headers = self._limits, scope["headers"]
+        if len(scope.get("raw_path") or b"") > limits.path_bytes or len(scope["query_string"]) > limits.path_bytes:
+            raise ApiError(414, f"the path is longer than {limits.path_bytes} bytes")
+        if len(headers) > limits.headers or sum(len(name) + len(value) for name, value in headers) > limits.header_bytes:
+            raise ApiError(431, f"more than {limits.headers} headers, or {limits.header_bytes} bytes of them")
+        raw = scope.get("raw_path")
+        if scope["path"] in PUBLIC and (raw is None or raw == scope["path"].encode()):
+            return
+        if self._keys:
+            tenant = self._keys.tenant(key_in(headers))
+            if tenant is None:
+                raise ApiError(401, "a key is needed, and this is none: send Authorization: Bearer KEY", code="invalid_api_key")
+            note.tenant = tenant
+        elif self._hosts is not None:
+            host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1")
+            if not _is_one(host, self._hosts):
+                raise ApiError(
+                    403, f"this server is not {one_line(host, 80)}; ask it as {', '.join(sorted(self._hosts))}, or allow the name"
+                )
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, of a size and within a time."""
+        headers = dict(scope["headers"])
+        most = self._limits.body_bytes
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > most:
+            raise ApiError(413, f"the body is longer than {most:,} bytes; send less at a time")
+        if headers.get(b"content-encoding", b"identity").lower() not in {b"", b"identity"}:
+            raise ApiError(415, "the body is encoded; send it as it is")
+        if scope["method"] in {"GET", "HEAD"}:
+            return b""
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise ApiError(415, "the body is not of content-type application/json; send JSON and say so")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client went away before its body was there")
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise ApiError(413, f"the body is longer than {most:,} bytes; send less at a time")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(408, f"the body was not there after {self._limits.body_s:g} s") from None
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """``receive`` once more, of a body that has been read."""
+    left = [body]
+
+    async def again() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return again
+
+
+def _is_one(host: str, names: Collection[str]) -> bool:
+    """Is this Host header, whatever its port, one of ``names`` or a loopback address?"""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        return ipaddress.ip_address(name).is_loopback or name in names
+    except ValueError:
+        return name.lower().rstrip(".") in names

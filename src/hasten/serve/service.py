@@ -1,0 +1,137 @@
+"""The service: what every route needs of the engine, the tokenizer and the queue."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from hasten.base.errors import UserError, one_line
+from hasten.engine import SamplingParams
+from hasten.serve.admission import Admission
+from hasten.serve.errors import ApiError, refused, unready
+from hasten.serve.log import Log, Note
+from hasten.serve.mailbox import EngineGoneError, Mailbox
+from hasten.serve.messages import Piece
+from hasten.serve.supervisor import Supervisor
+from hasten.serve.texts import Texts
+
+Encode = Callable[[], Awaitable[list[list[int]]]]
+
+
+class Generation:
+    """The outputs of one HTTP request, of one or several prompts. Read it to its end, or leave it: what is not done then is aborted."""
+
+    def __init__(
+        self, supervisor: Supervisor, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note, at_fault: str | None
+    ) -> None:  # fmt: skip
+        self.prompts, self.params, self._at_fault = prompts, params, at_fault
+        self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox()
+        self._left: dict[int, int] = {}  # outputs to come, by request
+        self._place: dict[int, int] = {}
+        note.prompt_tokens = sum(map(len, prompts))
+        for place, prompt in enumerate(prompts):
+            id = supervisor.submit(prompt, params, tenant, self._mailbox)
+            self._left[id], self._place[id] = params.n, place
+
+    async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """News as they come, with the number of the choice: prompts in order, each with its outputs. Raises ApiError where one fails."""
+        note, n = self._note, self.params.n
+        while self._left:
+            told: list[tuple[int, Piece]] = []
+            for piece in await self._mailbox.take():
+                if piece.error is not None:
+                    if piece.fault == "request":
+                        raise ApiError(400, piece.error, param=self._at_fault, code="output_failed")
+                    raise ApiError(500, piece.error, code="output_failed")
+                told.append((self._place[piece.id] * n + piece.choice, piece))
+                note.output_tokens += len(piece.token_ids)
+                if piece.finish_reason is not None:
+                    self._left[piece.id] -= 1
+                    if not self._left[piece.id]:
+                        del self._left[piece.id]
+                        self._supervisor.ended(piece.id)
+            if note.first_token_s is None:
+                note.first_token_s = time.monotonic() - note.began
+            yield told
+
+    def close(self) -> None:
+        """Abort what is not done."""
+        for id in self._left:
+            self._supervisor.abort(id)
+        self._left.clear()
+
+
+class Service:
+    """Serves the model called ``name``. ``deadline_s`` bounds every request."""
+
+    def __init__(
+        self, name: str, supervisor: Supervisor, texts: Texts, admission: Admission, log: Log, *, deadline_s: float | None
+    ) -> None:  # fmt: skip
+        self.name, self.supervisor, self.texts, self.admission, self.log = name, supervisor, texts, admission, log
+        self.created = int(time.time())
+        self._deadline_s = deadline_s
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that is not served."""
+        if name is not None and name != self.name:
+            message = f"the model {one_line(name)} is not served here; {self.name} is"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_able(self) -> None:
+        """Raises ApiError 503 where no new work is taken."""
+        if self.admission.draining:
+            raise unready(5, "the server is going down")
+        if not self.supervisor.able:
+            raise unready(
+                self.supervisor.retry_s, f"the engine is {self.supervisor.state if self.supervisor.state != 'ready' else 'stuck'}"
+            )
+
+    @asynccontextmanager
+    async def generation(
+        self, encode: Encode, outputs: int, params: SamplingParams, tenant: str, note: Note, timeout_s: float | None,
+        at_fault: str | None,
+    ) -> AsyncIterator[Generation]:  # fmt: skip
+        """The outputs that ``params`` ask for of each prompt that ``encode`` gives, ``outputs`` in all.
+
+        ``at_fault`` is the field that the engine may yet refuse: a grammar is compiled there. Raises ApiError: 429 where too much waits
+        already, before anything is encoded; 503 without an engine; 504 past the deadline."""
+        self.check_able()
+        limits = [seconds for seconds in (timeout_s, self._deadline_s) if seconds is not None]
+        with self._admitted(outputs):
+            try:
+                async with asyncio.timeout(min(limits) if limits else None):
+                    with faults(self):
+                        generation = Generation(self.supervisor, await encode(), params, tenant, note, at_fault)
+                        try:
+                            yield generation
+                        finally:
+                            generation.close()
+            except TimeoutError:
+                raise ApiError(504, f"not done within {min(limits):g} s; ask for less, or allow more time", code="timeout") from None
+
+    @contextmanager
+    def _admitted(self, outputs: int) -> Iterator[None]:
+        admission = self.admission
+        if outputs > admission.most:
+            raise ApiError(400, f"{outputs} outputs in one request; at most {admission.most} are taken; send several requests", param="n")
+        if not admission.take(outputs):
+            retry = admission.retry_s
+            message = f"{admission.taken} outputs are on their way, {admission.most} at most are taken; try again in {retry} s"
+            raise ApiError(429, message, code="overloaded", retry_s=retry)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            admission.give_back(outputs, time.monotonic() - began)
+
+
+@contextmanager
+def faults(service: Service) -> Iterator[None]:
+    """What goes wrong inside, as what the client is told."""
+    try:
+        yield
+    except EngineGoneError:
+        why, retry = ("the server went down", 5) if service.admission.draining else ("the engine died", service.supervisor.retry_s)
+        raise ApiError(503, f"{why} under this request; try again", code="engine_gone", retry_s=retry) from None
+    except UserError as error:
+        raise refused(error) from None
