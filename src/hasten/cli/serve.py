@@ -32,6 +32,16 @@ def serve(
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds that streams may go on after SIGTERM.")] = 30.0,
     replace_after: Annotated[float, typer.Option("--replace-after", min=5.0, help="Seconds until a hung engine is replaced.")] = 30.0,
     max_body: Annotated[str, typer.Option("--max-body", help="Longest request.")] = "4MiB",
+    response_cache: Annotated[
+        str,
+        typer.Option(
+            "--response-cache",
+            envvar="HASTEN_RESPONSE_CACHE",
+            help="Answer what must come again with what came before: off, memory, redis://HOST:PORT/NUMBER.",
+        ),
+    ] = "off",
+    response_cache_bytes: Annotated[str, typer.Option("--response-cache-bytes", help="Most of it, in memory.")] = "256MiB",
+    response_cache_age: Annotated[float, typer.Option("--response-cache-age", help="Seconds until an answer is computed anew.")] = 3600.0,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it."""
@@ -39,6 +49,7 @@ def serve(
     from hasten.serve.heart import Patience
     from hasten.serve.keys import Keys, read_keys
     from hasten.serve.messages import Begin
+    from hasten.serve.responses import Limits as Kept
     from hasten.serve.server import Settings, serve
 
     begin = Begin(
@@ -61,6 +72,8 @@ def serve(
             limits=Limits(body_bytes=options.parse_bytes("--max-body", max_body) or 0),
             as_json=log_json,
             patience=Patience(replaced_s=replace_after),
+            response_cache=response_cache,
+            kept=Kept(bytes=options.parse_bytes("--response-cache-bytes", response_cache_bytes) or 0, seconds=response_cache_age),
         )  # fmt: skip
     )
     raise typer.Exit(code)

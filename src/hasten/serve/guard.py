@@ -16,6 +16,7 @@ from hasten.serve.errors import ApiError
 from hasten.serve.keys import Keys, key_in
 from hasten.serve.log import Log, Note
 from hasten.serve.reply import Sender
+from hasten.serve.responses.cache import HEADER
 
 PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key: they say nothing but whether the server is well."""
@@ -61,7 +62,10 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 note.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", note.id.encode())]}
+                own = [(b"x-request-id", note.id.encode())]
+                if note.cached:
+                    own.append((HEADER.encode(), note.cached.encode()))
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
         try:

@@ -26,6 +26,8 @@ class Note:
     output_tokens: int = 0
     first_token_s: float | None = None
     tenant: str = ""
+    cached: str = ""
+    """How the response cache answered it, if it did."""
     said: str = ""
     """What was wrong."""
 
@@ -55,6 +57,9 @@ class Log:
             words.append(f"first {note.first_token_s:.3f} s")
             fields["first_token_seconds"] = note.first_token_s
         words.append(f"total {seconds:.3f} s")
+        if note.cached:
+            words.append(f"from the response cache ({note.cached})")
+            fields["cached"] = note.cached
         if note.said:
             words.append(_plain(note.said))
             fields["error"] = note.said

@@ -16,9 +16,13 @@ from hasten.serve.admission import Admission
 from hasten.serve.app import make_app
 from hasten.serve.guard import Guard, Limits
 from hasten.serve.heart import Patience
+from hasten.serve.identity import Identity
 from hasten.serve.keys import Keys
 from hasten.serve.log import Log
 from hasten.serve.messages import Begin
+from hasten.serve.recall import Recall
+from hasten.serve.responses import Limits as Kept
+from hasten.serve.responses import ResponseCache, Store, open_store
 from hasten.serve.service import Service
 from hasten.serve.supervisor import Supervisor
 from hasten.serve.texts import Texts
@@ -47,6 +51,9 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     as_json: bool = False
     patience: Patience = Patience()
+    response_cache: str = "off"
+    """Where answers are kept that must come again: "off", "memory", or the URL of a Redis."""
+    kept: Kept = Kept()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -73,16 +80,17 @@ def serve(settings: Settings) -> int:
         raise ConfigError(
             f"--host {settings.host} lets other machines in, and there are no keys; give --api-key-file, or --without-keys if all may ask"
         )
+    store = None if settings.response_cache == "off" else open_store(settings.response_cache, settings.kept)
     listener = _listen(settings.host, settings.port)
     _allow_many_files()
     log = Log(as_json=settings.as_json)
     try:
-        return asyncio.run(_run(settings, texts, listener, log))
+        return asyncio.run(_run(settings, texts, listener, log, store))
     finally:
         log.close()
 
 
-async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: Log) -> int:
+async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: Log, store: Store | None) -> int:
     codes: list[int] = []
     slots = settings.begin.max_sequences
     admission = Admission(slots + settings.waiting, slots)
@@ -93,7 +101,12 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
         gave_up.set()
 
     supervisor = Supervisor(settings.begin, told=log.event, gave_up=give_up, patience=settings.patience)
-    service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s)
+    recall, identity = None, None
+    if store is not None:
+        cache = ResponseCache(store, settings.kept.value_bytes)
+        identity = Identity(cache, settings.begin, supervisor, log.event)
+        recall = Recall(cache, identity, log)
+    service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s, recall=recall)
     hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.hosts)} if _is_loopback(settings.host) else None
     app = Guard(make_app(service), log, keys=settings.keys, hosts=hosts, limits=settings.limits)
     server = _Uvicorn(
@@ -121,14 +134,18 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     texts.warm()  # while the engine loads
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked, over = asyncio.create_task(server.asked.wait()), asyncio.create_task(gave_up.wait())
+    finding = None if identity is None else asyncio.create_task(identity.find())
     await asyncio.wait({serving, asked, over}, return_when=asyncio.FIRST_COMPLETED)
     if asked.done() and not codes:
         await _drain(service, server, settings.grace_s)
     server.should_exit = True
     with contextlib.suppress(asyncio.CancelledError):
         await serving
-    for task in (asked, over):
-        task.cancel()
+    for task in (asked, over, finding):
+        if task is not None:
+            task.cancel()
+    if recall is not None:
+        await recall.close()
     await supervisor.stop()
     texts.close()
     return codes[0] if codes else 0
