@@ -37,7 +37,7 @@ def main() -> None:
                     "temperature": 0}).encode()
         for i in range(given.prompts)
     ]  # fmt: skip
-    with serving(given.model, "--weights", given.weights, "--response-cache", given.store, "--context", "1024") as server:
+    with serving(given.model, "--weights", given.weights, "--response-cache", given.store, "--max-model-len", "1024") as server:
         server.event("response cache is open")
         connection = http.client.HTTPConnection(str(server.place.hostname), server.place.port, timeout=300)
         computed = [timed(connection, server, body, False) for body in bodies]

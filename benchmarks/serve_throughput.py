@@ -97,7 +97,16 @@ def main() -> None:
         prompts = [[turn + 1, *((11 * i + j) % 4000 for j in range(given.prompt - 1))] for i in range(streams)]
         return {"prompts": prompts, "max_tokens": lengths}
 
-    settings = ["--weights", given.weights, "--context", context, "--max-sequences", str(streams), "--response-cache", given.response_cache]
+    settings = [
+        "--weights",
+        given.weights,
+        "--max-model-len",
+        context,
+        "--max-sequences",
+        str(streams),
+        "--response-cache",
+        given.response_cache,
+    ]
     with direct(given.model, given.weights, context, str(streams)) as process, serving(given.model, *settings) as server:
         directly(process, requests(0))
         served(server, requests(0))

@@ -23,7 +23,7 @@ class Server:
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "hasten.cli", "serve", *arguments, "--port", "0", "--log-json"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         found = self.event(r"listening on (http://\S+),")
         self.place = urlsplit(found)
@@ -31,8 +31,11 @@ class Server:
 
     def _read(self) -> None:
         for line in self.process.stderr or ():
-            with contextlib.suppress(ValueError):
+            try:
                 self.lines.put(json.loads(line))
+            except ValueError:
+                sys.stderr.write(line)
+        self.lines.put(None)
 
     def event(self, pattern: str) -> str:
         """Wait for an event in the log; what its group holds."""
@@ -42,11 +45,14 @@ class Server:
                 return found[1] if found.groups() else said
 
     def line(self) -> dict[str, Any]:
-        """The next line of the log."""
+        """The next line of the log. Exits where there is none."""
         try:
-            return self.lines.get(timeout=STARTS_WITHIN_S)
+            line = self.lines.get(timeout=STARTS_WITHIN_S)
         except queue.Empty:
-            raise SystemExit(f"the server says nothing; it ended with {self.process.poll()}") from None
+            line = None
+        if line is None:
+            raise SystemExit("the server ended, or says nothing any more")
+        return line
 
     def request(self) -> dict[str, Any]:
         """The log's next line of a request that was answered."""

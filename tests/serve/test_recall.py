@@ -24,7 +24,7 @@ OF_BOTH = {
     "stop": {"temperature": 0, "max_tokens": 60, "stop": ["\n\n", "return"]},
     "schema": {**GREEDY, "max_tokens": 40, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
     "regex": {"seed": 3, "max_tokens": 20, "regex": "[0-9]{3}"},
-    "ids": {**GREEDY, "return_token_ids": True},
+    "ids": {**GREEDY, "max_tokens": 14, "return_token_ids": True},  # of another length than the first, whose answer it would get
     "prompt logprobs": {**GREEDY, "max_tokens": 3, "prompt_logprobs": 1},
     "beams": {"max_tokens": 8, "n": 2, "beam_width": 4},
 }
@@ -271,3 +271,17 @@ def test_bad_settings():
         assert "secret" not in refused.err
     assert_refused(run("serve", "code-8m", "--response-cache-age", "0"), "seconds of the response cache is 0")
     assert_refused(run("serve", "code-8m", "--response-cache-bytes", "many"), "--response-cache-bytes")
+
+
+def test_answers_are_not_held_back_on_their_way(cached):
+    """An answer is sent as head and body; with Nagle's algorithm the second waits 40 ms for the client to acknowledge the first."""
+    body = {**GREEDY, "prompt": "at once"}
+    ask(cached, "/v1/completions", body)
+    until_hit(cached, "/v1/completions", body)
+    times = []
+    with httpx.Client(base_url=cached.url) as client:
+        for _ in range(20):
+            began = time.perf_counter()
+            assert client.post("/v1/completions", json=body).headers[HEADER] == "exact"
+            times.append(time.perf_counter() - began)
+    assert sorted(times)[10] < 0.03
