@@ -54,9 +54,10 @@ sanitize: $(CHECKED)/.fires $(CHECKED)/.threads $(CHECKED_TESTS:%=$(CHECKED)/%.p
 # What takes too long for every change, each part once until what it reads changes; a run that was stopped goes on where it was.
 soak: determinism sanitize
 
-# The determinism contract over {bf16, W8A8, W4A8} x {grouped-query, multi-query, window, MoE} x {bf16, int8 cache}, 200 prompts each.
+# The determinism contract over {bf16, W8A8, W4A8} x {grouped-query, multi-query, window, MoE} x {bf16, int8 cache}, 200 prompts each, and
+# over what the engine does (batches, places, chunks, prefixes, preemption, swaps), 1,000 prompts each.
 determinism: $(VENV)/.tested
-	@$(BIN)/python -m tests.soak determinism
+	@$(BIN)/python -m tests.soak determinism engine
 
 $(CHECKED)/.built: $(VENV)/.tested $(NATIVE)
 	@$(PIP) cmake ninja nanobind

@@ -1,52 +1,122 @@
-"""What neighbours feel of a hostile grammar: gaps between tokens of eight streams while one arrives, over the same streams alone.
+"""What neighbours feel of a hostile grammar: gaps between tokens of eight streams while a request with one is there, over the gaps of the
+same streams before and after it.
 
     python benchmarks/hostile_grammar.py [MODEL]
 
-Prints medians of interleaved runs: how long the hostile request took to fail, and the neighbours' time per token and p99 gap with it over
-without it, in the same stretch of time."""
+Prints one JSON object, medians over requests: seconds until the hostile one has failed, the neighbours' time for a token beside it over
+that without, and their p99 gap so; and the same ratio where nothing hostile was there, which says how much the machine sways."""
 
+import argparse
+import itertools
+import json
 import statistics
-import sys
 import time
 
-from hasten import LLM, SamplingParams
+from hasten import SamplingParams, load
+from hasten.backends.cpu import CpuBackend
+from hasten.engine.batching import Continuous
+from hasten.engine.constraint import Constraints
+from hasten.engine.engine import Engine
 from hasten.engine.grammar import Grammar
+from hasten.engine.plan import Settings
+from hasten.engine.request import Request
+from hasten.program import Formats
 
 CROSSED = " & ".join(f"/(.{{{count}}})*/" for count in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41))
-PLAIN, HARMLESS = Grammar.regex("[a-z]{1,5}"), SamplingParams(max_tokens=400, ignore_eos=True)
+STREAMS, CONTEXT, ASIDE_S = 8, 1024, 1.0
 
 
-def gaps(llm: LLM, grammar: Grammar) -> tuple[list[float], float]:
-    """Seconds between steps until a second after the request with the grammar ended, and when that was."""
-    prompts = [[7 + index] * 16 for index in range(9)]
-    params = [HARMLESS] * 8 + [SamplingParams(max_tokens=10, grammar=grammar)]
-    began = last = time.perf_counter()
-    ended, found = 0.0, []
-    for chunk in llm.stream(prompts, params):
-        now = time.perf_counter()
-        if chunk.index == 8:
-            ended = now - began if chunk.finish_reason else ended
-        elif chunk.index == 0:
-            found.append(now - last)
-            last = now
-    return found[1:], ended
+class Streams:
+    """Streams that do not end, on an engine that is stepped by hand."""
+
+    def __init__(self, name: str, weights: str) -> None:
+        model = load(name)
+        session = CpuBackend().session(model, CONTEXT, Formats(weights))
+        session.compiled.store.settle()  # else what moves the weights would share the memory with the first runs
+        tokenizer = load("code-8m").text_tokenizer().path  # a random model has none; ids beyond it are never allowed
+        self.constraints = Constraints(tokenizer, model.spec.vocab, model.eos_token_ids or (0,))
+        self.engine = Engine(session, Settings(512, Continuous(STREAMS + 1)), constraints=self.constraints)
+        self._numbers, self.failed = itertools.count(), {}
+
+    def submit(self, params: SamplingParams) -> int:
+        number = next(self._numbers)
+        one = Request(
+            number, [7 + number % 50] * 16, params, limit=CONTEXT, end_ids=frozenset(), detokenizer=None, program_context=CONTEXT,
+            constraint=None if params.grammar is None else self.constraints.start(params.grammar),
+        )  # fmt: skip
+        self.engine.submit([one])
+        return number
+
+    def fill(self) -> None:
+        """Have all streams begun, at the same place."""
+        for number in range(next(self._numbers)):
+            self.engine.abort(number)
+        for _ in range(STREAMS):
+            self.submit(SamplingParams(max_tokens=CONTEXT, ignore_eos=True))
+        for _ in range(20):
+            self.engine.step()
+
+    def step(self) -> float:
+        """Seconds of a step, in which requests may fail."""
+        began = time.perf_counter()
+        for chunk in self.engine.step():
+            if chunk.finish_reason == "length":
+                self.submit(SamplingParams(max_tokens=CONTEXT, ignore_eos=True))
+            elif chunk.finish_reason is not None:
+                self.failed[chunk.index] = chunk.error
+        return time.perf_counter() - began
+
+    def steps(self, seconds: float) -> list[float]:
+        """Steps for so long."""
+        found, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            found.append(self.step())
+        return found
+
+    def beside(self, grammar: Grammar) -> list[float]:
+        """Steps until the request with the grammar has failed."""
+        number, found = self.submit(SamplingParams(max_tokens=10, grammar=grammar)), []
+        while number not in self.failed:
+            found.append(self.step())
+        if self.failed[number] is None:
+            raise SystemExit("the hostile grammar did not fail")
+        return found
+
+
+def over(during: list[float], before: list[float], after: list[float]) -> tuple[float, float]:
+    """Ratios of the time for a token and of the p99 gap."""
+    without = before + after
+    tails = [statistics.quantiles(each, n=100)[98] for each in (during, without)]
+    return statistics.fmean(during) / statistics.fmean(without), tails[0] / tails[1]
 
 
 def main() -> None:
-    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else "code-8m")
-    gaps(llm, PLAIN)
-    ratios, tails, failed = [], [], []
-    for count in range(5):
-        with_it, ended = gaps(llm, Grammar.lark(f'start: "{count}" X\nX: {CROSSED}'))
-        without, _ = gaps(llm, PLAIN)
-        steps = next((i for i in range(len(with_it)) if sum(with_it[:i]) > ended), len(with_it))
-        with_it, without = with_it[:steps], without[:steps]
-        ratios.append(statistics.fmean(with_it) / statistics.fmean(without))
-        tails.append(statistics.quantiles(with_it, n=100)[98] / statistics.quantiles(without, n=100)[98])
-        failed.append(ended)
-    print(f"failed after {statistics.median(failed):.2f} s (most {max(failed):.2f}), {steps} steps beside it")
-    print(f"neighbours' time per token: {statistics.median(ratios):.3f} of that without (runs {', '.join(f'{r:.2f}' for r in ratios)})")
-    print(f"neighbours' p99 gap: {statistics.median(tails):.3f} of that without (runs {', '.join(f'{r:.2f}' for r in tails)})")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="code-8m")
+    parser.add_argument("--weights", default="bf16")
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    made = Streams(given.model, given.weights)
+    made.fill()
+    made.submit(SamplingParams(max_tokens=2, grammar=Grammar.regex("[a-z]{1,5}")))  # its processes are there
+    made.steps(2 * ASIDE_S)
+    ratios, tails, quiet, failed = [], [], [], []
+    for count in range(given.rounds):
+        before, began = made.steps(ASIDE_S), time.perf_counter()
+        during = made.beside(Grammar.lark(f'start: "{count}" X\nX: {CROSSED}'))
+        failed.append(time.perf_counter() - began)
+        after, still = made.steps(ASIDE_S), made.steps(failed[-1])
+        ratio, tail = over(during, before, after)
+        ratios.append(ratio)
+        tails.append(tail)
+        quiet.append(over(still, after, made.steps(ASIDE_S))[0])
+    made.constraints.close()
+    print(json.dumps({
+        "model": given.model, "failed_s": statistics.median(failed), "failed_most_s": max(failed),
+        "neighbours_ratio": statistics.median(ratios), "neighbours_most": max(ratios), "p99_ratio": statistics.median(tails),
+        "quiet_ratio": statistics.median(quiet), "quiet_most": max(quiet), "ratios": [round(each, 3) for each in ratios],
+        "failed": [round(each, 2) for each in failed],
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

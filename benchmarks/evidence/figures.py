@@ -25,6 +25,19 @@ class Ratio:
 
 
 @dataclasses.dataclass(frozen=True)
+class OverBound:
+    """``key`` of the first command over that of the second, as a share of the ``bound`` that the first printed, round by round."""
+
+    key: str
+    bound: str
+
+    def of(self, rounds):
+        return statistics.median(
+            _only(first)[self.key] / _only(second)[self.key] / _only(first)[self.bound] for first, second in rounds
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class LeastR2:
     """R² of a straight line through (x, y) of a command's objects."""
 

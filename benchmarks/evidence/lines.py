@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, Passes, PeersAtBatch, Ratio
+from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, OverBound, Passes, PeersAtBatch, Ratio
 
 Row = dict[str, Any]
 
@@ -138,6 +138,33 @@ TESTED = [
         ("hostile steps are Python errors", "pytest tests/ops/test_native_hostile.py"),
     )
 ]  # fmt: skip
+BATCHED = "hasten bench throughput {model} --weights int4 --requests 96 --slots 32 --output-min 16 --output-max 512 --batching %s --json"
+PREFIXED = "hasten bench throughput code-8m --requests 32 --slots 32 --prompt 16 --shared-prefix 1024 --output-min 2 --output-max 2 --json"
+WASTED = "hasten bench throughput code-8m --requests 96 --slots 32 --prompt 128 --output-min 16 --output-max 512 --json"
+HOSTILE = "python benchmarks/hostile_grammar.py"
+BESIDE_LONG = "python benchmarks/long_prompts.py"
+ENGINE = [
+    Line("C", "continuous over static batching, 96 requests, 32 slots, outputs log-uniform 16–512, W4A8: of what the drawn lengths allow",
+         (BATCHED % "continuous", BATCHED % "static"), OverBound("tokens_per_s", "bound_measured"), least(0.9)),
+    Line("C", "the same: times as many tokens a second", (BATCHED % "continuous", BATCHED % "static"), Ratio("tokens_per_s"), unit="×"),
+    Line("C", "32 requests sharing a prefix of 1,024 tokens, code-8m: mean time to the first token with the prefix cache over without",
+         (f"{PREFIXED} --prefix-cache on", f"{PREFIXED} --prefix-cache off"), Ratio("ttft_mean_s"), most(0.2), rounds=3),
+    Line("C", "page waste, pages of 16, code-8m: mean over steps", (WASTED,), Field("page_waste"), most(0.04)),
+    Line("C", "page waste: the step with the most", (WASTED,), Field("page_waste_most")),
+    Line("C", "page waste: mean tokens of a sequence meanwhile", (WASTED,), Field("mean_tokens"), least(200)),
+    Line("C", "plan + commit + detokenize, 64 running sequences",
+         ("python benchmarks/engine_step.py",), Field("step_ms"), most(1), unit=" ms"),
+    Line("C", "a prompt of 4,000 tokens beside 16 streams, smollm2-135m W4A8: p99 of their gaps over a step of theirs alone",
+         (BESIDE_LONG,), Field("p99_over_step"), most(2), unit="×"),
+    Line("C", "the same: seconds until the prompt's first token", (BESIDE_LONG,), Field("prompt_s"), unit=" s"),
+    Line("C", "a hostile grammar: seconds until its own request has failed", (HOSTILE,), Field("failed_s"), most(2), unit=" s"),
+    Line("C", "a hostile grammar: neighbours' time for a token over that without",
+         (HOSTILE,), Field("neighbours_ratio"), most(1.2), unit="×"),
+    Line("C", "10,000 simulated runs of scheduler and cache, planted faults found",
+         ("pytest tests/pure/test_simulation.py",), Passes(), PASSED),
+    Line("C", "1,000 prompts by every mechanism of the engine, dense, window, MoE: differing tokens", ("python -m tests.soak engine",),
+         Passes(), PASSED),
+]  # fmt: skip
 TRAINING = [
     Line("A", "training step, code-8m, bf16, 16 × 512: speed over a hand-written module", ("python benchmarks/training_step.py",),
          Field("speed_ratio"), unit="×"),
@@ -166,5 +193,6 @@ RECALLED = [
 ]  # fmt: skip
 
 LINES: list[Line] = [
-    *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *TESTED, *BESIDE_PEERS, *TRAINING, *THROUGHPUT, *RESPONSES, *RECALLED,
+    *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING, *THROUGHPUT, *RESPONSES,
+    *RECALLED,
 ]  # fmt: skip

@@ -1,10 +1,12 @@
 """Grammars: every output is what was asked, a hostile grammar fails its own request, and what else is followed goes on."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -174,11 +176,21 @@ HOSTILE = {
 CATASTROPHES = ["(a+)+b", "(a|a)*b", "(a|aa)+c", "(.*)*x", "(x+x+)+y", "(a|b)*a(a|b){50}", "((a{0,100}){0,100}){0,100}", r"\p{L}{1,5000}"]
 
 
+def of_forks(taster):
+    """Processor seconds of all its forks that have ended."""
+    fields = Path(f"/proc/{taster._process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_compile_fails_its_request_and_never_runs_free(engine, name):
-    began = time.monotonic()
+    began, taster = time.monotonic(), engine.engine()._constraints._taster
+    engine.generate([[1]], drawing(0, max_tokens=1, grammar=Grammar.regex("[a-z]+")))  # its process is there
+    process, before = taster._process, of_forks(taster)
     (bad, good) = engine.generate([[1], [1]], [drawing(0, max_tokens=5, grammar=REFUSED[name]), drawing(0, max_tokens=5)])
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # in idle time of a busy suite; of the processor's it takes
+    assert taster._process is process
+    assert 0 < of_forks(taster) - before + 0.01 < 1.2
     assert (bad.finish_reason, bad.token_ids, bad.text) == ("error", (), "")
     assert "\n" not in bad.error
     assert len(bad.error) < 500
@@ -190,7 +202,7 @@ def test_a_hostile_grammar_fails_alone(constraints, name):
     harmless = Grammar.regex("[a-z]{300}")
     beside = constraints.start(harmless)
     assert constraints.wait(10)
-    began = time.monotonic()
+    began, taster = time.monotonic(), constraints._taster._process
     hostile = constraints.start(HOSTILE[name])
     longest = 0.0
     while not hostile.ready:
@@ -203,9 +215,10 @@ def test_a_hostile_grammar_fails_alone(constraints, name):
             beside.rollback(30)
             assert constraints.wait(2, [beside])
     assert time.monotonic() - began < 20  # beside a busy suite; benchmarks/hostile_grammar.py has the two seconds
-    assert hostile.error is not None
+    assert " is refused: " in hostile.error
     assert hostile.mask is None
     assert longest < 1.5
+    assert constraints._taster._process is taster
     again = constraints.start(harmless)
     assert constraints.wait(10, [again, beside])
     assert again.error is None

@@ -11,6 +11,7 @@ from hasten.backends.cpu import CpuBackend
 from hasten.program import Formats
 from tests.soak import determinism
 from tests.soak.determinism import CELLS, Cell, Difference, Player, prompts_of, require_fired, require_same, run_cell
+from tests.soak.mechanisms import FEWEST, KINDS, WAYS, Same
 from tests.soak.models import CONTEXT, model_of
 
 FEW = 12
@@ -19,6 +20,19 @@ FEW = 12
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_the_same_tokens_however_they_are_played(cell):
     assert run_cell(cell, FEW, seed=3)["tokens"] > 30 * FEW
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_hang_on_nothing_but_the_request(kind):
+    same = Same(kind, FEWEST)
+    for way in WAYS:
+        assert same.run(way)["tokens"] > 10 * FEWEST
+    same.expected[3] = (*same.expected[3][:-1], -1)
+    with pytest.raises(Difference, match=f"batches: prompt 3, token {len(same.expected[3]) - 1} is"):
+        same.run("batches")
+    same = Same(kind, 1)
+    with pytest.raises(Difference, match="never happened: swaps"):
+        same.run("swaps")
 
 
 def player_of(kind="window", cache="bf16", threads=1):
@@ -80,8 +94,9 @@ def test_the_command_resumes_and_names_what_it_is_not_given(tmp_path):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert "no part 'walk'" in soak("walk").stderr
-    first = soak("--prompts", "12")
+    assert "too few" in soak("--prompts", "12").stderr
+    first = soak("determinism", "--prompts", "12")
     assert first.returncode == 0, first.stderr
     assert "tokens, 0 differ" in first.stdout
     assert "done before" not in first.stdout
-    assert soak("--prompts", "12").stdout.count("done before") == len(CELLS)
+    assert soak("determinism", "--prompts", "12").stdout.count("done before") == len(CELLS)

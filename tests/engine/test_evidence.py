@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.evidence import __main__ as runner
-from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, Passes, PeersAtBatch, Ratio
+from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, OverBound, Passes, PeersAtBatch, Ratio
 from benchmarks.evidence.lines import LINES, PASSED, Line, least, most
 from benchmarks.ledger import Ledger
 from hasten import _native
@@ -109,7 +109,7 @@ def test_every_line_has_commands_that_can_be_told_apart(evidence):
     for line in LINES:
         assert all(runner.argv(command) for command in evidence().commands(line))
         assert not any("{" in command for command in evidence().commands(line))
-        assert len(line.commands) == (2 if isinstance(line.figure, Ratio) else 1)
+        assert len(line.commands) == (2 if isinstance(line.figure, Ratio | OverBound) else 1)
 
 
 def test_figures():
@@ -117,6 +117,8 @@ def test_figures():
     assert LeastR2("x", "y").of([[points]]) == pytest.approx(1)
     assert Memory().of([[points]]) == pytest.approx(0.09)
     assert Field("x").of([[points[:1]], [points[1:2]], [points[2:]]]) == 2
+    runs = [[[{"x": 6.0, "of": 2.0}], [{"x": 2.0, "of": 9.0}]], [[{"x": 9.0, "of": 3.0}], [{"x": 6.0, "of": 9.0}]]]
+    assert OverBound("x", "of").of(runs) == pytest.approx((1.5 + 0.5) / 2)
     row = {"bits": "int8", "tokens_per_s": {"batch 32": 10.0}, "hasten_over_it": {"batch 32": 3.0}}
     rows = [
         {**row, "runner": "hasten int8", "hasten_over_it": None, "tokens_per_s": {"batch 32": 30.0}},

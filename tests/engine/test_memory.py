@@ -4,12 +4,14 @@ import pytest
 
 from hasten import LLM, SamplingParams, load
 from hasten.backends.cpu import CpuBackend
+from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UserError
 from hasten.cli.options import parse_bytes
 from hasten.engine import share_memory
 from hasten.engine.batching import Continuous
 from hasten.engine.memory import Load, plan_memory
 from hasten.engine.plan import Settings
+from hasten.families import phi3
 from hasten.program import Formats
 from tests.cli import main
 from tests.families.oracles import make_checkpoint
@@ -42,6 +44,20 @@ def test_weights_are_what_is_packed(weights, name, tmp_path):
     assert planned - table == pytest.approx(packed, rel=0.06)
 
 
+@pytest.mark.parametrize("context", [64, 2048])
+@pytest.mark.parametrize("name", ["code-8m", "experts"])
+def test_the_arena_is_what_is_then_laid_out(name, context, tmp_path):
+    model = MODEL
+    if name == "experts":
+        make_checkpoint({**EXPERTS, "max_position_embeddings": 2048}, tmp_path)
+        model = load(tmp_path)
+    llm = LLM(model, backend="cpu", context=context, max_sequences=8, cache_bytes=1)
+    values = llm.engine().session.compiled.arena_bytes
+    assert llm.memory_plan().arena == values + 4 * model.spec.vocab * (2 * 8 + 64)
+    live = ReferenceBackend().arena_bytes(ReferenceBackend().program(model, context), min(512, context))
+    assert 0.5 * values < live < 2 * values  # another way to reckon
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_the_cache_fits_into_what_was_planned(backend):
     llm = LLM(MODEL, backend=backend, context=512, memory=80_000_000, swap_bytes=3_000_000)
@@ -72,8 +88,8 @@ def test_what_is_not_enough_is_refused_with_what_would_be():
 
 
 def test_more_memory_than_64_long_sequences_need_is_not_taken():
-    program, settings = CpuBackend().program(MODEL, 64), Settings()
-    load = Load("m", program, 0, slots=4, step_tokens=settings.step_tokens)
+    program = CpuBackend().program(MODEL, 64)
+    load = Load("m", program, weights=0, values=0, rows=4, page=16)
     (plan,) = plan_memory([load], memory=1 << 40, free=1 << 40)
     assert plan.cache_tokens == 64 * 64
     assert plan_memory([load], memory=None, free=0)[0].cache_tokens == 64
@@ -112,6 +128,18 @@ def test_prompts_are_scored_by_so_many_rows_a_step_as_were_planned():
 
 
 # --- several models in one memory
+
+
+def test_a_model_of_two_programs_has_both_in_its_memory(tmp_path):
+    config = next(config for config in phi3.FAMILY.examples if "original_max_position_embeddings" in config)
+    make_checkpoint(config, tmp_path)
+    llm = LLM(load(tmp_path), backend="cpu", memory=2_000_000)
+    short, long = llm.preparer.contexts
+    plan, each = llm.memory_plan(), [llm.memory_plan(context) for context in (short, long)]
+    assert plan.total == each[0].total + each[1].total <= 2_000_000
+    llm.generate([[1, 2, 3], list(range(1, short + 9))], SamplingParams(max_tokens=2))
+    taken = sum(group.pages * group.page_bytes for context in (short, long) for group in llm.engine(context).cache.groups)
+    assert 0.9 * plan.cache < taken <= plan.cache
 
 
 @pytest.fixture

@@ -1,21 +1,37 @@
 """`hasten bench throughput`: the bound by hand, and what it prints."""
 
+import heapq
 import json
 
 import pytest
 
 from hasten.base.errors import ConfigError
-from hasten.measure.throughput import Bound, Workload
+from hasten.measure.throughput import Bound, StepCost, Workload
 from tests.cli import main
 
 
 def test_the_bound_by_hand():
-    # Two slots. Static: 8 + 4 + 6 steps. Continuous: one slot takes 8, then 6; the other 2, 3 and 4.
+    # Two slots. Static: 8 + 4 + 6 steps of 2, 2 and 1 rows. Packed: 23 rows two by two.
     bound = Bound.of([8, 2, 3, 4, 6], 2)
-    assert bound.steps == pytest.approx((8 + 4 + 6) / 14)
+    assert bound.steps == pytest.approx((8 + 4 + 6) / 12)
     assert bound.rows == pytest.approx((2 * 8 + 2 * 4 + 6) / 23)
+    assert bound.measured is None
+    assert Bound.of([9, 1], 2).steps == 1  # the longest is not shorter for being packed
     assert Bound.of([5, 5, 5, 5], 2) == Bound(1.0, 1.0)
     assert Bound.of([5], 4) == Bound(1.0, 1.0)
+    # 3 s a step and 1 s a row, and five prompts of 10 tokens on both sides
+    costs = Bound.of([8, 2, 3, 4, 6], 2, 10, StepCost(3.0, 1.0)).measured
+    assert costs == pytest.approx((3 * 18 + 30 + 50) / (3 * 12 + 23 + 50))
+    assert Bound.of([8, 2, 3, 4, 6], 2, 0, StepCost(1.0, 0.0)).measured == bound.steps
+    assert Bound.of([8, 2, 3, 4, 6], 2, 0, StepCost(0.0, 1.0)).measured == bound.rows
+
+
+def test_the_cost_of_a_step_is_found_among_odd_ones():
+    steps = [(rows, 0.002 + 0.0005 * rows) for rows in [32] * 300 + list(range(1, 32)) * 3]
+    steps += [(32, 0.5), (7, 0.5)]
+    cost = StepCost.through(steps)
+    assert (cost.fixed_s, cost.row_s) == (pytest.approx(0.002), pytest.approx(0.0005))
+    assert StepCost.through([(32, 0.1)] * 50 + [(31, 0.1)]) is None
 
 
 def test_lengths_are_log_uniform_and_seeded():
@@ -36,9 +52,17 @@ def test_static_and_continuous_side_by_side(monkeypatch, capsys):
     assert rows.keys() == {"static", "dynamic", "continuous"}
     assert rows["static"]["padding_tokens"] > 0 == rows["continuous"]["padding_tokens"]
     assert rows["static"]["steps"] == rows["dynamic"]["steps"] > rows["continuous"]["steps"]
-    # Where steps cost alike, what was measured in steps is the bound, but for those of the prompts.
+    ends = [0] * 3  # a slot takes the next as it comes free; prompts take the step that gives the first token
+    for length in Workload(9, 32, 2, 24).lengths():
+        heapq.heapreplace(ends, ends[0] + length)
+    assert rows["continuous"]["steps"] == pytest.approx(max(ends), abs=4)
     measured = rows["static"]["steps"] / rows["continuous"]["steps"]
-    assert measured == pytest.approx(rows["static"]["bound_steps"], rel=0.15)
+    assert 0.6 * rows["static"]["bound_steps"] < measured <= 1.05 * rows["static"]["bound_steps"]
+    row = rows["continuous"]
+    assert row["step_fixed_s"] + 3 * row["step_row_s"] == pytest.approx(row["seconds"] / row["steps"], rel=0.8)
+    assert 1 <= row["bound_measured"] <= max(row["bound_steps"], row["bound_rows"])
+    assert rows["static"]["bound_measured"] is None
+    assert 0 < row["page_waste"] < row["page_waste_most"] < 1
     assert all(row["output_tokens"] == rows["static"]["output_tokens"] for row in rows.values())
 
 

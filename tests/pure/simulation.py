@@ -5,10 +5,12 @@ before it writes. A wrong page, a copy that was forgotten or a stale prefix is a
 that outputs can be told without the scheduler."""
 
 import dataclasses
+import math
 import random
 
 from hasten.cache import Cache, PageGroup, StatePages, TokenPages
 from hasten.engine.batching import Batching, ByPriority, Continuous, Dynamic, FirstCome, Static
+from hasten.engine.pace import ENOUGH, Pace
 from hasten.engine.plan import Costs, Draws, Entry, Job, NeverFitsError, Settings, StepPlan
 from hasten.engine.scheduler import Scheduler
 from hasten.program import CopyPage, SwapIn, SwapOut
@@ -122,7 +124,10 @@ class Simulation:
         batching: Batching = rng.choice((Continuous(slots),) * 6 + (Static(slots), Dynamic(slots, 5.0)))
         self.order = rng.choice((FirstCome(), FirstCome(), ByPriority(20.0)))
         cost = Costs(1.0, rng.choice((0.0, 0.1, 100.0)))
-        self.settings = Settings(step_tokens, batching, self.order, rng.choice((0.0, 0.0, 0.3, 1.0)), cost)
+        stretch = rng.choice((math.inf, math.inf, 1.2, 1.8, 4.0))
+        share, scored = rng.choice((0.0, 0.0, 0.3, 1.0)), rng.choice((1, 3, 64))
+        self.settings = Settings(step_tokens, batching, self.order, share, cost, stretch, scored)
+        self.pace, self.token_s, self.stalled = Pace(cost), rng.choice((0.0, 0.1, 1.0)), 0
         self.groups = self._groups(slots)
         places = [rng.choice((0, group.pages)) for group in self.groups]
         self.cache = Cache(self.groups, self.page, places, prefixes=rng.random() < 0.85)
@@ -152,7 +157,7 @@ class Simulation:
         prompt = (*start[: rng.randint(1, len(start))], *tail)
         key = rng.choice((1, 1, 1, 2, None))
         count = rng.choice((1, 1, 1, 2, 3))
-        return Job(number, prompt, rng.randint(1, 12), count, rng.choice((0, 0, 1, -1)), key)
+        return Job(number, prompt, rng.randint(1, 12), count, rng.choice((0, 0, 1, -1)), key, key is None)
 
     # --- running
 
@@ -195,7 +200,8 @@ class Simulation:
 
     def _step(self) -> None:
         held = [job for job in self.clients if self.random.random() < 0.02]
-        plan = self.scheduler.plan(self.now, held)
+        plan = self.scheduler.plan(self.now, held, None if math.isinf(self.settings.stretch) else self.pace.costs)
+        self.pace.note_step(plan.entries, self.random.random() + self.token_s * sum(len(entry.tokens) for entry in plan.entries))
         self._check_plan(plan, held)
         self.backend.run(plan, {entry.sequence: self._hashes(entry) for entry in plan.entries})
         failed = {entry.sequence for entry in plan.entries if self.random.random() < 0.002}
@@ -262,6 +268,8 @@ class Simulation:
         batching, tokens = self.settings.batching, sum(len(entry.tokens) for entry in plan.entries)
         check(tokens <= self.settings.step_tokens, "more tokens than the budget")
         check(len(plan.entries) <= batching.slots, "more sequences than slots")
+        scored = [entry for entry in plan.entries if (job := self.of[entry.sequence].job).scored and entry.start < len(job.prompt) - 1]
+        check(sum(len(entry.tokens) for entry in scored) <= self.settings.scored_tokens, "more scored than may be")
         check(len({entry.sequence for entry in plan.entries}) == len(plan.entries), "a sequence twice in a step")
         check(all(entry.tokens for entry in plan.entries), "an entry without tokens")
         check(not any(entry.draws and self.of[entry.sequence].job.id in held for entry in plan.entries), "one that was held draws")
@@ -271,7 +279,13 @@ class Simulation:
             self.note("held")
         elif isinstance(batching, Continuous):
             first = min(self.clients.values(), key=lambda client: client.rank)
-            check(any(self.of[entry.sequence] is first for entry in plan.entries), "who comes first does not advance")
+            check(plan.entries, "nothing is computed though there is work")
+            advances = any(self.of[entry.sequence] is first for entry in plan.entries)
+            self.stalled = 0 if advances else self.stalled + 1
+            timed = 0 if math.isinf(self.settings.stretch) else ENOUGH * (batching.slots + 1)  # steps of those who run alone
+            late = first.job.scored  # it came when others had what may be scored in a step
+            check(self.stalled <= timed + late, "who comes first does not advance")
+            self.note("timed alone" if self.stalled else "advances")
         elif isinstance(batching, Static):
             check(plan.entries, "nothing is computed though there is work")
         if any(isinstance(move, SwapIn) for move in plan.moves):

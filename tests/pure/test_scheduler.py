@@ -49,6 +49,28 @@ def test_so_many_tokens_of_scored_prompts_as_are_allowed():
     assert [step(scheduler) for _ in range(2)] == [{0: 1, 1: 5, 2: 1}, {0: 1, 1: 1, 2: 1}]
 
 
+def test_a_static_batch_is_as_large_as_its_slots_though_its_prompts_take_several_steps():
+    scheduler = make(settings=Settings(8, Static(4)))
+    for id in range(5):
+        scheduler.submit(job(id, 6, 3), id, 0.0)
+    assert step(scheduler) == {0: 6, 1: 2}
+    assert step(scheduler) == {0: 1, 1: 4, 2: 3}
+    assert step(scheduler) == {0: 1, 1: 1, 2: 3, 3: 3}
+    assert step(scheduler) == {0: 1, 1: 1, 2: 1, 3: 3}
+    assert (scheduler.running, scheduler.waiting) == (4, 1)
+
+
+def test_who_decodes_does_not_give_way_while_a_step_is_timed():
+    scheduler = make(settings=Settings(8, Continuous(4), ByPriority(1.0), stretch=1.8))
+    scheduler.submit(job(0, 2), 0, 0.0)
+    assert step(scheduler) == {0: 2}
+    scheduler.submit(job(1, 6, priority=9), 1, 0.0)
+    assert step(scheduler) == {0: 1}  # what a step without prompts takes is not known yet
+    plan = scheduler.plan(0.0, costs=Costs(token_s=1.0, rows=1, step_s=5.0, tried=9))
+    assert {entry.sequence: len(entry.tokens) for entry in plan.entries} == {0: 1, 1: 4}
+    assert scheduler.counters.recomputed == 0
+
+
 def test_what_never_fits_is_refused_at_once_and_blocks_nobody():
     scheduler = make(pages=8)
     with pytest.raises(NeverFitsError, match=r"30 tokens and 10 more, 1 times, need 10 pages of kv, and the cache has 8"):

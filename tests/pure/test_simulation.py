@@ -12,7 +12,7 @@ from tests.pure.simulation import Simulation, Violation
 SEEDS, PARTS = 10_000, 16
 FIRED = (
     "ended", "aborts", "failures", "never fits", "hit_tokens", "padding_tokens", "recomputed", "swapped", "swaps in", "forks",
-    "shared_steps", "evicted", "held",
+    "shared_steps", "evicted", "held", "timed alone",
 )  # fmt: skip
 
 

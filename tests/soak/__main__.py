@@ -12,8 +12,11 @@ from hasten import _native
 from hasten.base import hardware
 from tests.soak.determinism import CACHES, CELLS, WEIGHTS, Cell, Difference, run_cell
 from tests.soak.determinism import PARTS as KINDS
+from tests.soak.mechanisms import FEWEST, WAYS, Same
+from tests.soak.mechanisms import KINDS as PLAYED
 
-PROMPTS = 200
+PROMPTS = {"determinism": 200, "engine": 1000}
+LEAST = {"determinism": 12, "engine": FEWEST}
 
 
 def determinism(ledger: Ledger, digest: str, prompts: int, seed: int) -> None:
@@ -41,24 +44,51 @@ def determinism(ledger: Ledger, digest: str, prompts: int, seed: int) -> None:
     print(f"{sum(each['tokens'] for each in results.values()):,} tokens, 0 differ; {seconds:.0f} s")
 
 
-PARTS = {"determinism": determinism}
+def engine(ledger: Ledger, digest: str, prompts: int, seed: int) -> None:
+    """Every model by every mechanism of the engine; raises Difference."""
+    brand, isa = hardware.detect().cpu.brand, _native.isa_level()
+    results = {}
+    for kind in PLAYED:
+        same = Same(kind, prompts, seed)
+        for way in WAYS:
+            key = ("engine", digest, brand, isa, kind, way, prompts, seed)
+            kept = ledger.get(*key)
+            if kept is None:
+                began = time.perf_counter()
+                kept = same.run(way) | {"seconds": round(time.perf_counter() - began, 1)}
+                ledger.note(*key, value=kept)
+                print(f"{kind}, {way}: {kept['tokens']:,} tokens the same, {kept['seconds']} s", flush=True)
+            else:
+                print(f"{kind}, {way}: done before", flush=True)
+            results[kind, way] = kept
+    print(f"\nengine, {isa}, {prompts} prompts a model: tokens compared, of which 0 differ, and what happened meanwhile")
+    for (kind, way), each in results.items():
+        fired = each["fired"]
+        told = ", ".join(f"{name} {fired[name]:,}" for name in ("shared_steps", "hit_tokens", "recomputed", "swapped", "padding_tokens"))
+        print(f"{kind:14}{way:16}{each['tokens']:>8,}  steps {fired['steps']:,}, {told}")
+    seconds = sum(each["seconds"] for each in results.values())
+    print(f"{sum(each['tokens'] for each in results.values()):,} tokens, 0 differ; {seconds:.0f} s")
+
+
+PARTS = {"determinism": determinism, "engine": engine}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"which of {', '.join(PARTS)}; all unless given")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="for each cell of determinism")
+    parser.add_argument("--prompts", type=int, help=f"for each cell; unless given {PROMPTS}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, default=ROOT / ".soak" / "ledger.jsonl", help="where finished pieces are noted")
     given = parser.parse_args()
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    if given.prompts < 12:
-        parser.error(f"{given.prompts} prompts are too few to share batches; 12 or more")
+    parts = given.parts or list(PARTS)
+    if given.prompts is not None and given.prompts < (least := max(LEAST[part] for part in parts)):
+        parser.error(f"{given.prompts} prompts are too few to share batches; {least} or more")
     ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak")
-    for part in given.parts or PARTS:
+    for part in parts:
         try:
-            PARTS[part](ledger, digest, given.prompts, given.seed)
+            PARTS[part](ledger, digest, given.prompts or PROMPTS[part], given.seed)
         except Difference as error:
             print(f"{part}: {error}", file=sys.stderr)
             return 1

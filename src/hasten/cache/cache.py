@@ -141,6 +141,7 @@ class Cache:
                 pages = [page if snapshot == NONE else snapshot for page, snapshot in zip(pages, taken)]
             node = tree.add(node, tuple(tokens[depth * self.page : (depth + 1) * self.page]), pages)
             self._take_over(sequence, node, depth, pages)
+        tree.prune(node)  # of one that was swapped out meanwhile all full pages may be gone
         sequence.node = node
 
     def _snapshot(self, sequence: SequencePages) -> list[int] | None:

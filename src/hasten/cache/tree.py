@@ -131,7 +131,7 @@ class PrefixTree:
         for index in range(len(self._groups)) if whole else (group,):
             self._drop(found, index)
         self.evicted += 1
-        self._prune(found)
+        self.prune(found)
         return True
 
     def _drop(self, node: Node, group: int) -> None:
@@ -141,8 +141,8 @@ class PrefixTree:
             node.pages[group] = NONE
             self._used[group].pop(node, None)
 
-    def _prune(self, node: Node) -> None:
-        """Remove a leaf that holds nothing, and then its parent if that is one."""
+    def prune(self, node: Node) -> None:
+        """Remove the node if it is a leaf that holds nothing, and then its parent if that is one."""
         while not node.children and all(page == NONE for page in node.pages):
             parent, node.parent = node.parent, None
             if parent is None:

@@ -284,11 +284,17 @@ def _print_throughput(rows: Sequence["Throughput"]) -> None:
     typer.echo(
         f"the drawn lengths allow {rows[0].bound_steps:.2f} × static where steps cost alike, {rows[0].bound_rows:.2f} × where rows do"
     )
-    by_kind = {row.batching: row.tokens_per_s for row in reversed(rows)}
+    by_kind = {row.batching: row for row in reversed(rows)}
     if {"static", "continuous"} <= by_kind.keys():
-        ratio = by_kind["continuous"] / by_kind["static"]
-        shares = f"{ratio / rows[0].bound_steps:.2f} and {ratio / rows[0].bound_rows:.2f}"
-        typer.echo(f"continuous over static {ratio:.2f} ×: {shares} of that")
+        row = by_kind["continuous"]
+        ratio = row.tokens_per_s / by_kind["static"].tokens_per_s
+        line = f"continuous over static {ratio:.2f} ×: {ratio / row.bound_steps:.2f} and {ratio / row.bound_rows:.2f} of that"
+        if row.bound_measured is not None and row.step_fixed_s is not None and row.step_row_s is not None:
+            line += (
+                f"; a step took {1e3 * row.step_fixed_s:.2f} ms and {1e3 * row.step_row_s:.2f} for each row, which allows "
+                f"{row.bound_measured:.2f} ×: {ratio / row.bound_measured:.2f} of it"
+            )
+        typer.echo(line)
     cached = {row.prefix_cache: row.ttft_mean_s for row in reversed(rows)}
     if len(cached) == 2:
         typer.echo(f"mean time to the first token with over without the prefix cache {cached[True] / cached[False]:.3f}")

@@ -1,9 +1,9 @@
 """Constraints: which ids may come next, so that an output is what a `Grammar` says.
 
-Grammars are compiled and followed in other processes (`hasten.engine.grammar_worker`): one tastes every new grammar in idle time, one
-follows those that went well. A grammar that takes too much time or memory, or crashes its process, fails its own sequence; what else that
-process followed is started again where it stood, from the tokens noted here. Nothing here waits unless `Constraints.wait` is called, so a
-sequence whose mask is late can sit out a step while its neighbours go on.
+Grammars are compiled and followed in other processes (`hasten.engine.grammar_worker`): one tastes every new grammar in idle time, each in
+a fork of its own, one follows those that went well. A grammar that takes too much time or memory, or crashes its process, fails its own
+sequence; what else that process followed is started again where it stood, from the tokens noted here. Nothing here waits unless
+`Constraints.wait` is called, so a sequence whose mask is late can sit out a step while its neighbours go on.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from numpy.typing import NDArray
 from hasten.base.errors import UserError, one_line
 from hasten.engine.grammar import Grammar
 from hasten.engine.grammar_worker import COMPLETE, FAILED, FOLLOWS
-
-STARVED_SECONDS = 0.1
-"""A process in idle time that has used less than this has not had its chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +100,10 @@ class Constraints:
         settings = {
             "tokenizer": str(tokenizer), "words": self._words, "end_ids": list(end_ids), "bytes": self.limits.bytes,
             "compile_seconds": self.limits.compile_seconds, "step_seconds": self.limits.step_seconds,
+            "answer_seconds": self.limits.answer_seconds, "start_seconds": self.limits.start_seconds,
         }  # fmt: skip
-        self._taster = _Worker(settings | {"idle": True}, self.limits)
-        self._follower = _Worker(settings | {"idle": False}, self.limits)
+        self._taster = _Worker(settings | {"tastes": True}, self.limits)
+        self._follower = _Worker(settings | {"tastes": False}, self.limits)
         self._known: OrderedDict[Grammar, None] = OrderedDict()
         self._tasted: dict[Grammar, list[ConstraintState]] = {}  # who waits for the taste of a grammar
         self._states: dict[int, ConstraintState] = {}
@@ -262,7 +260,6 @@ class _Worker:
         self.unsent = bytearray()
         self._received = bytearray()
         self._greeted = self._ended = False
-        self._used_before = 0.0
         self._since = 0.0  # when the oldest became the oldest
 
     @property
@@ -279,7 +276,7 @@ class _Worker:
             self._begin()
         if who is not None:
             if not self.asked:
-                self._begin_waiting()
+                self._since = time.monotonic()
             self.asked.append(who)
         body = json.dumps([operation]).encode()
         self.unsent += struct.pack("<I", len(body)) + body
@@ -303,7 +300,7 @@ class _Worker:
                 if len(self._received) >= 4 + length:
                     body = bytes(self._received[4 : 4 + length])
                     del self._received[: 4 + length]
-                    self._begin_waiting()
+                    self._since = time.monotonic()
                     if self._greeted:
                         return self.asked.popleft(), body[:1], body[1:]
                     if body[:1] == FAILED:
@@ -331,25 +328,10 @@ class _Worker:
         if self._ended:
             return "takes too much time or memory"
         allowed = self._limits.answer_seconds if self._greeted else self._limits.start_seconds
-        if self._settings["idle"] and self._used() - self._used_before < STARVED_SECONDS:
-            allowed = self._limits.start_seconds  # it has hardly run: the machine is busy, which is no fault of the grammar
+        if self._settings["tastes"]:
+            allowed = self._limits.start_seconds + self._limits.answer_seconds  # it keeps time itself, and answers
         late = bool(self.asked) and time.monotonic() - self._since > allowed
         return f"takes more than {allowed:g} seconds" if late else ""
-
-    def _used(self) -> float:
-        """Processor seconds of the process so far."""
-        if self._process is None:
-            return 0.0
-        try:
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        except OSError:
-            return 0.0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def _begin_waiting(self) -> None:
-        self._since = time.monotonic()
-        if self._settings["idle"]:
-            self._used_before = self._used()
 
     def restart(self, reason: str) -> None:
         """End the process; the next operation starts another."""

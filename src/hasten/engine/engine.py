@@ -10,12 +10,14 @@ from hasten.engine.drawing import draw
 from hasten.engine.following import Following
 from hasten.engine.forward import Rows, compute
 from hasten.engine.live import Live, Step
-from hasten.engine.plan import Counters, Entry, Job, NeverFitsError, Settings
+from hasten.engine.pace import Pace
+from hasten.engine.plan import Costs, Counters, Entry, Job, NeverFitsError, Settings
 from hasten.engine.request import Chunk, Request
 from hasten.engine.sampling import SamplingParams
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.search import Search
 from hasten.engine.session import Session
+from hasten.program import Move
 
 IDLE_S = 0.001
 """How long to wait for a batch that is not to begin yet."""
@@ -39,6 +41,7 @@ class Engine:
         places = [swap_bytes * group.pages // max(1, whole) for group in groups]
         self.cache = Cache(groups, session.page, places, prefixes)
         self.scheduler = Scheduler(self.cache, settings)
+        self._pace = Pace(settings.costs or Costs(), measured=settings.costs is None)
         self._clock, self._sampler = clock, Sampler(session.threads)
         self._live = Live()
         self._following = Following(constraints, self._live)
@@ -92,8 +95,9 @@ class Engine:
         """Compute one step; what became known by it. Requests whose grammar has not said yet what may come next do not draw in it."""
         step, live = Step(), self._live
         held = self._follow(step) if live.constrained else ()
-        plan = self.scheduler.plan(self._clock(), held)
-        self.session.carry_out(plan.moves)
+        began = self._clock()
+        plan = self.scheduler.plan(began, held, self._pace.costs)
+        self._move(plan.moves)
         if not plan.entries:
             self._wait(held, step)
             return step.chunks
@@ -113,7 +117,15 @@ class Engine:
                 live.forget(sequence)
         for sequence, error in step.errors.items():
             chunks += self._fail(live.numbers.get(sequence, sequence), error)
+        if not plan.moves and not step.errors:
+            self._pace.note_step(plan.entries, self._clock() - began)
         return chunks
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        if moves:
+            began = self._clock()
+            self.session.carry_out(moves)
+            self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
 
     def _compute(self, entries: Sequence[Entry], step: Step) -> Rows:
         return compute(self.session, self._sampler, self._live, entries, step)

@@ -35,8 +35,9 @@ class LLM:
     bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a
     user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless
     given. ``memory`` bounds the bytes of all, ``cache_bytes`` those of the cache alone, and ``swap_bytes`` is how much more those may take
-    outside it who must wait; `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only
-    from where it differs from what the cache still holds of the same tenant."""
+    outside it who must wait: none unless given, for here that is the same memory, and as a part of the cache it makes nobody wait.
+    `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only from where it differs from
+    what the cache still holds of the same tenant."""
 
     def __init__(
         self,
@@ -147,12 +148,14 @@ class LLM:
         """What each of its engines puts into memory, for a planner."""
         backend, settings = find_loaded(self.backend, self.model), self.scheduling
         programs = [backend.program(self.model, context, self._formats) for context in self.preparer.contexts]
+        tokens = [min(settings.step_tokens, program.context) for program in programs]
         return [
             Load(
-                self.model.name, program, backend.weight_bytes(program), settings.batching.slots, settings.step_tokens,
-                settings.scored_tokens, backend.page, self._swap_bytes,
+                self.model.name, program, backend.weight_bytes(program), backend.arena_bytes(program, most),
+                2 * settings.batching.slots + min(settings.scored_tokens, most),  # the sampler has those that are drawn from once more
+                backend.page, self._swap_bytes,
             )
-            for program in programs
+            for program, most in zip(programs, tokens)
         ]  # fmt: skip
 
     def keep_to(self, plans: Sequence[MemoryPlan]) -> None:

@@ -1,15 +1,11 @@
 """The memory planner: what weights, caches and arenas will take, of one model or of several, before anything is loaded."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hasten.base.errors import UserError
-from hasten.program import Program, Value
+from hasten.program import Program
 from hasten.program.pages import MOST_SEQUENCES, sequence_bytes
-
-ELEMENT_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2}
-"""Of values; others have 4."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,23 +31,21 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """What is to lie in memory: ``program`` with ``weights`` bytes of weights, for at most ``slots`` sequences in steps of up to
-    ``step_tokens`` tokens, of which ``scored_rows`` of prompts are scored, its cache in pages of ``page`` tokens, and ``outside`` bytes for
-    those swapped out of it. ``name`` is what errors call it."""
+    """What is to lie in memory: ``program``, its ``weights`` and the ``values`` of a step in bytes, its cache in pages of ``page`` tokens,
+    and ``outside`` bytes for those swapped out of it. A step asks for ``rows`` rows of logits at most; ``name`` is what errors call it."""
 
     name: str
     program: Program
     weights: int
-    slots: int
-    step_tokens: int
-    scored_rows: int = 0
-    page: int = 16
+    values: int
+    rows: int
+    page: int
     outside: int = 0
 
     @property
     def arena(self) -> int:
-        """Bytes of a step's values."""
-        return arena_bytes(self.program, min(self.step_tokens, self.program.context), self.slots, self.scored_rows)
+        """Bytes of a step's values and of its logits, float32."""
+        return self.values + 4 * self.rows * self.program.values["logits"].features[-1]
 
     @property
     def sequence(self) -> int:
@@ -86,31 +80,6 @@ def plan_memory(loads: Sequence[Load], *, memory: int | None, free: int) -> tupl
 def added(plans: Sequence[MemoryPlan]) -> MemoryPlan:
     """What several take together."""
     return MemoryPlan(*(sum(numbers) for numbers in zip(*map(dataclasses.astuple, plans))))
-
-
-def arena_bytes(program: Program, tokens: int, slots: int, scored_rows: int) -> int:
-    """Bytes of the values that live at the same time in a step of ``tokens`` tokens, at their most, and of its logits: a row for each of
-    ``slots`` sequences and once more for the sampler, and so many that prompts are scored by."""
-    vocab = program.values["logits"].features[-1]
-    rows = {"T": tokens, "S": slots, "R": tokens}
-    sizes = {name: 0 if _is_logits(value, vocab) else _bytes(program, value, rows) for name, value in program.values.items()}
-    last = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
-    live, most = 0, 0
-    for index, op in enumerate(program.ops):
-        live += sum(sizes[name] for name in op.outputs)
-        most = max(most, live)
-        live -= sum(sizes[name] for name in {*op.inputs, *op.outputs} if last[name] == index)
-    return most + 4 * vocab * (2 * slots + min(scored_rows, tokens))
-
-
-def _is_logits(value: Value, vocab: int) -> bool:
-    """Is it as wide as the vocabulary, a row for each that was asked for?"""
-    return value.rows == "R" and value.features[-1:] == (vocab,)
-
-
-def _bytes(program: Program, value: Value, rows: Mapping[str, int]) -> int:
-    features = math.prod(program.context if size < 0 else size for size in value.features)
-    return rows[value.rows] * features * ELEMENT_BYTES.get(value.dtype, 4)
 
 
 def _tokens(load: Load, cache: int) -> int:

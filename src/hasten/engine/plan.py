@@ -1,6 +1,7 @@
 """What goes into the scheduler and comes out of it, as data."""
 
 import dataclasses
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,29 +12,56 @@ from hasten.program import Move, PageLists
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
-    """What preemption costs. A sequence of n tokens in b bytes is computed again for n · ``token_s`` seconds, or goes out and comes back
-    for 2 · b · ``byte_s``. The defaults are a model of 1 G parameters at 100 GFLOP/s, and 5 GB/s."""
+    """What computing and moving take. A sequence of n tokens in b bytes is computed again for n · ``token_s`` seconds, or goes out and
+    comes back for 2 · b · ``byte_s``. The defaults are a model of 1 G parameters at 100 GFLOP/s, and 5 GB/s.
+
+    A step of ``rows`` sequences with one token each takes ``step_s``, 0 where that is not known; ``tried`` is how many tokens a step had
+    when ``token_s`` was measured, 0 where it was not."""
 
     token_s: float = 0.02
     byte_s: float = 2e-10
+    rows: int = 0
+    step_s: float = 0.0
+    tried: int = 0
 
     def swap_pays(self, tokens: int, size: int) -> bool:
         """Is moving ``size`` bytes out and in cheaper than computing ``tokens`` again?"""
         return 2 * size * self.byte_s < tokens * self.token_s
+
+    def fits(self, rows: int) -> bool:
+        """Was ``step_s`` measured with about as many rows?"""
+        return 4 * abs(self.rows - rows) <= rows
+
+    def tokens_beside(self, rows: int, behind: int, stretch: float) -> int:
+        """How many tokens ``behind`` sequences may compute beside ``rows`` with one token each, so that the step takes ``stretch`` times as
+        long; where more are behind than not, their share is as much larger. 0 where a step without them has to be timed first.
+
+        A token costs hardly more than twice one of the rows, whatever else a busy machine made of its time."""
+        if not self.step_s or not self.fits(rows):
+            return 0
+        step_s = self.step_s * min(1.0, rows / self.rows)
+        token_s, most = (self.token_s, 2 * self.tried) if self.tried else (step_s / rows, rows)  # no leaps into the unknown
+        share = (stretch - 1) * max(1.0, behind / rows)
+        return max(1, int(share * rows / 2), min(int(share * step_s / token_s), most))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """``step_tokens`` is the budget of one step, and ``scored_tokens`` how many of them may be of prompts that are scored, for each brings
     a row of logits. A request is let in where the pages are there for its prompt and ``output_share`` of the most it may put out, beside
-    what those already in are counted with so: 1 means that nobody is ever preempted for pages."""
+    what those already in are counted with so: 1 means that nobody is ever preempted for pages.
+
+    Prompts beside running sequences take what the budget leaves, or less, so that a step becomes about ``stretch`` times as long by them;
+    1.8 keeps the time between two tokens below twice what it is without. Infinite, the plan hangs on no clock. ``costs`` are measured
+    unless given."""
 
     step_tokens: int = 512
     batching: Batching = Continuous()
     order: Order = FirstCome()
     output_share: float = 0.5
+    costs: Costs | None = None
+    stretch: float = math.inf
     scored_tokens: int = 64
-    costs: Costs = Costs()
 
     def __post_init__(self) -> None:
         if not 1 <= self.batching.slots <= self.step_tokens:
@@ -42,6 +70,8 @@ class Settings:
             raise ConfigError(f"output_share is {self.output_share}; accepted are 0 to 1")
         if self.scored_tokens < 1:
             raise ConfigError(f"scored_tokens is {self.scored_tokens}; at least 1 is needed")
+        if not self.stretch > 1:
+            raise ConfigError(f"stretch is {self.stretch}; accepted is more than 1")
 
 
 class NeverFitsError(UserError):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Collection, Sequence
 
 from hasten.cache import Cache, SequencePages, TokenPages
-from hasten.engine.plan import Counters, Draws, Entry, Job, NeverFitsError, Settings, StepPlan
+from hasten.engine.plan import Costs, Counters, Draws, Entry, Job, NeverFitsError, Settings, StepPlan
 
 
 class _Sequence:
@@ -53,6 +54,9 @@ class Scheduler:
         self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
         self._may_score = 0  # tokens, in what is left of this plan
+        self._scoring: dict[int, int] = {}  # tokens of those, by job that takes them
+        self._costs = settings.costs or Costs()  # in this plan
+        self._bounded = False  # in this plan: may prompts take less than the budget leaves?
 
     # --- from outside
 
@@ -96,25 +100,29 @@ class Scheduler:
 
     # --- a step
 
-    def plan(self, now_s: float, held: Collection[int] = ()) -> StepPlan:
+    def plan(self, now_s: float, held: Collection[int] = (), costs: Costs | None = None) -> StepPlan:
         """What to compute next. It has no entries where nothing can be done now: there is no work, or a batch is not to begin yet.
 
-        Of the jobs ``held`` nothing is drawn in this step: their last known token waits."""
+        Of the jobs ``held`` nothing is drawn in this step: their last known token waits. ``costs`` are those of the settings unless
+        given."""
         batching = self.settings.batching
         self._planned.clear()
         self._held = held
+        self._costs = costs or self.settings.costs or Costs()
         self._gave_way.clear()
         self._may_score = self.settings.scored_tokens
+        self._scoring.clear()
         if batching.rectangular and all(each.ended for running in self._running for each in running.sequences):
             for each in [each for running in self._running for each in running.sequences]:
                 self._remove(each)
         each_ready = [(running, _ready(running)) for running in self._running]
         spare = self.settings.step_tokens - sum(len(running.sequences) for running, ready in each_ready if ready)
-        for running, ready in each_ready:
-            if running.joined:  # not so who gave way to one before
-                spare = self._add(running, spare, ready)
-        if self._waiting and batching.opens(len(self._running), self._places_wanted, now_s - self._waiting[0].arrived_s):
-            self._let_in(spare)
+        beside = self._beside(each_ready, spare)
+        self._bounded = beside < spare
+        self._add_all(each_ready, beside, now_s)
+        if not self._planned and self._bounded:  # who has one token to go has no page for it
+            self._bounded = False
+            self._add_all(each_ready, spare, now_s)
         return StepPlan(self.cache.take_moves(), tuple(self._planned.values()))
 
     def commit(self, plan: StepPlan, draws: Draws, failed: Collection[int] = ()) -> list[tuple[int, int]]:
@@ -141,6 +149,26 @@ class Scheduler:
 
     # --- planning
 
+    def _beside(self, each_ready: Sequence[tuple[_Live, bool]], spare: int) -> int:
+        """How much of the budget prompts may take beside those who have one token to go."""
+        if math.isinf(self.settings.stretch):
+            return spare
+        rows = sum(len(running.sequences) for running, ready in each_ready if ready and running.job.id not in self._held)
+        joining = max(0, min(self._places_wanted, self.settings.batching.slots - self._places))
+        behind = joining + sum(len(running.sequences) for running, ready in each_ready if not ready)
+        if not rows or not behind:
+            return spare
+        return min(spare, self._costs.tokens_beside(rows, behind, self.settings.stretch))
+
+    def _add_all(self, each_ready: Sequence[tuple[_Live, bool]], spare: int, now_s: float) -> None:
+        """Plan what those who run compute and let others join, as far as ``spare`` tokens go beside those who are ready."""
+        for running, ready in each_ready:
+            if running.joined:  # not so who gave way to one before
+                spare = self._add(running, spare, ready)
+        batching = self.settings.batching
+        if self._waiting and batching.opens(len(self._running), self._places_wanted, now_s - self._waiting[0].arrived_s):
+            self._let_in(spare)
+
     def _add(self, running: _Live, spare: int, ready: bool) -> int:
         """Plan what ``running`` computes; what is left of the budget. One that is not ready takes of it, a ready one has its own share."""
         if ready:
@@ -158,7 +186,9 @@ class Scheduler:
             if most and (entry := self._entry(sequence, min(behind, most))) is not None:
                 self._planned[entry.sequence] = entry
                 spare -= len(entry.tokens)
-                self._may_score -= len(entry.tokens) * running.job.scored
+                if running.job.scored:
+                    self._may_score -= len(entry.tokens)
+                    self._scoring[running.job.id] = self._scoring.get(running.job.id, 0) + len(entry.tokens)
             if together:
                 return spare  # the next one finds this one's prefix when it is done
         if together and spare >= len(running.sequences):
@@ -209,6 +239,7 @@ class Scheduler:
     def _preempt(self, running: _Live) -> int:
         """Take a job out of the batch, and of the plan; it waits where its rank puts it. Returns how many tokens were planned for it."""
         planned = [self._planned.pop(sequence.id, None) for sequence in running.sequences]
+        self._may_score += self._scoring.pop(running.job.id, 0)
         for sequence in [each for each in running.sequences if each.ended]:
             self._remove(sequence)
         tokens = sum(len(entry.tokens) for entry in planned if entry is not None)
@@ -233,7 +264,7 @@ class Scheduler:
         if len(running.sequences) > 1 or not pages.length or not cache.can_swap_out(pages):
             return False
         size = sum(cache.held(pages, index) * group.page_bytes for index, group in enumerate(cache.groups))
-        return self.settings.costs.swap_pays(pages.length, size)
+        return self._costs.swap_pays(pages.length, size)
 
     def _wait(self, live: _Live) -> None:
         bisect.insort(self._waiting, live, key=_rank)
@@ -260,8 +291,11 @@ class Scheduler:
         before. Nobody overtakes one who waits."""
         while self._waiting and self._waiting[0] not in self._gave_way:
             first = self._waiting[0]
-            while not (joins := spare > 0 and self._can_join(first)) and self._running and self._running[-1].rank > first.rank:
-                spare += self._preempt(self._running[-1])
+            # A batch is not smaller for prompts that take several steps.
+            while not (joins := (spare > 0 or self.settings.batching.rectangular) and self._can_join(first)):
+                if (behind := self._who_gives_way(first, spare)) is None:
+                    break
+                spare += self._preempt(behind)
             if not joins:
                 return
             self._join(first)
@@ -274,6 +308,17 @@ class Scheduler:
                     self.counters.hit_tokens += sequence.pages.length
                 self.counters.prompt_tokens += len(first.job.prompt)
             spare = self._add(first, spare, ready=False)
+
+    def _who_gives_way(self, first: _Live, spare: int) -> _Live | None:
+        """The last who ranks behind ``first``. Where time bounds prompts and only tokens are short, the last who computes a prompt."""
+        tokens_alone = self._bounded and spare <= 0
+        for running in reversed(self._running):
+            if running.rank <= first.rank:
+                return None
+            entries = [self._planned[each.id] for each in running.sequences if each.id in self._planned]
+            if not tokens_alone or any(not entry.draws or len(entry.tokens) > 1 for entry in entries):
+                return running
+        return None
 
     def _can_join(self, waiting: _Live) -> bool:
         """Is there a slot, and room for what it is counted with beside what the others are?"""

@@ -1,10 +1,10 @@
 """How many tokens a second a model puts out when many requests of mixed lengths are there at once, by how they are batched."""
 
 import dataclasses
-import heapq
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,26 +58,63 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bound:
-    """How much faster than static batching the drawn lengths allow continuous batching to be: ``steps`` where a step takes as long whatever
-    is in it (memory is the limit), ``rows`` where it takes as long as it has rows (arithmetic is). What a machine does lies between."""
+    """How much faster than static batching the drawn lengths allow continuous batching to be, if no slot were ever empty while it could
+    be filled: ``steps`` where a step takes as long whatever is in it (memory is the limit), ``rows`` where it takes as long as it has
+    rows (arithmetic is), ``measured`` where it takes what the steps of the run say, None where these cannot tell."""
 
     steps: float
     rows: float
+    measured: float | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], slots: int) -> "Bound":
-        """Of outputs in the order in which they come. Every static batch lasts as long as its longest, and keeps all its rows so long."""
+    def of(cls, lengths: Sequence[int], slots: int, prompt: int = 0, cost: "StepCost | None" = None) -> "Bound":
+        """Of outputs in the order in which they come, whose prompts have ``prompt`` tokens each besides. Every static batch lasts as long
+        as its longest, and keeps all its rows so long."""
         batches = [lengths[begin : begin + slots] for begin in range(0, len(lengths), slots)]
-        ends = [0] * min(slots, len(lengths))
-        for length in lengths:
-            heapq.heapreplace(ends, ends[0] + length)
-        return cls(sum(map(max, batches)) / max(ends), sum(max(batch) * len(batch) for batch in batches) / sum(lengths))
+        static = StepCount(sum(map(max, batches)), sum(max(batch) * len(batch) for batch in batches))
+        packed = StepCount(max(*lengths, -(-sum(lengths) // slots)), sum(lengths))
+        prompts = prompt * len(lengths)
+        measured = None if cost is None else cost.seconds(static, prompts) / cost.seconds(packed, prompts)
+        return cls(static.steps / packed.steps, static.rows / packed.rows, measured)
+
+
+class StepCount(NamedTuple):
+    """Steps, and rows of all of them together."""
+
+    steps: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepCost:
+    """A step takes ``fixed_s`` and ``row_s`` for each of its tokens."""
+
+    fixed_s: float
+    row_s: float
+
+    def seconds(self, count: StepCount, prompts: int) -> float:
+        """Of so many steps; tokens of prompts are rows in them."""
+        return self.fixed_s * count.steps + self.row_s * (count.rows + prompts)
+
+    @classmethod
+    def through(cls, steps: Sequence[tuple[int, float]]) -> "StepCost | None":
+        """Of (tokens, seconds) of steps, by the medians at each number of tokens; None where there are not three numbers."""
+        by_tokens: dict[int, list[float]] = {}
+        for tokens, seconds in steps:
+            by_tokens.setdefault(tokens, []).append(seconds)
+        if len(by_tokens) < 3:
+            return None
+        found = [(tokens, statistics.median(its), len(its)) for tokens, its in by_tokens.items()]
+        weights = [len_**0.5 / seconds for _, seconds, len_ in found]  # so that what is off counts as a share
+        slope, at_zero = np.polyfit([tokens for tokens, _, _ in found], [seconds for _, seconds, _ in found], 1, w=weights)
+        return cls(max(0.0, float(at_zero)), max(0.0, float(slope)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Throughput:
     """One run. Times to the first token count from when all requests were handed in; ``page_waste`` is the share of empty places in the
-    pages that sequences held, on average over the steps."""
+    pages that sequences held, on average over the steps and at its most, and ``mean_tokens`` what a sequence held then. A step took
+    ``step_fixed_s`` and ``step_row_s`` for each of its tokens, None where steps were too much alike to tell."""
 
     model: str
     backend: str
@@ -99,8 +136,13 @@ class Throughput:
     hit_tokens: int
     preemptions: int
     page_waste: float
+    page_waste_most: float
+    mean_tokens: float
     bound_steps: float
     bound_rows: float
+    bound_measured: float | None
+    step_fixed_s: float | None
+    step_row_s: float | None
 
 
 def open_llm(
@@ -128,24 +170,32 @@ def run_workload(
         pass
     if isinstance(engine.session, CpuSession):
         engine.session.compiled.store.settle()  # else the first run would share the memory with what moves its weights
-    before, waste = dataclasses.asdict(engine.counters), list[float]()
+    before, waste, held = dataclasses.asdict(engine.counters), list[float](), list[float]()
+    steps, rows = list[tuple[int, float]](), 0
     first: dict[int, float] = {}
-    began = time.perf_counter()
+    began = last = time.perf_counter()
     for chunk in llm.stream(prompts, [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]):
         if chunk.error is not None:
             raise UserError(chunk.error)
         if chunk.index not in first:
             first[chunk.index] = time.perf_counter() - began
         if engine.counters.steps > before["steps"] + len(waste):
-            waste.append(engine.cache.empty_share(engine.scheduler.pages()))
+            now, counters, pages = time.perf_counter(), engine.counters, engine.scheduler.pages()
+            computed = counters.computed_tokens + counters.padding_tokens - before["computed_tokens"] - before["padding_tokens"]
+            steps.append((computed - rows, now - last))
+            rows, last = computed, now
+            waste.append(engine.cache.empty_share(pages))
+            held.append(statistics.fmean(each.length for each in pages) if pages else 0.0)
         told(len(chunk.token_ids))
     seconds = time.perf_counter() - began
     counted = {name: value - before[name] for name, value in dataclasses.asdict(engine.counters).items()}
     times, slots = sorted(first.values()), llm.scheduling.batching.slots
-    bound, last = Bound.of(lengths, slots), times[-(-99 * len(times) // 100) - 1]
+    cost = StepCost.through([(tokens, took) for tokens, took in steps if tokens <= slots])
+    bound, p99 = Bound.of(lengths, slots, workload.prompt, cost), times[-(-99 * len(times) // 100) - 1]
     return Throughput(
         llm.model.name, llm.backend, batching, prefix_cache, workload.requests, slots, workload.prompt, workload.shared_prefix,
-        sum(lengths), seconds, sum(lengths) / seconds, statistics.mean(times), statistics.median(times), last,
+        sum(lengths), seconds, sum(lengths) / seconds, statistics.mean(times), statistics.median(times), p99,
         counted["steps"], counted["computed_tokens"], counted["padding_tokens"], counted["hit_tokens"],
-        counted["recomputed"] + counted["swapped"], statistics.mean(waste), bound.steps, bound.rows,
+        counted["recomputed"] + counted["swapped"], statistics.mean(waste), max(waste), statistics.fmean(held),
+        bound.steps, bound.rows, bound.measured, None if cost is None else cost.fixed_s, None if cost is None else cost.row_s,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,14 +16,8 @@ from hasten.serve.log import Note
 DONE = b"data: [DONE]\n\n"
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-
-
 STALLED_S = 30.0
 """How long a client may leave a full line unread."""
-
-
-class StalledError(Exception):
-    """The client is there and does not read."""
 
 
 def encoded(value: Any) -> bytes:
@@ -35,6 +30,7 @@ class Sender:
 
     def __init__(self, send: Send) -> None:
         self._out = send
+        self._since: float | None = None  # when what is being sent began to be
         self.streaming = False
 
     async def body(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -57,12 +53,15 @@ class Sender:
         await self.events(frames)
         await self._send({"type": "http.response.body", "body": b""})
 
+    @property
+    def stalled(self) -> bool:
+        """Is the client there, and does not read?"""
+        return self._since is not None and time.monotonic() - self._since > STALLED_S
+
     async def _send(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(STALLED_S):
-                await self._out(message)
-        except TimeoutError:
-            raise StalledError from None
+        self._since = time.monotonic()  # whoever runs the answer looks at it now and then, which costs less than a timer a message
+        await self._out(message)
+        self._since = None
 
     async def error(self, error: ApiError) -> None:
         """An error as the answer, or as the last event of a stream that has begun."""
@@ -81,14 +80,16 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an ASGI application."""
-        working = asyncio.create_task(self._answer(Sender(send)))
+        sender = Sender(send)
+        working = asyncio.create_task(self._answer(sender))
         going = asyncio.create_task(_gone(receive))
         try:
-            await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
+            while not working.done() and not going.done() and not sender.stalled:
+                await asyncio.wait({working, going}, timeout=STALLED_S / 4, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 working.result()
             else:
-                self._note.said = "the client went away"
+                self._note.said = "the client went away" if going.done() else "the client does not read"
         finally:
             for task in (working, going):
                 task.cancel()
@@ -98,12 +99,9 @@ class Reply(Response):
     async def _answer(self, sender: Sender) -> None:
         try:
             await self._work(sender)
-        except StalledError:
-            self._note.said = "the client does not read"
         except ApiError as error:
             self._note.said = error.message
-            with contextlib.suppress(StalledError):
-                await sender.error(error)
+            await sender.error(error)
 
 
 async def _gone(receive: Receive) -> None:

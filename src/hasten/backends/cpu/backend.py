@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten import _native
-from hasten.backends.cpu.compile import IN_CHAINS, Compiled, compile_program, unsupported_ops
+from hasten.backends.cpu.compile import IN_CHAINS, Compiled, arena_bytes, compile_program, unsupported_ops
 from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
 from hasten.backends.cpu.rows import format_of
@@ -74,6 +74,10 @@ class CpuBackend:
                 case _:
                     found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params})
         return round(sum(found.values()))
+
+    def arena_bytes(self, program: Program, tokens: int) -> int:
+        """Bytes of the values of a step of ``tokens`` tokens, its logits left out."""
+        return arena_bytes(program, min(tokens, STEP_TOKENS, program.context))
 
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None

@@ -87,40 +87,33 @@ def compile_program(
     return _Compiler(program, weights, packed, pool, most_tokens).compile(isa, page, pages)
 
 
-class _Compiler:
+def arena_bytes(program: Program, most_tokens: int) -> int:
+    """Bytes that the tape of ``program`` takes for the values of a step, its logits left out."""
+    layout = _Layout(program, most_tokens)
+    layout.lay_out()
+    return layout.arena.size
+
+
+class _Layout:
     """One pass over the ops: places are taken when a value is made and given back after its last use."""
 
-    def __init__(self, program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, most_tokens: int) -> None:
-        self.program, self.weights, self.store, self.pool, self.most_tokens = program, weights, packed, pool, most_tokens
+    def __init__(self, program: Program, most_tokens: int) -> None:
+        self.program, self.most_tokens = program, most_tokens
         self.plain = unfuse(program)
         self.values = self.plain.values  # those inside chains too
         self.arena = Arena()
         self.tables: dict[tuple[tuple[float, ...], float], tuple[int, int]] = {}
         self.last_use = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
         self.places = dict.fromkeys(self._become_logits(), LOGITS)
-        self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
         self.experts = ExpertPlaces(program, self.arena, most_tokens)
-        self.weight_bytes = 0
 
-    def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
-        program = self.program
+    def lay_out(self) -> list[dict[str, int]]:
+        """Where each op finds what it reads and writes."""
         for op in self.plain.ops:  # tables are written before the first op, so nothing may have lain where they lie
             if isinstance(op, ops.Rotate) and (key := (op.frequencies, op.magnitude)) not in self.tables:
                 size = self.most_tokens * (op.dims // 2) * 4
                 self.tables[key] = self.arena.take(size), self.arena.take(size)
-        places = [self._plan(index, op) for index, op in enumerate(program.ops)]
-        vocab = program.values["logits"].features[-1]
-        tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
-        groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
-        pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
-        self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
-        for (frequencies, magnitude), (cos, sin) in self.tables.items():
-            tape.rotary_table(list(frequencies), magnitude, cos, sin)
-        for op, where in zip(program.ops, places, strict=True):
-            self._emit(tape, op, where)
-        return Compiled(tape, pools, self.weight_bytes, self.store.fill(), self.arena.size, self.store)
-
-    # --- first: where everything lies
+        return [self._plan(index, op) for index, op in enumerate(self.program.ops)]
 
     def _become_logits(self) -> list[str]:
         """The logits, and what they are made from in place: a row of them may be a megabyte."""
@@ -160,7 +153,28 @@ class _Compiler:
         """A tile reads 16 rows, whatever the batch."""
         return -(-self.most_tokens // 16) * 16
 
-    # --- then: the ops
+
+class _Compiler(_Layout):
+    """A layout, and the tape that is emitted for it."""
+
+    def __init__(self, program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, most_tokens: int) -> None:
+        super().__init__(program, most_tokens)
+        self.weights, self.store, self.pool = weights, packed, pool
+        self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
+        self.weight_bytes = 0
+
+    def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
+        program, places = self.program, self.lay_out()
+        vocab = program.values["logits"].features[-1]
+        tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
+        groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
+        pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
+        self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
+        for (frequencies, magnitude), (cos, sin) in self.tables.items():
+            tape.rotary_table(list(frequencies), magnitude, cos, sin)
+        for op, where in zip(program.ops, places, strict=True):
+            self._emit(tape, op, where)
+        return Compiled(tape, pools, self.weight_bytes, self.store.fill(), self.arena.size, self.store)
 
     def _emit(self, tape: _native.Tape, op: ops.Op, at: dict[str, int]) -> None:
         values, params = self.values, self.program.params

@@ -18,6 +18,8 @@ from hasten.model import Model
 from hasten.program import Batch, Formats, Move, PageLists, Precision, Program, linear_formats, lower, page_counts
 
 PAGE = 16  # tokens
+ELEMENT_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Of values; others have 4."""
 
 
 class ReferenceBackend:
@@ -40,6 +42,24 @@ class ReferenceBackend:
         """Bytes that the weights of ``program`` take here: all in the compute dtype, whatever the format says."""
         compute = TORCH_DTYPES[(self.precision or Precision()).compute]
         return sum(math.prod(shape) for shape in program.params.values()) * compute.itemsize
+
+    def arena_bytes(self, program: Program, tokens: int) -> int:
+        """Bytes of the values of a step of ``tokens`` tokens that live at the same time, at their most, its logits left out; what torch
+        takes within an op comes on top."""
+        logits = program.values["logits"].features
+        sizes = {
+            name: 0 if (value.rows, value.features) == ("R", logits) else tokens * ELEMENT_BYTES.get(value.dtype, 4) * math.prod(
+                program.context if size < 0 else size for size in value.features
+            )
+            for name, value in program.values.items()
+        }  # fmt: skip
+        last = {name: index for index, op in enumerate(program.ops) for name in (*op.inputs, *op.outputs)}
+        live, most = 0, 0
+        for index, op in enumerate(program.ops):
+            live += sum(sizes[name] for name in op.outputs)
+            most = max(most, live)
+            live -= sum(sizes[name] for name in {*op.inputs, *op.outputs} if last[name] == index)
+        return most
 
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
