@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from typing import Protocol
 
 from hasten.base.errors import UserError, one_line
@@ -122,40 +122,35 @@ class Service:
         self.check_open()
         if recall is None:
             self.check_engine()
+        async with self._placed(outputs, timeout_s) as leave:
+            prompts = await encode()
+            if recall is None:
+                with closing(Computed(self.supervisor, prompts, params, tenant, note, at_fault)) as computed:
+                    yield computed
+            elif (known := await recall.known(prompts, params, tenant, note)) is not None:
+                leave()
+                yield known
+            else:
+                self.check_engine()
+                with closing(Computed(self.supervisor, prompts, params, tenant, note, at_fault)) as computed:
+                    recorded = Recorded(prompts, params, computed.pieces())
+                    yield recorded
+                recall.keep(recorded, tenant)
+
+    @asynccontextmanager
+    async def _placed(self, outputs: int, timeout_s: float | None) -> AsyncIterator[Callable[[], None]]:
+        """A place in the queue for so many outputs, until this is left or what it gives is called, and in time."""
         limits = [seconds for seconds in (timeout_s, self._deadline_s) if seconds is not None]
         with self._admitted(outputs) as leave:
             try:
                 async with asyncio.timeout(min(limits) if limits else None):
                     with faults(self):
-                        prompts = await encode()
-                        if recall is None:
-                            with self._computed(prompts, params, tenant, note, at_fault) as computed:
-                                yield computed
-                        elif (known := await recall.known(prompts, params, tenant, note)) is not None:
-                            leave()
-                            yield known
-                        else:
-                            self.check_engine()
-                            with self._computed(prompts, params, tenant, note, at_fault) as computed:
-                                recorded = Recorded(prompts, params, computed.pieces())
-                                yield recorded
-                            recall.keep(recorded, tenant)
+                        yield leave
             except TimeoutError:
                 raise ApiError(504, f"not done within {min(limits):g} s; ask for less, or allow more time", code="timeout") from None
 
     @contextmanager
-    def _computed(
-        self, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note, at_fault: str | None
-    ) -> Iterator[Computed]:  # fmt: skip
-        computed = Computed(self.supervisor, prompts, params, tenant, note, at_fault)
-        try:
-            yield computed
-        finally:
-            computed.close()
-
-    @contextmanager
     def _admitted(self, outputs: int) -> Iterator[Callable[[], None]]:
-        """Room for so many outputs, until this is left or what it gives is called."""
         admission = self.admission
         if outputs > admission.most:
             raise ApiError(400, f"{outputs} outputs in one request; at most {admission.most} are taken; send several requests", param="n")
