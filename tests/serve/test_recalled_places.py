@@ -12,7 +12,7 @@ from hasten.serve.errors import ApiError
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
 from hasten.serve.recall import MOST_WRITES, Recall
-from hasten.serve.responses import Limits, MemoryStore, ResponseCache
+from hasten.serve.responses import Limits, MemoryStore, Output, ResponseCache
 from hasten.serve.service import Service
 
 GREEDY = SamplingParams(max_tokens=2, n=2)
@@ -194,3 +194,8 @@ def test_a_store_that_holds_up_or_breaks_costs_no_request():
         await asyncio.wait_for(closing, 1)
 
     asyncio.run(go())
+
+
+def test_all_that_a_piece_says_is_kept():
+    """A field that pieces gain must be kept, or a hit is less than what was computed."""
+    assert set(Piece.__struct_fields__) - {"id", "choice", "error", "fault"} == set(Output.__struct_fields__)
