@@ -126,6 +126,16 @@ LOSS += [
     )
     for cache in ("int8", "fp8")
 ]
+CACHED = [
+    Line("C", "int8 cache: bytes of a token in bf16 over those in int8",
+         tuple(f"hasten inspect {{model}} --cache {cache} --json" for cache in ("bf16", "int8")),
+         Ratio("cache_bytes_per_token"), least(1.9), unit="×"),
+    Line("C", "sequences that an int8 or fp8 cache holds where bf16 holds 32, heads of 64 and 128: 1.9 times as many",
+         ("pytest tests/engine/test_memory.py -k twice_as_many",), Passes(), PASSED),
+    Line("C", "held-out loss, code-8m: int8 cache over bf16",
+         tuple(f"hasten eval code-8m --cache {cache} --json" for cache in ("int8", "bf16")),
+         Ratio("loss"), most(1.002), unit="×"),
+]  # fmt: skip
 TESTED = [
     Line("B", check, (command,), Passes(), PASSED)
     for check, command in (
@@ -193,6 +203,6 @@ RECALLED = [
 ]  # fmt: skip
 
 LINES: list[Line] = [
-    *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING, *THROUGHPUT, *RESPONSES,
-    *RECALLED,
+    *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING,
+    *THROUGHPUT, *RESPONSES, *RECALLED,
 ]  # fmt: skip

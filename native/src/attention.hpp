@@ -48,7 +48,13 @@ struct BlockRows {
     const std::byte *keys[kKeyBlock], *values[kKeyBlock];
 };
 
-// Scales of a block's keys and values by place in the block; zero outside [low, high).
+// Scales of a block's keys and values by place in the block, as bits of float16; zero outside [low, high).
+struct HalfScales {
+    alignas(64) std::uint16_t keys[kKeyBlock];
+    alignas(64) std::uint16_t values[kKeyBlock];
+};
+
+// The same as float32.
 struct BlockScales {
     alignas(64) float keys[kKeyBlock];
     alignas(64) float values[kKeyBlock];
@@ -76,10 +82,10 @@ inline void find_rows(const PagedLayer& layer, const std::int32_t* table, int he
         const std::byte* key = run.head + run.offset * key_bytes;
         const std::byte* value = latent ? key : run.head + page_size * key_bytes + run.offset * value_bytes;
         if (layer.format != CacheFormat::bf16) {
-            const std::byte* scales = run.head + layer.scales_offset() + run.offset * sizeof(float);
-            for (int t = run.begin; t < run.end; t += 16, scales += 64) {
+            const std::byte* scales = run.head + layer.scales_offset() + run.offset * sizeof(std::uint16_t);
+            for (int t = run.begin; t < run.end; t += 32, scales += 64) {
                 __builtin_prefetch(scales);
-                __builtin_prefetch(scales + page_size * sizeof(float));
+                __builtin_prefetch(scales + page_size * sizeof(std::uint16_t));
             }
         }
         for (int t = run.begin; t < run.end; ++t, key += key_bytes, value += value_bytes) {
@@ -91,13 +97,13 @@ inline void find_rows(const PagedLayer& layer, const std::int32_t* table, int he
     for (int t = block.high; t < kKeyBlock; ++t) rows.keys[t] = rows.keys[block.high - 1], rows.values[t] = rows.values[block.high - 1];
 }
 
-inline void find_scales(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, BlockScales& scales) {
-    for (int t = 0; t < kKeyBlock; ++t) scales.keys[t] = scales.values[t] = 0.0f;
+inline void find_scales(const PagedLayer& layer, const std::int32_t* table, int head, const KeyBlock& block, HalfScales& scales) {
+    for (int t = 0; t < kKeyBlock; ++t) scales.keys[t] = scales.values[t] = 0;
     for (Run run = run_at(layer, table, head, block, block.low); run.head; run = run_at(layer, table, head, block, run.end)) {
-        const std::byte* from = run.head + layer.scales_offset() + run.offset * sizeof(float);
-        const std::size_t count = static_cast<std::size_t>(run.end - run.begin) * sizeof(float);
+        const std::byte* from = run.head + layer.scales_offset() + run.offset * sizeof(std::uint16_t);
+        const std::size_t count = static_cast<std::size_t>(run.end - run.begin) * sizeof(std::uint16_t);
         __builtin_memcpy(scales.keys + run.begin, from, count);
-        __builtin_memcpy(scales.values + run.begin, from + static_cast<std::size_t>(layer.page) * sizeof(float), count);
+        __builtin_memcpy(scales.values + run.begin, from + static_cast<std::size_t>(layer.page) * sizeof(std::uint16_t), count);
     }
 }
 
@@ -140,11 +146,14 @@ class Blocks {
     const BlockRows& rows() const { return rows_[index_ % 2]; }
 
     // Null where the format has none. Called once a block.
-    const BlockScales* scales() {
+    const HalfScales* scales() {
         if (layer_.format == CacheFormat::bf16) return nullptr;
         find_scales(layer_, table_, head_, block(), scales_);
         return &scales_;
     }
+
+    // What asks for this block itself, as nobody has for the first.
+    Ahead here() const { return {&rows(), layer_.key_bytes(), layer_.value_bytes()}; }
 
     // Called once a block.
     Ahead ahead() {
@@ -168,7 +177,7 @@ class Blocks {
     int head_, first_, count_, index_;
     KeyBlock blocks_[2];
     BlockRows rows_[2];
-    BlockScales scales_;
+    HalfScales scales_;
 };
 
 // Hands out 64-byte aligned pieces of scratch memory.

@@ -292,6 +292,7 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
     float* maxima = pieces.take(size(tiles, kPairs));
     float* sums = pieces.take(size(tiles, kPairs));
     float* fades = pieces.take(kPairs);
+    BlockScales wide;
     const TileConfig config;
     _tile_loadconfig(&config);
 
@@ -316,7 +317,7 @@ void attend(const AttendShape& shape, const PagedLayer& layer, const std::int32_
             const KeyBlock& block = blocks.block();
             const BlockRows& found = blocks.rows();
             Ahead ahead = blocks.ahead();
-            const BlockScales* scales = blocks.scales();
+            const BlockScales* scales = widened(blocks.scales(), wide);
             const KeyTiles keys = prepare(layer, found, block, shape, ahead, copy, values);
             const int begin = block.begin * group, end = block.end * group;
             for (int pair = begin / kPairs * kPairs; pair < end; pair += kPairs) {

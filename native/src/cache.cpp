@@ -38,23 +38,43 @@ std::byte fp8_of(float x) {
     return static_cast<std::byte>((magnitude < bits_of(0x1p-6f) ? small : large) | (bits >> 24 & 0x80));
 }
 
-// The scale of a row whose largest element becomes `largest`: 1 where all are below 2⁻¹¹⁰, NaN where one is not finite.
-float scale_of(const float* x, int n, float largest) {
+// The bits of the least float16 that is no less than x ≥ 0, from 2⁻²⁴ to 65504.
+std::uint16_t half_above(float x) {
+    if (x <= 0x1p-24f) return 0x0001;
+    if (x >= 65504.0f) return 0x7bff;
+    if (x >= 0x1p-14f) return static_cast<std::uint16_t>(((bits_of(x) + 0x1fff) >> 13) - (112u << 10));
+    const float units = x * 0x1p24f;  // subnormal: whole numbers of 2⁻²⁴
+    const auto whole = static_cast<std::uint16_t>(units);
+    return static_cast<std::uint16_t>(whole + (static_cast<float>(whole) < units));
+}
+
+// Of a positive finite one.
+float float_of_half(std::uint16_t half) {
+    return half < 0x0400 ? static_cast<float>(half) * 0x1p-24f : float_of((std::uint32_t{half} << 13) + (112u << 23));
+}
+
+constexpr std::uint16_t kHalfNan = 0x7e00;
+
+// The bits of the scale of a row whose largest element becomes `largest`; NaN where one is not finite.
+std::uint16_t scale_of(const float* x, int n, float largest) {
     std::uint32_t most = 0;
     for (int i = 0; i < n; ++i) {
         const std::uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
         most = magnitude > most ? magnitude : most;
     }
-    if (most >= 0x7f800000) return float_of(0x7fc00000);
-    return most < bits_of(0x1p-110f) ? 1.0f : float_of(most) / largest;
+    return most >= 0x7f800000 ? kHalfNan : half_above(float_of(most) / largest);
 }
 
 template <class Round>
 void put_scaled(const float* x, int n, float largest, std::byte* row, std::byte* scale, Round round) {
-    const float unit = scale_of(x, n, largest);
-    std::memcpy(scale, &unit, sizeof unit);
-    const bool finite = unit == unit;  // else its scale makes NaN of every element
-    for (int i = 0; i < n; ++i) row[i] = finite ? round(x[i] / unit) : std::byte{0};
+    const std::uint16_t half = scale_of(x, n, largest);
+    std::memcpy(scale, &half, sizeof half);
+    const bool finite = half != kHalfNan;  // else its scale makes NaN of every element
+    const float unit = float_of_half(half);
+    for (int i = 0; i < n; ++i) {
+        const float ratio = x[i] / unit;  // beyond `largest` where the scale would have to be more than a float16 can be
+        row[i] = finite ? round(ratio > largest ? largest : ratio < -largest ? -largest : ratio) : std::byte{0};
+    }
 }
 
 void put_row(CacheFormat format, const float* x, int n, std::byte* row, std::byte* scale) {

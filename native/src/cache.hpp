@@ -7,12 +7,12 @@
 
 namespace hasten {
 
-// int8 and fp8 (e4m3: no infinities, 448 at most) stand for multiples of their row's float32 scale. A row is what one token has of one
+// int8 and fp8 (e4m3: no infinities, 448 at most) stand for multiples of their row's float16 scale. A row is what one token has of one
 // key/value head: its key, or its value. The meaning of each, and how it is rounded, is written in hasten/formats/cache.py.
 enum class CacheFormat { bf16, int8, fp8 };
 
 constexpr std::size_t element_bytes(CacheFormat format) { return format == CacheFormat::bf16 ? 2 : 1; }
-constexpr std::size_t scale_bytes(CacheFormat format) { return format == CacheFormat::bf16 ? 0 : sizeof(float); }
+constexpr std::size_t scale_bytes(CacheFormat format) { return format == CacheFormat::bf16 ? 0 : sizeof(std::uint16_t); }
 
 // bf16, int8 or fp8. Throws std::invalid_argument for any other name.
 CacheFormat cache_format_named(const std::string& name);

@@ -1,7 +1,8 @@
 // How a level reads a cache: elements as float32, without their row's scale. Behind decoder_vector.hpp, at the level of the includer.
 //
 // Elements<format>: load and load_some give V::width elements of a row from `at`; part<j> gives element j of each word, where a word
-// is 32 bits of a row, and a lane a row. fp8 moved to float32's fields counts 2⁻¹²⁰, its subnormal numbers too.
+// is 32 bits of a row, and a lane a row. fp8 moved to float32's fields counts 2⁻¹²⁰, its subnormal numbers too. load_halves gives
+// V::width scales.
 
 namespace hasten::HASTEN_LEVEL {
 namespace {
@@ -30,6 +31,7 @@ INLINE __m512i down(__m512i x) {
 }
 INLINE F fields(__m512i x, std::uint32_t bits) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(bits)))); }
 INLINE F converted(__m512i x) { return _mm512_cvtepi32_ps(x); }
+INLINE F load_halves(const std::uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
 #elif defined(HASTEN_AVX2)
 
@@ -58,30 +60,7 @@ INLINE __m256i down(__m256i x) {
 }
 INLINE F fields(__m256i x, std::uint32_t bits) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(bits)))); }
 INLINE F converted(__m256i x) { return _mm256_cvtepi32_ps(x); }
-
-// 8 rows of 8 words each, turned.
-INLINE void transpose(__m256i (&r)[8]) {
-    __m256i a[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-        r[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-        r[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-        r[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
-        a[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) r[i] = a[i];
-}
+INLINE F load_halves(const std::uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 #else
 
@@ -102,6 +81,13 @@ INLINE V::I down(V::I x) {
 }
 INLINE F fields(V::I x, std::uint32_t bits) { return reinterpret_cast<F>(x & static_cast<std::int32_t>(bits)); }
 INLINE F converted(V::I x) { return __builtin_convertvector(x, F); }
+// Scales have no sign and are no infinities: float32's fields count 2⁻¹¹², and what comes out too large is NaN.
+INLINE F load_halves(const std::uint16_t* p) {
+    V::I x = {};
+    for (int i = 0; i < V::width; ++i) x[i] = (p[i] & 0x7fff) << 13;
+    const F y = V::mul(reinterpret_cast<F>(x), V::set(0x1p112f));
+    return V::if_less(V::set(65504.0f), y, V::set(__builtin_nanf("")), y);
+}
 
 #endif
 
@@ -140,6 +126,16 @@ struct Elements<CacheFormat::fp8> {
         return V::mul(fields(down<4>(up<24 - 8 * j>(x)), kFields), V::set(0x1p120f));
     }
 };
+
+// A block's scales as float32, in `wide`; null where there are none.
+INLINE const BlockScales* widened(const HalfScales* halves, BlockScales& wide) {
+    if (!halves) return nullptr;
+    for (int t = 0; t < kKeyBlock; t += V::width) {
+        V::store(wide.keys + t, load_halves(halves->keys + t));
+        V::store(wide.values + t, load_halves(halves->values + t));
+    }
+    return &wide;
+}
 
 }  // namespace
 }  // namespace hasten::HASTEN_LEVEL

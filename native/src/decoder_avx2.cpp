@@ -1,4 +1,4 @@
-// The decoder's kernels with AVX2 and fused multiply-add.
+// The decoder's kernels with AVX2, fused multiply-add and float16 conversion.
 #include <cstddef>
 #include <cstdint>
 
@@ -11,11 +11,12 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wpsabi"
 #include <immintrin.h>
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define HASTEN_LEVEL level_avx2
 #define HASTEN_AVX2
 #include "decoder_vector.hpp"
 #include "cache_vector.hpp"
 #include "decoder_body.hpp"
+#include "attention_straight.hpp"
 #include "attention_body.hpp"
 #endif

@@ -17,5 +17,6 @@
 #include "decoder_vector.hpp"
 #include "cache_vector.hpp"
 #include "decoder_body.hpp"
+#include "attention_turned.hpp"
 #include "attention_body.hpp"
 #endif

@@ -78,7 +78,6 @@ INLINE void transpose(__m512i (&r)[16]) {
 struct V {
     using F = __m256;
     static constexpr int width = 8;
-    static constexpr int score_rows = 2, mix_rows = 2;
     INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
     INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     INLINE __m256i lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }

@@ -41,10 +41,11 @@ struct SparsePanel {
 //         first and second half of tile j.                                                                             Scales.
 // Scales [panels][groups][16] are one per channel and group of `group` k: 0 (one group), 32, 64 or a multiple of 128 up to 1024.
 // Zero points, where there are any (int4, int3, int2), have the same shape; an element stands for (q − zero) · scale.
-// A sparse weight (bf16, int8, int4) has masks and its nonzero elements. Masks are 64 bits for 4 k of 16 channels, bit 4 c + j for k number
-// j of channel c; elements follow one another in the order of the bits, panel by panel. Of int4 a tile's two halves lie beside each other in
-// the nibbles of as many bytes as the fuller half has nonzero elements. Where a panel of bf16 or int8 is 2:4, zeros are added so that every
-// four k have two elements exactly, which a product may then find without counting. Up to 64 bytes beyond the last are read.
+// A sparse weight (bf16, int8, int4) has masks and its nonzero elements. Masks are 64 bits for 4 k of 16 channels: bit 4 c + j for k number
+// j of channel c, but bit 16 j + c in panels of bf16 that are not 2:4. Elements follow one another in the order of the bits, panel by panel.
+// Of int4 a tile's two halves lie beside each other in the nibbles of as many bytes as the fuller half has nonzero elements. Where a panel of
+// bf16 or int8 is 2:4, zeros are added so that every four k have two elements exactly, which a product may then find without counting. Up to
+// 64 bytes beyond the last are read.
 // `in` is at most 131072, up to which no int32 sum overflows, activations of -128 included.
 struct PackedLinear {
   WeightFormat format;

@@ -14,7 +14,7 @@ constexpr std::array<Level, 4> kLevels = {{{"generic", Isa::generic}, {"avx2", I
 std::vector<bool Features::*> needed(Isa isa) {
     switch (isa) {
         case Isa::generic: return {};
-        case Isa::avx2: return {&Features::avx2, &Features::fma};
+        case Isa::avx2: return {&Features::avx2, &Features::fma, &Features::f16c};
         case Isa::avx512:
             return {&Features::avx512f, &Features::avx512bw, &Features::avx512vl, &Features::avx512dq, &Features::avx512_vnni};
         case Isa::amx: return {&Features::amx_tile, &Features::amx_bf16, &Features::amx_int8, &Features::avx512_bf16};

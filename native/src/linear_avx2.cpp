@@ -17,6 +17,7 @@
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define UNROLLED _Pragma("GCC unroll 8")  // early, or sums in arrays would go through memory
+#define FOUR_TIMES _Pragma("GCC unroll 4")  // a processor that another hardware thread shares has few instructions to spare
 
 namespace hasten {
 namespace {
@@ -101,7 +102,7 @@ struct Bf16 {
         const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
         __m256 total[rows][2];
         load_sums<rows, Sum>(total, sums);
-        for (int i = 0; i < k; i += 2, w += 64) {
+        FOUR_TIMES for (int i = 0; i < k; i += 2, w += 64) {
             ahead(w);
             const __m256 even[2] = {_mm256_castsi256_ps(_mm256_slli_epi32(words(w), 16)), _mm256_castsi256_ps(_mm256_slli_epi32(words(w + 32), 16))};
             UNROLLED for (int r = 0; r < rows; ++r)
@@ -116,37 +117,28 @@ struct Bf16 {
     }
 };
 
-// Bytes are widened to 16 bits, whose products' pairs add up in 32: the first and third of four, then the second and fourth.
+// |x| · (w with the sign of x): one side of the product of bytes has no sign, and two products, 2 · 128 · 127 as no weight is -128, hold in
+// the 16 bits that they are added in.
 struct Int8 {
-    using X = std::int16_t;
+    using X = std::int8_t;
     using Sum = std::int32_t;
     static constexpr Feed kFeed = Feed::int8;
     static constexpr int kStretch = 256;
 
-    AVX2 static void widen(const void* row, int at, int k, X* to) {
-        const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-        const std::int8_t* const from = static_cast<const std::int8_t*>(row) + at;
-        for (int i = 0; i < k; i += 16) {
-            const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)), order);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtepi8_epi16(bytes));
-        }
-    }
+    AVX2 static void widen(const void* row, int at, int k, X* to) { std::memcpy(to, static_cast<const std::int8_t*>(row) + at, static_cast<std::size_t>(k)); }
 
     template <int rows>
     AVX2 static void add(const std::byte* w, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i one = _mm256_set1_epi16(1);
         __m256i total[rows][2];
         load_sums<rows, Sum>(total, sums);
-        for (int i = 0; i < k; i += 4, w += 64) {
+        FOUR_TIMES for (int i = 0; i < k; i += 4, w += 64) {
             ahead(w);
-            const __m256i even[2] = {_mm256_srai_epi16(_mm256_slli_epi16(words(w), 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(words(w + 32), 8), 8)};
+            const __m256i q[2] = {words(w), words(w + 32)};
             UNROLLED for (int r = 0; r < rows; ++r) {
-                const __m256i two = broadcast(x + r * stride + i);
-                UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(even[half], two));
-            }
-            const __m256i odd[2] = {_mm256_srai_epi16(words(w), 8), _mm256_srai_epi16(words(w + 32), 8)};
-            UNROLLED for (int r = 0; r < rows; ++r) {
-                const __m256i two = broadcast(x + r * stride + i + 2);
-                UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(odd[half], two));
+                const __m256i four = broadcast(x + r * stride + i), size = _mm256_abs_epi8(four);
+                UNROLLED for (int half = 0; half < 2; ++half)
+                    total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(q[half], four)), one));
             }
         }
         store_sums<rows, Sum>(total, sums);
@@ -206,7 +198,7 @@ struct Int4 {
             __m256i pairs[rows][2][2];  // by half of the channels and nibble
             UNROLLED for (int r = 0; r < rows; ++r)
                 UNROLLED for (int i = 0; i < 4; ++i) pairs[r][i / 2][i % 2] = _mm256_setzero_si256();
-            for (int i = 0; i < kUnit; i += 4, w += 64) {
+            FOUR_TIMES for (int i = 0; i < kUnit; i += 4, w += 64) {
                 ahead(w);
                 UNROLLED for (int half = 0; half < 2; ++half) {
                     const __m256i both = _mm256_xor_si256(words(w + 32 * half), eights);
@@ -230,7 +222,7 @@ struct Int4 {
         const __m256i low = _mm256_set1_epi8(0x0f), eight = _mm256_set1_epi8(0x08), one = _mm256_set1_epi16(1);
         __m256i total[rows][2];
         for (auto& row : total) row[0] = row[1] = _mm256_setzero_si256();
-        for (int i = 0; i < kUnit; i += 4, w += 64) {
+        FOUR_TIMES for (int i = 0; i < kUnit; i += 4, w += 64) {
             if (shift == 0) ahead(w);
             __m256i q[2];
             UNROLLED for (int half = 0; half < 2; ++half) q[half] = _mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(words(w + 32 * half), shift), low), eight);
@@ -275,13 +267,20 @@ struct Widened {
     const std::int32_t* sum(int k) const { return sums + (k - begin) / Int4::kUnit * rows; }
 };
 
-// The sums of one panel with a block of rows.
+// What decodes a panel's tiles, where they are not multiplied as they lie.
 template <class Product>
-struct PanelSums {
-    alignas(64) typename Product::Sum group[kBlock][kChannels];  // of the group so far
-    alignas(64) float total[kBlock][kChannels];                  // of the groups before, scaled
+struct PanelTiles {
     std::optional<PanelReader> reader;
     alignas(64) std::byte scratch[PanelReader::kScratch];
+};
+template <>
+struct PanelTiles<Int4> {};
+
+// The sums of one panel with a block of rows.
+template <class Product>
+struct PanelSums : PanelTiles<Product> {
+    alignas(64) typename Product::Sum group[kBlock][kChannels];  // of the group so far
+    alignas(64) float total[kBlock][kChannels];                  // of the groups before, scaled
 };
 
 // total = fma(group sum, scale, total); the group begins anew.
@@ -332,7 +331,7 @@ struct Body {
         for (int p = 0; p < count; ++p) {
             std::memset(panels[p].group, 0, static_cast<std::size_t>(rows) * sizeof panels[p].group[0]);
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
-            if (!kNibbles) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
+            if constexpr (!kNibbles) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
         }
         for (int at = 0; at < depth; at += kStretch) {
             const int end = std::min(at + kStretch, depth);
@@ -363,7 +362,11 @@ struct Body {
     int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / kStretch + 1) * kStretch}); }
 
     AVX2 void add_stretch(int panel, int rows, int at, int end, const Widened<Product>& widened, PanelSums<Product>& sums) const {
-        const std::byte* tiles = kNibbles ? panel_tiles(weight, panel) : sums.reader->next(kStretch);
+        const std::byte* tiles;
+        if constexpr (kNibbles)
+            tiles = panel_tiles(weight, panel);
+        else
+            tiles = sums.reader->next(kStretch);
         const int stride = widened.end - widened.begin;
         for (int from = at, until; from < end; from = until) {
             until = part_end(from);

@@ -19,6 +19,7 @@ namespace {
 #define AVX2 HASTEN_EXPAND_AVX2
 #define VBMI2 HASTEN_EXPAND_VBMI2
 #define FLATTEN __attribute__((flatten))
+#define UNROLLED HASTEN_UNROLLED
 
 constexpr int kAheadBytes = 4096;  // of elements, prefetched
 
@@ -44,20 +45,22 @@ struct Avx2 {
         __m256 total[rows][2];
         for (int r = 0; r < rows; ++r)
             for (int half = 0; half < 2; ++half) total[r][half] = _mm256_loadu_ps(sums[r] + 8 * half);
-        const auto* bits = reinterpret_cast<const std::byte*>(mask);
-        for (int line = 0; line < lines; ++line, bits += 8, x += 4) {
-            prefetch(from), prefetch(from + 64);
-            __m256i w[2][2];  // k 0 and 1, and k 2 and 3, of either half of the channels
-            for (int half = 0; half < 2; ++half) ExpandAvx2::halves(bits + 4 * half, from, w[0][half], w[1][half]);
-            for (int pair = 0; pair < 2; ++pair)
-                for (int r = 0; r < rows; ++r) {
+        for (int line = 0; line < lines; ++line, x += 4) {
+            prefetch(from);
+            std::size_t taken = 0;
+            UNROLLED for (int pair = 0; pair < 2; ++pair) {
+                __m256 each[2][rows];
+                UNROLLED for (int r = 0; r < rows; ++r) {
                     const __m256i two = _mm256_set1_epi32(load<std::int32_t>(x + r * stride + 2 * pair));
-                    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), odd = _mm256_castsi256_ps(_mm256_and_si256(two, upper));
-                    for (int half = 0; half < 2; ++half) {
-                        total[r][half] = _mm256_fmadd_ps(even, _mm256_castsi256_ps(_mm256_slli_epi32(w[pair][half], 16)), total[r][half]);
-                        total[r][half] = _mm256_fmadd_ps(odd, _mm256_castsi256_ps(_mm256_and_si256(w[pair][half], upper)), total[r][half]);
-                    }
+                    each[0][r] = _mm256_castsi256_ps(_mm256_slli_epi32(two, 16)), each[1][r] = _mm256_castsi256_ps(_mm256_and_si256(two, upper));
                 }
+                UNROLLED for (int odd = 0; odd < 2; ++odd)
+                    UNROLLED for (int half = 0; half < 2; ++half) {
+                        const __m256 w = _mm256_castsi256_ps(ExpandAvx2::floats(mask[line], 4 * pair + 2 * odd + half, from, taken));
+                        UNROLLED for (int r = 0; r < rows; ++r) total[r][half] = _mm256_fmadd_ps(each[odd][r], w, total[r][half]);
+                    }
+            }
+            from += 2 * taken;
         }
         for (int r = 0; r < rows; ++r)
             for (int half = 0; half < 2; ++half) _mm256_storeu_ps(sums[r] + 8 * half, total[r][half]);
@@ -172,7 +175,7 @@ struct Avx2 {
 struct Vbmi2 {
     static constexpr int kRows = 4, kExactRows = 4;
 
-    template <int rows>
+    template <int rows, bool by_k = true>
     VBMI2 static const std::byte* add_bf16(const std::uint64_t* mask, int lines, const std::byte* from, const bf16* x, std::ptrdiff_t stride, Floats sums) {
         const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
         __m512 total[rows];
@@ -180,7 +183,10 @@ struct Vbmi2 {
         for (int line = 0; line < lines; ++line, x += 4) {
             prefetch(from), prefetch(from + 64);
             __m512i w[2];
-            ExpandVbmi2::halves(mask[line], from, w[0], w[1]);
+            if constexpr (by_k)
+                ExpandVbmi2::halves_by_k(mask[line], from, w[0], w[1]);
+            else
+                ExpandVbmi2::halves(mask[line], from, w[0], w[1]);
             for (int pair = 0; pair < 2; ++pair) {
                 const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w[pair], 16)), odd = _mm512_castsi512_ps(_mm512_and_si512(w[pair], upper));
                 for (int r = 0; r < rows; ++r) {
@@ -215,7 +221,7 @@ struct Vbmi2 {
     template <int rows>
     VBMI2 static const std::byte* add_bf16_pairs(const std::uint64_t* mask, int lines, const std::byte* from, const bf16* x, std::ptrdiff_t stride,
                                                  Floats sums) {
-        return add_bf16<rows>(mask, lines, from, x, stride, sums);
+        return add_bf16<rows, false>(mask, lines, from, x, stride, sums);
     }
     template <int rows>
     VBMI2 static const std::byte* add_int8_pairs(const std::uint64_t* mask, int lines, const std::byte* from, const std::int8_t* x, std::ptrdiff_t stride,

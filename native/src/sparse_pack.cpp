@@ -9,11 +9,10 @@ namespace {
 
 int mask_words(const PackedLinear& weight) { return tile_depth(weight.format) * kChannels / 64; }
 
-// Where the 64 elements of a line begin, and in bf16 where element i of them lies.
+// Where the 64 elements of a line begin.
 const std::byte* line_of(WeightFormat format, const std::byte* tile, int line) {
     return format == WeightFormat::bf16 ? tile + line * 128 : tile + line % 16 * 64;
 }
-int half_place(int i) { return i % 4 / 2 * 64 + i / 4 * 4 + i % 2 * 2; }
 
 // Where, for every byte of a mask, the elements that are taken lie among the eight; the rest does not matter.
 struct Taken {
@@ -42,7 +41,7 @@ struct Generic {
     static std::uint64_t halves_mask(const std::byte* line) {
         std::uint64_t mask = 0;
         for (int i = 0; i < 64; ++i) {
-            const std::byte* const two = line + half_place(i);
+            const std::byte* const two = line + half_place<false>(i);
             mask |= std::uint64_t{(two[0] | (two[1] & std::byte{0x7f})) != std::byte{0}} << i;  // -0 adds nothing
         }
         return mask;
@@ -51,8 +50,9 @@ struct Generic {
         for (; mask; mask &= mask - 1) *to++ = line[std::countr_zero(mask)];
         return to;
     }
+    template <bool by_k>
     static std::byte* take_halves(std::uint64_t mask, const std::byte* line, std::byte* to) {
-        for (; mask; mask &= mask - 1, to += 2) std::memcpy(to, line + half_place(std::countr_zero(mask)), 2);
+        for (; mask; mask &= mask - 1, to += 2) std::memcpy(to, line + half_place<by_k>(std::countr_zero(mask)), 2);
         return to;
     }
 };
@@ -97,17 +97,28 @@ struct Avx2 {
         }
         return to;
     }
+    template <bool by_k>
     AVX2 static std::byte* take_halves(std::uint64_t mask, const std::byte* line, std::byte* to) {
-        for (int four = 0; four < 4; ++four, mask >>= 16, line += 16) {  // channels
-            const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line)), second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(line + 64));
-            const __m128i eights[2] = {_mm_unpacklo_epi32(first, second), _mm_unpackhi_epi32(first, second)};
+        for (int sixteen = 0; sixteen < 4; ++sixteen, mask >>= 16) {  // elements: one k, or four channels
+            const std::byte* const at = line + (by_k ? sixteen / 2 * 64 : sixteen * 16);
             for (int i = 0; i < 2; ++i) {
                 const auto bits = static_cast<std::size_t>(mask >> (8 * i) & 0xff);
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(eights[i], _mm_load_si128(reinterpret_cast<const __m128i*>(kTaken.halves[bits]))));
+                const __m128i first = four(at + (by_k ? 32 * i : 0)), second = four(at + (by_k ? 32 * i + 16 : 64));
+                const __m128i eight = by_k ? one_k(first, second, sixteen % 2) : i ? _mm_unpackhi_epi32(first, second) : _mm_unpacklo_epi32(first, second);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(eight, _mm_load_si128(reinterpret_cast<const __m128i*>(kTaken.halves[bits]))));
                 to += 2 * bits_set(bits);
             }
         }
         return to;
+    }
+
+   private:
+    AVX2 static __m128i four(const std::byte* pairs) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(pairs)); }
+    // The even or the odd k of two fours of pairs.
+    AVX2 static __m128i one_k(__m128i first, __m128i second, bool odd) {
+        const __m128i lower = _mm_set1_epi32(0xffff);
+        return odd ? _mm_packus_epi32(_mm_srli_epi32(first, 16), _mm_srli_epi32(second, 16))
+                   : _mm_packus_epi32(_mm_and_si128(first, lower), _mm_and_si128(second, lower));
     }
 };
 
@@ -128,6 +139,19 @@ std::uint64_t filled_to_two(std::uint64_t mask) {
         mask |= lacking << bit;
     }
     return mask;
+}
+
+// The bits of 4 k of 16 channels by k.
+std::uint64_t by_k(std::uint64_t mask) {
+    std::uint64_t turned = 0;
+    for (int k = 0; k < 4; ++k) {
+        std::uint64_t bits = mask >> k & kFirstOfFour;  // brought together, twice as many at a time
+        bits = (bits | bits >> 3) & 0x0303030303030303u;
+        bits = (bits | bits >> 6) & 0x000f000f000f000fu;
+        bits = (bits | bits >> 12) & 0x000000ff000000ffu;
+        turned |= ((bits | bits >> 24) & 0xffff) << (16 * k);
+    }
+    return turned;
 }
 
 // Bytes that the elements of a tile take.
@@ -159,8 +183,8 @@ void masks_body(const PackedLinear& dense, int first, int last, std::uint64_t* m
         panels[panel] = {0, regular};
         for (int t = 0; t < tiles; ++t) {
             std::uint64_t* const its = mask + static_cast<std::ptrdiff_t>(t) * words;
-            if (regular)
-                for (int word = 0; word < words; ++word) its[word] = filled_to_two(its[word]);
+            for (int word = 0; word < words; ++word)
+                its[word] = regular ? filled_to_two(its[word]) : dense.format == WeightFormat::bf16 ? by_k(its[word]) : its[word];
             panels[panel].start += static_cast<std::uint64_t>(element_count_bytes(dense.format, its, words));
         }
     }
@@ -195,8 +219,10 @@ void elements_body(const PackedLinear& dense, const std::uint64_t* masks, const 
             }
             const std::byte* const from = line_of(dense.format, tile, word % words);
             const bool room = end - to >= 128 + 16;
-            if (dense.format == WeightFormat::bf16)
-                to = room ? Level::take_halves(*mask, from, to) : Generic::take_halves(*mask, from, to);
+            if (dense.format == WeightFormat::bf16 && panels[panel].two_of_four)
+                to = room ? Level::template take_halves<false>(*mask, from, to) : Generic::take_halves<false>(*mask, from, to);
+            else if (dense.format == WeightFormat::bf16)
+                to = room ? Level::template take_halves<true>(*mask, from, to) : Generic::take_halves<true>(*mask, from, to);
             else
                 to = room ? Level::take_bytes(*mask, from, to) : Generic::take_bytes(*mask, from, to);
         }

@@ -24,13 +24,14 @@ HASTEN_INLINE std::ptrdiff_t sparse_bytes_body(const std::uint64_t* mask, int li
     return taken;
 }
 
+template <bool by_k>
 HASTEN_INLINE std::ptrdiff_t sparse_halves_body(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
     std::ptrdiff_t taken = 0;
     for (int line = 0; line < lines; ++line, to += 128)
         for (int i = 0; i < 64; ++i) {
             std::uint16_t value = 0;
             if (mask[line] >> i & 1) std::memcpy(&value, from + 2 * taken++, sizeof value);
-            std::memcpy(to + i % 4 / 2 * 64 + i / 4 * 4 + i % 2 * 2, &value, sizeof value);
+            std::memcpy(to + half_place<by_k>(i), &value, sizeof value);
         }
     return 2 * taken;
 }
@@ -39,8 +40,9 @@ struct Generic {
     static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
         return sparse_bytes_body(mask, lines, from, to);
     }
+    template <bool by_k>
     static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
-        return sparse_halves_body(mask, lines, from, to);
+        return sparse_halves_body<by_k>(mask, lines, from, to);
     }
 };
 
@@ -52,15 +54,20 @@ struct Avx2 {
         for (int i = 0; i < 2 * lines; ++i, bits += 4, to += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ExpandAvx2::bytes(bits, from));
         return from - begin;
     }
+    template <bool by_k>
     AVX2 static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
         const std::byte *const begin = from, *bits = reinterpret_cast<const std::byte*>(mask);
-        for (int line = 0; line < lines; ++line, to += 128)
-            for (int half = 0; half < 2; ++half, bits += 4) {
-                __m256i first, second;
-                ExpandAvx2::halves(bits, from, first, second);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * half), first);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 + 32 * half), second);
+        for (int line = 0; line < lines; ++line, to += 128, bits += 8) {
+            __m256i first[2], second[2];
+            if constexpr (by_k)
+                ExpandAvx2::halves_by_k(mask[line], from, first, second);
+            else
+                for (int half = 0; half < 2; ++half) ExpandAvx2::halves(bits + 4 * half, from, first[half], second[half]);
+            for (int half = 0; half < 2; ++half) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32 * half), first[half]);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 + 32 * half), second[half]);
             }
+        }
         return from - begin;
     }
 };
@@ -71,11 +78,15 @@ struct Vbmi2 {
         for (int line = 0; line < lines; ++line, to += 64) _mm512_storeu_si512(to, ExpandVbmi2::bytes(mask[line], from));
         return from - begin;
     }
+    template <bool by_k>
     VBMI2 static std::ptrdiff_t sparse_halves(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
         const std::byte* const begin = from;
         for (int line = 0; line < lines; ++line, to += 128) {
             __m512i first, second;
-            ExpandVbmi2::halves(mask[line], from, first, second);
+            if constexpr (by_k)
+                ExpandVbmi2::halves_by_k(mask[line], from, first, second);
+            else
+                ExpandVbmi2::halves(mask[line], from, first, second);
             _mm512_storeu_si512(to, first);
             _mm512_storeu_si512(to + 64, second);
         }
@@ -243,7 +254,8 @@ const std::byte* PanelReader::decode(int k) {
             elements_ += static_cast<std::ptrdiff_t>(k) * kChannels;
             break;
         case WeightFormat::bf16:
-            elements_ += Level::sparse_halves(mask_, k / 4, elements_, scratch_);
+            elements_ += weight_.sparse_panels[panel_].two_of_four ? Level::template sparse_halves<false>(mask_, k / 4, elements_, scratch_)
+                                                                   : Level::template sparse_halves<true>(mask_, k / 4, elements_, scratch_);
             mask_ += k / 4;
             break;
         default:

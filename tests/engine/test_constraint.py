@@ -184,7 +184,8 @@ def of_forks(taster):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_compile_fails_its_request_and_never_runs_free(engine, name):
-    began, taster = time.monotonic(), engine.engine()._constraints._taster
+    engine.engine()
+    began, taster = time.monotonic(), engine._constraints._taster
     engine.generate([[1]], drawing(0, max_tokens=1, grammar=Grammar.regex("[a-z]+")))  # its process is there
     process, before = taster._process, of_forks(taster)
     (bad, good) = engine.generate([[1], [1]], [drawing(0, max_tokens=5, grammar=REFUSED[name]), drawing(0, max_tokens=5)])

@@ -75,6 +75,23 @@ def test_the_cache_fits_into_what_was_planned(backend):
     assert f"together {plan.total:,} bytes" in str(plan)
 
 
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_cache_of_bytes_holds_nearly_twice_as_many_sequences(head_dim, cache, tmp_path):
+    make_checkpoint(EXPERTS | {"hidden_size": 4 * head_dim}, tmp_path)
+    model, context = load(tmp_path), 256
+    bare = LLM(model, backend="cpu", context=context).memory_plan()
+    memory = bare.weights + bare.arena + 32 * bare.cache * context // bare.cache_tokens
+    held = {}
+    for form in ("bf16", cache):
+        engine = LLM(model, backend="cpu", context=context, memory=memory, formats=Formats(cache=form)).engine()
+        (group,) = engine.cache.groups
+        assert group.pages * group.page_bytes <= memory - bare.weights - bare.arena
+        held[form] = group.pages * engine.cache.page // context
+    assert held["bf16"] in {31, 32}  # a page may be short of one
+    assert held[cache] >= 1.9 * held["bf16"]
+
+
 def test_what_is_not_enough_is_refused_with_what_would_be():
     with pytest.raises(UserError, match=r"20,000,000 bytes of memory are not enough.*give at least [\d,]+, or a smaller") as caught:
         LLM(MODEL, backend="cpu", memory=20_000_000)

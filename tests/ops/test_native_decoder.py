@@ -12,7 +12,7 @@ from hasten.formats.cache import ROW_FORMATS
 from tests.ops import naive
 
 FEATURES = _native.cpu_features()
-HAS_AVX2 = FEATURES["avx2"] and FEATURES["fma"]
+HAS_AVX2 = all(FEATURES[part] for part in ("avx2", "fma", "f16c"))
 HAS_AVX512 = HAS_AVX2 and all(FEATURES[f"avx512{part}"] for part in ("f", "bw", "vl", "dq"))
 HAS_AMX = HAS_AVX512 and FEATURES["avx512_bf16"] and FEATURES["amx_bf16"] and _native.amx_granted()
 HERE = {"generic": True, "avx2": HAS_AVX2, "avx512": HAS_AVX512, "amx": HAS_AMX}
@@ -211,7 +211,7 @@ def empty_cache(form, pages, page, kv_heads, key_dim, value_dim, extra=0):
 def parts_of(form, cache, page, kv_heads, key_dim, value_dim):
     """Views of the bytes of every page's keys [pages, kv_heads, page, …], values and, where there are such, their scales."""
     rows = ROW_FORMATS[FORMATS[form]]
-    widths = [rows.dtype.itemsize * key_dim, rows.dtype.itemsize * value_dim, *([] if form == "bf16" else [4, 4])]
+    widths = [rows.dtype.itemsize * key_dim, rows.dtype.itemsize * value_dim, *([] if form == "bf16" else [2, 2])]
     heads = cache[:, : page_bytes(form, page, kv_heads, key_dim, value_dim)].reshape(len(cache), kv_heads, -1)
     ends = np.cumsum([page * width for width in widths])
     return [heads[..., end - page * width : end].reshape(len(cache), kv_heads, page, width) for width, end in zip(widths, ends)]
@@ -239,7 +239,7 @@ def test_append_kv(form, page, kv_heads, key_dim, value_dim):
     slots = rng.permutation(40 * page)[:150].astype(np.int64)
     k, v = normal(rng, 150, kv_heads * key_dim), normal(rng, 150, kv_heads * value_dim)
     k *= np.geomspace(1e-44, 1e36, 150, dtype=np.float32)[:, None]
-    v *= np.geomspace(1e36, 1e-44, 150, dtype=np.float32)[:, None]
+    v *= np.concatenate([np.geomspace(1e36, 1e-44, 60), np.geomspace(1e-9, 1e9, 90)]).astype(np.float32)[:, None]  # a float16's range
     ties = np.concatenate([np.arange(-127, 127.5, 0.5), np.arange(-448, 448.5, 0.5), np.arange(-8, 8, 0.0625) / 64]).astype(np.float32)
     k[:100] = rng.choice(ties, k[:100].shape)  # half way between neighbours, where the largest is the format's
     k[:50, 0], k[50:100, 0] = 127, -448
@@ -455,7 +455,7 @@ def append_at(slot, form="bf16", row=128):
         (lambda: attend_page([0], 8), "table must list"),
         (lambda: attend_page([2], 0), "table must name"),
         (lambda: attend_page([0], 0, "int5"), "cache format is 'int5'; accepted: bf16, int8, fp8"),
-        (lambda: append_at(0, "int8", 8 * 4 * 2 + 8 * 4 * 2 - 1), "a row of cache must hold the"),
+        (lambda: append_at(0, "int8", 8 * 4 * 2 + 8 * 2 * 2 - 1), "a row of cache must hold the"),
     ],
 )  # fmt: skip
 def test_refusals(call, message):

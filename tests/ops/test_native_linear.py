@@ -91,7 +91,7 @@ def test_levels():
     assert ISAS[-1] == "generic"
     assert [isa for isa in ("amx", "avx512", "avx2", "generic") if isa in ISAS] == ISAS
     features = _native.cpu_features()
-    assert ("avx2" in ISAS) == (features["avx2"] and features["fma"])
+    assert ("avx2" in ISAS) == (features["avx2"] and features["fma"] and features["f16c"])
     assert "amx" not in ISAS or features["amx_int8"]
 
 

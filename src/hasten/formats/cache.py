@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.formats.weights import DTYPES, Array
 
-TINY = 2.0**-110  # a row no larger than this is kept as zeros, so that no scale is subnormal
+LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
+"""Between what a float16 can say: a row that would want less is kept coarser, one that would want more is cut off."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,30 +39,32 @@ class PlainRows:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScaledRows:
-    """Elements of one byte and one float32 scale a row: scale = max|x| / ``largest``, element = x / scale rounded half to even to
-    ``dtype``, all in float32. A row below 2⁻¹¹⁰ has scale 1; one with an infinity or NaN has zeros and scale NaN."""
+    """Elements of one byte and one float16 scale a row: scale = max|x| / ``largest`` in float32, brought within [2⁻²⁴, 65504] and rounded
+    up to float16, so that no element passes ``largest`` for its rounding; element = x / scale in float32, brought within ±``largest`` and
+    rounded half to even to ``dtype``. A row with an infinity or NaN has zeros and scale NaN."""
 
     dtype: np.dtype[np.generic]
     largest: float
 
     def row_bytes(self, n: int) -> int:
         """Bytes of a row of ``n`` elements, its scale among them."""
-        return n * self.dtype.itemsize + 4
+        return n * self.dtype.itemsize + 2
 
-    def encode(self, rows: Array) -> tuple[Array, NDArray[np.float32]]:
-        """Elements [..., n] of ``dtype`` and scales [..., 1] of float32 ``rows`` [..., n]."""
+    def encode(self, rows: Array) -> tuple[Array, NDArray[np.float16]]:
+        """Elements [..., n] of ``dtype`` and float16 scales [..., 1] of float32 ``rows`` [..., n]."""
         x = rows.astype(np.float32, copy=False)
         most = np.abs(x).max(axis=-1, keepdims=True)
         finite = np.isfinite(most)
-        scales = np.where(most < TINY, np.float32(1), most / np.float32(self.largest))
-        scales = np.where(finite, scales, np.float32(np.nan)).astype(np.float32)
-        ratio = np.where(finite, x, np.float32(0)) / np.where(finite, scales, np.float32(1))
-        return (np.rint(ratio) if self.dtype == np.int8 else ratio).astype(self.dtype), scales
+        wanted = np.clip(np.where(finite, most, np.float32(0)) / np.float32(self.largest), np.float32(LEAST_SCALE), np.float32(MOST_SCALE))
+        near = wanted.astype(np.float16)
+        scales = (near.view(np.uint16) + (near < wanted)).view(np.float16)  # the next float16 where the nearest is below
+        ratio = np.clip(np.where(finite, x, np.float32(0)) / scales.astype(np.float32), -self.largest, self.largest)
+        elements = (np.rint(ratio) if self.dtype == np.int8 else ratio).astype(self.dtype)
+        return elements, np.where(finite, scales, np.float16(np.nan))
 
-    def decode(self, elements: Array, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    def decode(self, elements: Array, scales: NDArray[np.float16]) -> NDArray[np.float32]:
         """element · scale, float32 [..., n]."""
-        with np.errstate(over="ignore"):  # the largest float32 may round up
-            return np.asarray(elements.astype(np.float32) * scales, np.float32)
+        return np.asarray(elements.astype(np.float32) * scales.astype(np.float32), np.float32)
 
 
 ROW_FORMATS: Mapping[str, PlainRows | ScaledRows] = {

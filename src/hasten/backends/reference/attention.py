@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.backends.reference.step import TORCH_DTYPES, Cohort, Step
-from hasten.formats.cache import ROW_FORMATS, TINY, PlainRows
+from hasten.formats.cache import LEAST_SCALE, MOST_SCALE, ROW_FORMATS, PlainRows
 from hasten.program import KvGroup, RecurrentGroup, StateGroup
 from hasten.program.ops import AppendKv, Attend, AttendRelative, AttentionMap, AttentionMapRelative
 from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
@@ -44,8 +44,10 @@ def as_cached(x: Tensor, form: str) -> Tensor:
         return x.to(TORCH_DTYPES[form]).to(x.dtype)
     exact = x.detach().float()  # rounding has no gradient
     most = exact.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(most < TINY, torch.ones_like(most), most / rows.largest)
-    ratio = exact / scale
+    wanted = (most / rows.largest).clamp(LEAST_SCALE, MOST_SCALE)
+    half = wanted.half()
+    scale = (half.view(torch.int16) + (half.float() < wanted)).to(torch.int16).view(torch.float16).float()  # rounded up
+    ratio = (exact / scale).clamp(-rows.largest, rows.largest)
     near = ratio.round() if form == "int8" else ratio.to(torch.float8_e4m3fn).float()
     return torch.where(most.isfinite(), near * scale, math.nan).to(x.dtype)
 
