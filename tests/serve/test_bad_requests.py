@@ -113,7 +113,7 @@ RAW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [*GOOD, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [*GOOD, "/tokenize", "/detokenize", "/v1/responses", "/v1/embeddings"])
 def test_bodies_that_are_none(path, server):
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for name, raw in RAW.items():

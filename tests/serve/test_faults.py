@@ -201,7 +201,8 @@ def test_keys_are_asked_for_everywhere_but_where_nothing_is_said(tmp_path):
     with serving("code-8m", "--api-key-file", keys) as server:
         body = {"prompt": "x", "max_tokens": 1}
         routes = [
-            ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+            ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/messages"), ("POST", "/v1/responses"),
+            ("POST", "/v1/messages/count_tokens"), ("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("POST", "/detokenize"),
             ("GET", "/v1/models"), ("GET", "/v1/models/code-8m"), ("GET", "/openapi.json"),
             ("GET", "/metrics"), ("GET", "/nothing"), ("GET", "/health/"),
             ("GET", "/health/../v1/models"), ("GET", "//health"), ("GET", "/%68ealth"), ("GET", "/ready%2f..%2fv1%2fmodels"),

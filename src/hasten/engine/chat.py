@@ -49,7 +49,8 @@ PLAIN_TEMPLATE = (
     "{% if tools %}system: These are tools: {{ tools | tojson }}. To call one, write "
     '<tool_call>{"name": NAME, "arguments": {…}}</tool_call>.\n{% endif %}'
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% for call in message.get('tool_calls', []) %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}\n{% endfor %}"
+    "{% for call in message.get('tool_calls', []) %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+    "{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 """For models without a template: a line ``role: content`` for each message, calls of tools as Hermes writes them."""

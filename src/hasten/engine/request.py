@@ -22,7 +22,8 @@ class Chunk:
     """News of one output: text that is settled, the token ids that were drawn, and why it ended, on the last one.
 
     ``index`` says whose prompt it is, ``choice`` which of its outputs; ``logprobs`` are those of the tokens, where asked for, and
-    ``prompt_logprobs`` those of the prompt from its second token on, with the first output's first news; ``error`` says what was wrong."""
+    ``prompt_logprobs`` those of the prompt from its second token on, with the first output's first news; ``error`` says what was wrong;
+    ``stop`` is the stop string that ended it, if one did."""
 
     index: int
     text: str
@@ -32,6 +33,7 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    stop: str | None = None
 
 
 class Request:
@@ -111,7 +113,7 @@ class Request:
             if self.constraint is not None:
                 self.constraint.close()
         (text, self._lead), (of_prompt, self.prompt_logprobs) = (self._lead + text, ""), (self.prompt_logprobs, None)
-        return Chunk(self.index, text, tokens, self.finish_reason, self.choice, logprobs, of_prompt, error)
+        return Chunk(self.index, text, tokens, self.finish_reason, self.choice, logprobs, of_prompt, error, self._stops.stopped)
 
     def _until_stop(self, text: str) -> tuple[str, bool]:
         """What of the next text can be emitted, and whether a stop string ended it; none does in the text of ``min_tokens`` tokens."""

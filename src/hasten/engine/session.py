@@ -40,3 +40,7 @@ class Session(Protocol):
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Logits [R, vocab] of the batch's rows, in the caller's hands from then on; what is kept of sequence s goes to ``pages[s]``."""
         ...
+
+    def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """The same, but hidden states [R, width] after the last norm (`hasten.program.hidden_states`)."""
+        ...

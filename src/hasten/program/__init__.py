@@ -4,6 +4,7 @@ from hasten.program.batch import Batch, token_array
 from hasten.program.formats import Formats, linear_formats
 from hasten.program.fuse import fuse, parts_of, unfuse
 from hasten.program.fused import Fused, Products, RowChain
+from hasten.program.hidden import hidden_states
 from hasten.program.lower import LinearFormats, Precision, lower
 from hasten.program.ops import OPS, Contract, In, Op, Out, Param, StateRef
 from hasten.program.pages import CopyPage, Move, PageLists, SwapIn, SwapOut, page_counts
@@ -13,6 +14,6 @@ from hasten.program.rotary import lowering_contexts
 __all__ = [
     "OPS", "Batch", "Contract", "CopyPage", "Formats", "Fused", "In", "KvGroup", "LatentGroup", "Layer", "LinearFormats", "Move", "Op",
     "Out", "PageLists", "Param", "Precision", "Products", "Program", "RecurrentGroup", "RowChain", "StateGroup", "StateRef", "SwapIn",
-    "SwapOut", "Value", "fuse", "linear_formats", "lower", "lowering_contexts", "oldest_visible", "page_counts", "parts_of", "token_array",
-    "unfuse",
+    "SwapOut", "Value", "fuse", "hidden_states", "linear_formats", "lower", "lowering_contexts", "oldest_visible", "page_counts",
+    "parts_of", "token_array", "unfuse",
 ]  # fmt: skip

@@ -9,13 +9,19 @@ from starlette.exceptions import HTTPException
 
 from hasten import __version__
 from hasten.base.errors import UserError
+from hasten.serve.anthropic_bodies import CountBody, MessagesBody
+from hasten.serve.anthropic_messages import count_tokens, messages
 from hasten.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, schema_of
 from hasten.serve.chat import chat
 from hasten.serve.completions import completion
+from hasten.serve.embeddings import EmbeddingsBody, embeddings
 from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
+from hasten.serve.openai_responses import respond
 from hasten.serve.reply import encoded
+from hasten.serve.responses_bodies import ResponsesBody
 from hasten.serve.service import Service
+from hasten.serve.shapes import error_body
 from hasten.serve.tools import plain_messages
 
 QUICK = 64 << 10
@@ -33,14 +39,14 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(ApiError)
     async def _known(request: Request, error: ApiError) -> Response:
         note_of(request).said = error.message
-        return answer(error.body, error.status, error.headers)
+        return answer(error_body(request.scope["path"], error), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         words = {404: "there is nothing under this path", 405: "this path is not asked with this method"}
         found = ApiError(error.status_code, words.get(error.status_code, str(error.detail)))
         note_of(request).said = found.message
-        return answer(found.body, found.status, dict(error.headers or {}))
+        return answer(error_body(request.scope["path"], found), found.status, dict(error.headers or {}))
 
     @app.post("/v1/completions", openapi_extra=dict(schema_of(CompletionBody)))
     async def completions(request: Request) -> Response:
@@ -49,6 +55,22 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions", openapi_extra=dict(schema_of(ChatBody)))
     async def chat_completions(request: Request) -> Response:
         return chat(service, await parsed(ChatBody, request), request.state.tenant, note_of(request))
+
+    @app.post("/v1/messages", openapi_extra=dict(schema_of(MessagesBody)))
+    async def anthropic_messages(request: Request) -> Response:
+        return messages(service, await parsed(MessagesBody, request), request.state.tenant, note_of(request))
+
+    @app.post("/v1/messages/count_tokens", openapi_extra=dict(schema_of(CountBody)))
+    async def anthropic_count(request: Request) -> Response:
+        return answer(await count_tokens(service, await parsed(CountBody, request)))
+
+    @app.post("/v1/embeddings", openapi_extra=dict(schema_of(EmbeddingsBody)))
+    async def embed(request: Request) -> Response:
+        return embeddings(service, await parsed(EmbeddingsBody, request), note_of(request))
+
+    @app.post("/v1/responses", openapi_extra=dict(schema_of(ResponsesBody)))
+    async def responses(request: Request) -> Response:
+        return respond(service, await parsed(ResponsesBody, request), request.state.tenant, note_of(request))
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -104,7 +104,7 @@ class Sampled(Strict):
     """Answer within so many seconds, or with an error."""
 
 
-def _prompts(given: Any) -> list[str | list[int]]:
+def prompts_of(given: Any) -> list[str | list[int]]:
     """A text, token ids, or a list of either, as the list it stands for."""
     if isinstance(given, str):
         return [given]
@@ -126,7 +126,7 @@ def _ids(given: Any) -> list[int]:
 class CompletionBody(Sampled):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[Any, BeforeValidator(_prompts), Field(json_schema_extra={"type": ["string", "array"]})]
+    prompt: Annotated[Any, BeforeValidator(prompts_of), Field(json_schema_extra={"type": ["string", "array"]})]
     max_tokens: int | None = 16
     echo: bool | None = False
     logprobs: int | None = None
@@ -264,7 +264,8 @@ def parse(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))  # of a union
         raise _wrong(kind, first["loc"], first["type"], first["msg"]) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deep") from None
@@ -285,7 +286,7 @@ def _named(kind: type[BaseModel], place: Sequence[str | int]) -> list[str | int]
         if (
             isinstance(part, str)
             and kept
-            and (part in {"str", "int", "bool", "float", "NamedTool"} or part.startswith(("list[", "dict[", "literal[")))
+            and (part in {"str", "int", "bool", "float"} or part[:1].isupper() or part.startswith(("list[", "dict[", "literal[")))
         ):
             continue
         kept.append(part)

@@ -8,23 +8,21 @@ from hasten.base.errors import ConfigError
 from hasten.serve import logprobs
 from hasten.serve.asked import grammar_field, of_chat
 from hasten.serve.bodies import ChatBody
+from hasten.serve.conversation import Conversation, converse, stops_of
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
 from hasten.serve.outputs import Output, collect, usage
 from hasten.serve.reply import DONE, Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
-from hasten.serve.tools import Call, CallReader, Offer, offer_of, plain_messages
-
-PLAIN_STOPS = ("\nuser:", "\nsystem:")
-"""What ends an answer under the plain template, where the model would go on for the user."""
+from hasten.serve.tools import Call, Offer, Voice, offer_of, plain_messages
 
 
 def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
     """Answer it. Raises ApiError for what can be told at once."""
     service.check_model(body.model)
-    if body.stop is None and body.beam_width is None and service.texts.template is None and service.texts.has_text:
-        body = body.model_copy(update={"stop": list(PLAIN_STOPS)})
+    if body.stop is None and body.beam_width is None:
+        body = body.model_copy(update={"stop": stops_of(service)})
     try:
         offer = offer_of(body)
         params = of_chat(body, offer.grammar())
@@ -32,16 +30,11 @@ def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
     except ConfigError as error:
         raise refused(error) from None
     view = _View(service, body, offer)
-
-    async def work(sender: Sender) -> None:
-        async def encode() -> list[list[int]]:
-            return [await service.texts.chat(messages, params, body.add_generation_prompt, offer.shown)]
-
-        at_fault = grammar_field(body)
-        async with service.generation(encode, params.sequences, params, tenant, note, body.timeout_s, at_fault) as generation:
-            await (view.stream(generation, sender) if body.stream else view.whole(generation, sender))
-
-    return Reply(work, note)
+    conversation = Conversation(
+        messages=messages, params=params, offer=offer, timeout_s=body.timeout_s, add_generation_prompt=body.add_generation_prompt,
+        at_fault=grammar_field(body),
+    )  # fmt: skip
+    return converse(service, conversation, view.stream if body.stream else view.whole, tenant, note)
 
 
 class _View:
@@ -62,19 +55,18 @@ class _View:
         counted = usage(generation, sum(len(output.token_ids) for output in outputs))
         await sender.body(200, {**self._head("chat.completion"), "choices": choices, "usage": counted})
 
-    def _reader(self) -> CallReader | None:
-        return self._offer.reader(self._body.parallel_tool_calls is not False) if self._offer.callable else None
+    def _voice(self) -> Voice:
+        return Voice(self._offer, self._body.parallel_tool_calls is not False)
 
     def _choice(self, generation: Generation, index: int, output: Output) -> dict[str, Any]:
         said = logprobs.of_chat(self._tokens, output.logprobs) if self._body.logprobs else None
         message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
         reason = output.finish_reason
-        if (reader := self._reader()) is not None:
-            text = reader.feed(output.text)
-            rest, calls = reader.end()
-            if calls:
-                message |= {"content": text.strip() or None, "tool_calls": [call.said() for call in calls]}
-                reason = "tool_calls"
+        items = self._voice().says(output.text, last=True)
+        if calls := [one for one in items if isinstance(one, Call)]:
+            text = "".join(one for one in items if isinstance(one, str))
+            message |= {"content": text.strip() or None, "tool_calls": [call.said() for call in calls]}
+            reason = "tool_calls"
         choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": reason, "logprobs": said}
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = logprobs.plain(output.prompt_logprobs or ())
@@ -89,7 +81,7 @@ class _View:
         head = b"data: " + encoded(named)[:-1] + b',"choices":[{"index":'
         tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
         begun = [False] * generation.params.n
-        readers = [self._reader() for _ in begun]
+        voices = [self._voice() for _ in begun]
         count = 0
         async for told in generation.pieces():
             frames = []
@@ -99,13 +91,10 @@ class _View:
                 if not begun[index]:
                     begun[index] = True
                     frames.append(place + b',"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' + tail)
-                text, calls = piece.text, list[Call]()
                 reason: str | None = piece.finish_reason
-                if (reader := readers[index]) is not None:
-                    text = reader.feed(text)
-                    if reason is not None:
-                        rest, calls = reader.end()
-                        text, reason = text + rest, "tool_calls" if calls else reason
+                items = voices[index].says(piece.text, reason is not None)
+                text, calls = "".join(one for one in items if isinstance(one, str)), [one for one in items if isinstance(one, Call)]
+                reason = "tool_calls" if calls else reason
                 if text or piece.logprobs or body.return_token_ids:
                     frames.append(place + self._delta(text, piece) + b',"finish_reason":null' + tail)
                 for number, call in enumerate(calls):

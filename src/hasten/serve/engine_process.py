@@ -14,7 +14,8 @@ from hasten.base.errors import UserError
 from hasten.engine import LLM, SamplingParams
 from hasten.program import Formats
 from hasten.serve.heart import Heart
-from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Submit, frame
+from hasten.serve.messages import Abort, Begin, Embed, Embedded, Failed, Frames, News, Order, Piece, Ready, Report, Submit, Vector, frame
+from hasten.serve.vectors import Vectors
 from hasten.serve.work import Work
 
 RECEIVED = 1 << 18
@@ -71,26 +72,32 @@ def open_llm(begin: Begin) -> LLM:
     )  # fmt: skip
 
 
-def run(line: Line, heart: Heart, work: Work) -> None:
+def run(line: Line, heart: Heart, work: Work, vectors: Vectors) -> None:
     """Take orders, step and report, until the server goes."""
     told = 0.0
     was_busy = False
     while True:
-        heart.busy = work.busy
-        pieces = []
-        for order in line.orders(wait=not work.busy):
+        heart.busy = work.busy or vectors.busy
+        pieces, embedded = list[Piece](), list[Vector]()
+        for order in line.orders(wait=not heart.busy):
             match order:
                 case Submit():
                     pieces += work.submit(order)
+                case Embed():
+                    embedded += vectors.take(order)
                 case Abort():
                     work.abort(order.id)
+                    vectors.abort(order.id)
         if line.ended:
             return
-        heart.busy = work.busy
+        heart.busy = work.busy or vectors.busy
         pieces += work.step()
+        embedded += vectors.step()
         heart.turns += 1
         if pieces:
             line.report(News(pieces))
+        if embedded:
+            line.report(Embedded(embedded))
         now = time.monotonic()
         if now - told >= STATS_S or (was_busy and not work.busy):
             line.report(work.stats())
@@ -119,7 +126,7 @@ def serve(line: Line, heart: Heart) -> int:
         line.report(Failed(f"{type(error).__name__}: {error}", False))
         return 1
     line.report(Ready(backend=llm.backend, context=llm.context, plan=plan, notice=llm.notice, seconds=time.monotonic() - began))
-    run(line, heart, Work(llm))
+    run(line, heart, Work(llm), Vectors(llm))
     return 0
 
 

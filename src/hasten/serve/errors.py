@@ -42,7 +42,7 @@ def field_of(message: str) -> str | None:
     words = message.removeprefix("the ").split(" ", 2)
     if words[:2] == ["beam", "width"]:
         return "beam_width"
-    first = words[0].partition("[")[0].rstrip(":")
+    first = words[0].partition("[")[0].partition(".")[0].rstrip(":")
     return words[0].rstrip(":") if first in FIELDS else None
 
 
@@ -50,7 +50,7 @@ FIELDS = frozenset({
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "min_tokens", "stop", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs", "n", "best_of", "ignore_eos", "echo", "grammar",
     "max_completion_tokens", "length_penalty", "early_stopping", "regex", "choices", "prompt", "messages", "response_format", "tokens",
-    "top_logprobs", "tools", "tool_choice",
+    "top_logprobs", "tools", "tool_choice", "input", "text", "json_schema",
 })  # fmt: skip
 """Names that messages and the API both give a field."""
 

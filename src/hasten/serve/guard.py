@@ -5,9 +5,8 @@ import ipaddress
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,8 +21,6 @@ PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key: they say nothing but whether the server is well."""
 QUIET = frozenset({"/health", "/ready", "/metrics"})
 """Paths that are asked every few seconds, and logged only where they fail otherwise than by what they say."""
-
-Shape = Callable[[ApiError], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +74,12 @@ class Guard:
             except ApiError as error:
                 note.said = error.message
                 if not started:
-                    await Sender(told).error(error)
+                    await Sender(told, scope["path"]).error(error)
             except Exception as error:
                 traceback.print_exc()
                 note.said = f"{type(error).__name__}: {one_line(str(error))}"
                 if not started:
-                    await Sender(told).error(ApiError(500, "the server failed on this request; its log says why"))
+                    await Sender(told, scope["path"]).error(ApiError(500, "the server failed on this request; its log says why"))
         finally:
             if scope["path"] not in QUIET or note.status not in {200, 503}:
                 self._log.request(note, time.monotonic() - note.began)

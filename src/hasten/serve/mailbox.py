@@ -2,23 +2,24 @@
 
 import asyncio
 from collections import deque
+from typing import Generic, TypeVar
 
-from hasten.serve.messages import Piece
+News = TypeVar("News")
 
 
 class EngineGoneError(Exception):
     """The engine's process ended before the request did."""
 
 
-class Mailbox:
+class Mailbox(Generic[News]):
     """One reader. However many pieces a step brings, the reader wakes once."""
 
     def __init__(self) -> None:
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[News] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._gone = False
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: News) -> None:
         """Leave a piece for the reader."""
         self._pieces.append(piece)
         self._wake()
@@ -28,7 +29,7 @@ class Mailbox:
         self._gone = True
         self._wake()
 
-    async def take(self) -> list[Piece]:
+    async def take(self) -> list[News]:
         """All that is there, at least one piece. Raises EngineGoneError where nothing is and nothing will come."""
         while not self._pieces:
             if self._gone:

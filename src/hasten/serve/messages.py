@@ -46,13 +46,20 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
     tenant: str
 
 
+class Embed(msgspec.Struct, tag=True, frozen=True):
+    """Prompts to be made vectors, under a number of the server's own."""
+
+    id: int
+    prompts: list[list[int]]
+
+
 class Abort(msgspec.Struct, tag=True, frozen=True):
     """Nobody waits for this request any more. One that has ended already is no error."""
 
     id: int
 
 
-Order = Begin | Submit | Abort
+Order = Begin | Submit | Embed | Abort
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -84,12 +91,29 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     fault: Fault = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    stop: str | None = None
 
 
 class News(msgspec.Struct, tag=True, frozen=True):
     """All that one step made known."""
 
     pieces: list[Piece]
+
+
+class Vector(msgspec.Struct, array_like=True, frozen=True):
+    """What became of a prompt of an `Embed`: float32 in little-endian order, or an error."""
+
+    id: int
+    place: int
+    data: bytes
+    error: str | None = None
+    fault: Fault = ""
+
+
+class Embedded(msgspec.Struct, tag=True, frozen=True):
+    """All that one step embedded."""
+
+    vectors: list[Vector]
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -103,7 +127,7 @@ class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     counters: dict[str, int]
 
 
-Report = Ready | Failed | News | Stats
+Report = Ready | Failed | News | Embedded | Stats
 
 
 def frame(message: msgspec.Struct) -> bytes:

@@ -17,6 +17,8 @@ class Output:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob] | None = None
     finish_reason: str | None = None
+    stop: str | None = None
+    """The stop string that ended it."""
 
     def take(self, piece: Piece) -> None:
         """The next news."""
@@ -24,7 +26,7 @@ class Output:
         self.token_ids += piece.token_ids
         self.logprobs += piece.logprobs
         self.prompt_logprobs = piece.prompt_logprobs or self.prompt_logprobs
-        self.finish_reason = piece.finish_reason
+        self.finish_reason, self.stop = piece.finish_reason, piece.stop
 
     @property
     def text(self) -> str:

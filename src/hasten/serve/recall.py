@@ -120,6 +120,7 @@ class _Pieces:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
         self._finish_reason: FinishReason | None = None
+        self._stop: str | None = None
 
     def take(self, piece: Piece) -> None:
         self._texts.append(piece.text)
@@ -127,15 +128,17 @@ class _Pieces:
         self._logprobs += piece.logprobs
         if piece.prompt_logprobs is not None:
             self._prompt_logprobs = piece.prompt_logprobs
-        self._finish_reason = piece.finish_reason
+        self._finish_reason, self._stop = piece.finish_reason, piece.stop
 
     def output(self, with_logprobs: bool) -> Output | None:
         """As it is kept; None for one that has not ended by itself."""
         if self._finish_reason is None or self._finish_reason == "error":
             return None
         logprobs = tuple(self._logprobs) if with_logprobs else None
-        return Output("".join(self._texts), tuple(self._token_ids), self._finish_reason, logprobs, self._prompt_logprobs)
+        return Output("".join(self._texts), tuple(self._token_ids), self._finish_reason, logprobs, self._prompt_logprobs, self._stop)
 
 
 def _piece(place: int, output: Output) -> Piece:
-    return Piece(0, place, output.text, output.token_ids, output.finish_reason, None, "", output.logprobs or (), output.prompt_logprobs)
+    return Piece(
+        0, place, output.text, output.token_ids, output.finish_reason, None, "", output.logprobs or (), output.prompt_logprobs, output.stop
+    )  # fmt: skip

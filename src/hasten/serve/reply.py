@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from hasten.serve.errors import ApiError
 from hasten.serve.log import Note
+from hasten.serve.shapes import error_body, error_event
 
 DONE = b"data: [DONE]\n\n"
 _JSON = [(b"content-type", b"application/json")]
@@ -26,10 +27,12 @@ def encoded(value: Any) -> bytes:
 
 
 class Sender:
-    """One answer on its way out: one JSON body, or a stream of server-sent events."""
+    """One answer on its way out to who asked for ``path``: one JSON body, or a stream of server-sent events."""
 
-    def __init__(self, send: Send) -> None:
-        self._out = send
+    def __init__(self, send: Send, path: str) -> None:
+        self._out, self._path = send, path
+        self.last: Callable[[ApiError], bytes] = lambda error: error_event(path, error)
+        """The last frames of a stream that fails."""
         self._since: float | None = None  # when what is being sent began to be
         self.streaming = False
 
@@ -66,9 +69,9 @@ class Sender:
     async def error(self, error: ApiError) -> None:
         """An error as the answer, or as the last event of a stream that has begun."""
         if self.streaming:
-            await self.end(b"data: " + encoded(error.body) + b"\n\n")
+            await self.end(self.last(error))
         else:
-            await self.body(error.status, error.body, error.headers)
+            await self.body(error.status, error_body(self._path, error), error.headers)
 
 
 class Reply(Response):
@@ -80,7 +83,7 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As an ASGI application."""
-        sender = Sender(send)
+        sender = Sender(send, scope["path"])
         working = asyncio.create_task(self._answer(sender))
         going = asyncio.create_task(_gone(receive))
         try:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from hasten.base.errors import UserError, one_line
 from hasten.engine import SamplingParams
@@ -18,6 +18,17 @@ from hasten.serve.supervisor import Supervisor
 from hasten.serve.texts import Texts
 
 Encode = Callable[[], Awaitable[list[list[int]]]]
+
+
+class Closable(Protocol):
+    """Work in the engine's hands."""
+
+    def close(self) -> None:
+        """Abort what is not done."""
+        ...
+
+
+Job = TypeVar("Job", bound=Closable)
 
 
 class Generation(Protocol):
@@ -38,7 +49,7 @@ class Computed:
         self, supervisor: Supervisor, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note, at_fault: str | None
     ) -> None:  # fmt: skip
         self.prompts, self.params, self._at_fault = prompts, params, at_fault
-        self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox()
+        self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox[Piece]()
         self._left: dict[int, int] = {}  # outputs to come, by request
         self._place: dict[int, int] = {}
         note.prompt_tokens = sum(map(len, prompts))
@@ -136,6 +147,16 @@ class Service:
                     recorded = Recorded(prompts, params, computed.pieces())
                     yield recorded
                 recall.keep(recorded, tenant)
+
+    @asynccontextmanager
+    async def computed(
+        self, encode: Encode, outputs: int, timeout_s: float | None, begin: Callable[[list[list[int]]], Job]
+    ) -> AsyncIterator[Job]:  # fmt: skip
+        """What ``begin`` makes of the prompts that ``encode`` gives; closed afterwards. Raises as `generation`."""
+        self.check_able()
+        async with self._placed(outputs, timeout_s):
+            with closing(begin(await encode())) as job:
+                yield job
 
     @asynccontextmanager
     async def _placed(self, outputs: int, timeout_s: float | None) -> AsyncIterator[Callable[[], None]]:

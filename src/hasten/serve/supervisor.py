@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,7 +19,23 @@ from hasten.base.errors import UserError
 from hasten.engine import SamplingParams
 from hasten.serve.heart import READ, Patience, Pulse, read_beats
 from hasten.serve.mailbox import EngineGoneError, Mailbox
-from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Stats, Submit, frame
+from hasten.serve.messages import (
+    Abort,
+    Begin,
+    Embed,
+    Embedded,
+    Failed,
+    Frames,
+    News,
+    Order,
+    Piece,
+    Ready,
+    Report,
+    Stats,
+    Submit,
+    Vector,
+    frame,
+)
 
 State = Literal["starting", "ready", "down", "failed"]
 WATCH_S = 0.5
@@ -97,7 +113,7 @@ class Supervisor:
         self._process: _Process | None = None
         self._pulse = Pulse(self._patience, time.monotonic())
         self._ids = itertools.count(1)
-        self._mailboxes: dict[int, Mailbox] = {}
+        self._mailboxes: dict[int, Mailbox[Any]] = {}
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,13 +139,20 @@ class Supervisor:
         """Requests that the engine has."""
         return len(self._mailboxes)
 
-    def submit(self, prompt: list[int], params: SamplingParams, tenant: str, mailbox: Mailbox) -> int:
+    def submit(self, prompt: list[int], params: SamplingParams, tenant: str, mailbox: Mailbox[Piece]) -> int:
         """Hand a request to the engine; its number, which its pieces bear. Raises EngineGoneError where there is none."""
+        return self._hand(lambda id: Submit(id, prompt, params, tenant), mailbox)
+
+    def embed(self, prompts: list[list[int]], mailbox: Mailbox[Vector]) -> int:
+        """Hand prompts to the engine to be made vectors; the number that these bear. Raises as `submit`."""
+        return self._hand(lambda id: Embed(id, prompts), mailbox)
+
+    def _hand(self, order: Callable[[int], Order], mailbox: Mailbox[Any]) -> int:
         if self._process is None or self.state != "ready":
             raise EngineGoneError
         id = next(self._ids)
         self._mailboxes[id] = mailbox
-        self._process.send(Submit(id, prompt, params, tenant))
+        self._process.send(order(id))
         return id
 
     def abort(self, id: int) -> None:
@@ -203,6 +226,10 @@ class Supervisor:
                 for piece in pieces:
                     if (mailbox := mailboxes.get(piece.id)) is not None:  # news of one that was aborted may still be on their way
                         mailbox.put(piece)
+            case Embedded(vectors):
+                for vector in vectors:
+                    if (mailbox := self._mailboxes.get(vector.id)) is not None:
+                        mailbox.put(vector)
             case Stats():
                 self.stats = report
             case Ready():

@@ -49,13 +49,13 @@ class Texts:
             task.result()
         self.tokens.text(0)
 
-    async def prompts(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[list[int]]:
+    async def prompts(self, prompts: Sequence[str | list[int]], params: SamplingParams, name: str = "prompt") -> list[list[int]]:
         """Token ids of each prompt, begun as the model's tokenizer begins a text. Raises UserError for what the model does not take."""
 
         def made(preparer: Preparer) -> list[list[int]]:
             preparer.check_params(params)
             many = len(prompts) > 1
-            return [preparer.prompt_ids(prompt, f"prompt[{i}]" if many else "prompt") for i, prompt in enumerate(prompts)]
+            return [preparer.prompt_ids(prompt, f"{name}[{i}]" if many else name) for i, prompt in enumerate(prompts)]
 
         return await self._run(made)
 

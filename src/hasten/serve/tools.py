@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from hasten.base.errors import ConfigError, one_line
 from hasten.engine import Grammar
@@ -25,9 +25,19 @@ class Call:
     name: str
     arguments: str
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The arguments by name."""
+        values: dict[str, Any] = json.loads(self.arguments)
+        return values
+
     def said(self) -> dict[str, Any]:
         """In OpenAI's words, under a number of the server's own."""
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+_COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""For llguidance: no space but after commas and colons, for a model can write space without end."""
 
 
 def grammar_of_calls(functions: Sequence[Mapping[str, Any]]) -> Grammar:
@@ -37,7 +47,7 @@ def grammar_of_calls(functions: Sequence[Mapping[str, Any]]) -> Grammar:
         parameters = _moved(function.get("parameters") or {"type": "object"}, f"#/anyOf/{place}/properties/arguments")
         properties = {"name": {"const": function["name"]}, "arguments": parameters}
         branches.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
-    return Grammar.json_schema({"anyOf": branches})
+    return Grammar.json_schema({"anyOf": branches, **_COMPACT})
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -97,25 +107,34 @@ class Offer:
         """That the answer must follow, if it must be a call."""
         if not self.must:
             return None
-        return grammar_of_calls([one["function"] for one in self.shown if one["function"]["name"] in self.callable])
+        try:
+            return grammar_of_calls([one["function"] for one in self.shown if one["function"]["name"] in self.callable])
+        except ConfigError as error:
+            raise ConfigError(f"tools: {error}") from None
 
 
 def offer_of(body: ChatBody) -> Offer:
     """What a body offers. Raises ConfigError for a choice of what it does not."""
-    choice = body.tool_choice
-    if not body.tools:
-        if choice not in {None, "none"}:
+    tools, choice = [tool.model_dump(exclude_none=True) for tool in body.tools or ()], body.tool_choice
+    return offered(
+        tools, choice.function.name if isinstance(choice, NamedTool) else None, None if isinstance(choice, NamedTool) else choice
+    )
+
+
+def offered(shown: Sequence[dict[str, Any]], named: str | None, choice: Literal["none", "auto", "required"] | None) -> Offer:
+    """What of the tools ``shown``, in OpenAI's shape, may be called. Raises ConfigError for a choice of what they do not have."""
+    names = tuple(tool["function"]["name"] for tool in shown)
+    if not shown:
+        if named is not None or choice == "required":
             raise ConfigError("tool_choice is given without tools; give some")
         return Offer()
-    if choice == "none":
-        return Offer()
-    shown = tuple(tool.model_dump(exclude_none=True) for tool in body.tools)
-    names = tuple(tool.function.name for tool in body.tools)
-    if isinstance(choice, NamedTool):
-        if choice.function.name not in names:
-            raise ConfigError(f"tool_choice names {one_line(choice.function.name, 60)}: the tools are {', '.join(names)[:200]}")
-        return Offer(shown, (choice.function.name,), True)
-    return Offer(shown, names, choice == "required")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"tools names {twice} twice; give each a name of its own")
+    if named is not None:
+        if named not in names:
+            raise ConfigError(f"tool_choice names {one_line(named, 60)}: the tools are {', '.join(names)[:200]}")
+        return Offer(tuple(shown), (named,), True)
+    return Offer() if choice == "none" else Offer(tuple(shown), names, choice == "required")
 
 
 class CallReader:
@@ -160,7 +179,7 @@ class CallReader:
         calls: list[Call] = []
         for body in bodies:
             try:
-                given = json.loads(body)
+                given = json.loads(body, parse_constant=_refuse)
             except (ValueError, RecursionError):
                 return None
             for one in given if isinstance(given, list) else [given]:
@@ -170,12 +189,37 @@ class CallReader:
         return calls or None
 
     def _call(self, given: Any) -> Call | None:
-        if not isinstance(given, dict) or given.get("name") not in self._names:
+        if not isinstance(given, dict) or not isinstance(name := given.get("name"), str) or name not in self._names:
             return None
         arguments = given.get("arguments", given.get("parameters", {}))
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return None
-        return Call(given["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+        try:
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments, parse_constant=_refuse)
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            text.encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError):
+            return None
+        return Call(name, text) if isinstance(arguments, dict) else None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+class Voice:
+    """One output on its way, as text and calls in their order; all text where nothing is offered."""
+
+    def __init__(self, offer: Offer, several: bool = True) -> None:
+        self._reader = offer.reader(several) if offer.callable else None
+        self.called = False
+
+    def says(self, text: str, last: bool) -> list[str | Call]:
+        """What is known with the next text, perhaps the last."""
+        calls = list[Call]()
+        if self._reader is not None:
+            text = self._reader.feed(text)
+            if last:
+                rest, calls = self._reader.end()
+                text += rest
+        self.called = self.called or bool(calls)
+        return [*([text] if text else []), *calls]

@@ -93,8 +93,17 @@ class Work:
                 fault: Fault = "" if one.error is None else "request" if live.grammatical and not _INSIDE.match(one.error) else "engine"
                 pieces.append(
                     Piece(
-                        live.id, one.choice, one.text, one.token_ids, one.finish_reason, one.error, fault, one.logprobs, one.prompt_logprobs
-                    )
+                        live.id,
+                        one.choice,
+                        one.text,
+                        one.token_ids,
+                        one.finish_reason,
+                        one.error,
+                        fault,
+                        one.logprobs,
+                        one.prompt_logprobs,
+                        one.stop,
+                    )  # fmt: skip
                 )
             if live.answer.done:
                 self._forget(live)

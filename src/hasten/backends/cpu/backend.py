@@ -1,6 +1,7 @@
 """The native backend as an engine sees it."""
 
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -16,7 +17,7 @@ from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
 from hasten.backends.cpu.rows import format_of
 from hasten.base import hardware
-from hasten.base.errors import CheckpointError, ConfigError, UserError
+from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
 from hasten.program import (
@@ -29,11 +30,13 @@ from hasten.program import (
     SwapIn,
     SwapOut,
     fuse,
+    hidden_states,
     linear_formats,
     lower,
     ops,
     page_counts,
     parts_of,
+    unfuse,
 )
 from hasten.spec import Spec
 
@@ -90,11 +93,11 @@ class CpuBackend:
         pages = page_counts(program, PAGE, free // 4 if cache_bytes is None else cache_bytes)
         threads = _native.ThreadPool(self.threads)
         packed = PackedWeights(threads, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
-        compiled = compile_program(
-            program, model.weights, packed, threads, isa=self.isa,
+        tape_of = functools.partial(
+            compile_program, weights=model.weights, packed=packed, pool=threads, isa=self.isa,
             most_tokens=min(STEP_TOKENS, program.context), page=PAGE, pages=pages,
         )  # fmt: skip
-        return CpuSession(program, compiled, threads)
+        return CpuSession(program, tape_of(program), threads, tape_of)
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
@@ -117,7 +120,11 @@ class CpuSession:
 
     page = PAGE
 
-    def __init__(self, program: Program, compiled: Compiled, threads: _native.ThreadPool) -> None:
+    def __init__(
+        self, program: Program, compiled: Compiled, threads: _native.ThreadPool, tape_of: Callable[..., Compiled] | None = None
+    ) -> None:  # fmt: skip
+        self._tape_of: Callable[..., Compiled] | None = tape_of
+        self._hidden: tuple[_native.Tape, int] | None = None  # and the width of its rows
         self.program, self.compiled, self.threads = program, compiled, threads
         self.pages = {group.name: pool.pages for group, pool in zip(program.states, compiled.pools, strict=True)}
         self.vocab = program.values["logits"].features[-1]
@@ -143,6 +150,24 @@ class CpuSession:
         Raises ConfigError for what is out of range or does not fit together; nothing is changed then. Raises CheckpointError where
         somebody changed the file that the weights were mapped from."""
         return self._play(batch, pages, self.compiled.tape.run)
+
+    def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``. The first time
+        compiles a tape, of the same weights and pages. Raises ConfigError for a batch of more than 512 tokens."""
+        if self._hidden is None:
+            self._hidden = self._compile_hidden()
+        tape, width = self._hidden
+        if len(batch.tokens) > STEP_TOKENS:
+            raise ConfigError(f"a batch of {len(batch.tokens)} tokens; hidden states are of at most {STEP_TOKENS} at a time")
+        rows = self._play(batch, pages, tape.run)  # the tape counts rows as wide as logits, and fills the beginning of them
+        return rows.reshape(-1)[: len(rows) * width].reshape(len(rows), width).copy()
+
+    def _compile_hidden(self) -> tuple[_native.Tape, int]:
+        program = fuse(hidden_states(unfuse(self.program)), IN_CHAINS)
+        width = program.values[program.outputs[0]].features[-1]
+        if self._tape_of is None or width > self.vocab:
+            raise UnsupportedError("this session plays logits alone; --backend reference has hidden states of any model")
+        return self._tape_of(program, pools=self.compiled.pools).tape, width
 
     def profile(self, batch: Batch, pages: Sequence[PageLists]) -> tuple[NDArray[np.float32], StepProfile]:
         """The same, and where its time went."""

@@ -76,15 +76,16 @@ class Compiled:
 
 def compile_program(
     program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, *, isa: str, most_tokens: int, page: int,
-    pages: Mapping[str, int],
+    pages: Mapping[str, int], pools: tuple[_native.PagePool, ...] | None = None,
 ) -> Compiled:  # fmt: skip
-    """The tape of ``program`` for steps of up to ``most_tokens`` tokens. ``pages`` gives each state group's number of pages.
+    """The tape of ``program`` for steps of up to ``most_tokens`` tokens. ``pages`` gives each state group's number of pages, unless it is
+    to write to the ``pools`` of another tape. What ``program`` returns first are a step's logits.
 
     Raises UnsupportedError naming the ops that have no native kernel."""
     refused = unsupported_ops(program)
     if refused:
         raise UnsupportedError(f"the cpu backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-    return _Compiler(program, weights, packed, pool, most_tokens).compile(isa, page, pages)
+    return _Compiler(program, weights, packed, pool, most_tokens).compile(isa, page, pages, pools)
 
 
 def arena_bytes(program: Program, most_tokens: int) -> int:
@@ -117,7 +118,7 @@ class _Layout:
 
     def _become_logits(self) -> list[str]:
         """The logits, and what they are made from in place: a row of them may be a megabyte."""
-        names, last_use = ["logits"], {name: index for index, op in enumerate(self.plain.ops) for name in op.inputs}
+        names, last_use = [self.program.outputs[0]], {name: index for index, op in enumerate(self.plain.ops) for name in op.inputs}
         for index, op in reversed([*enumerate(self.plain.ops)]):
             if isinstance(op, ops.Scale | ops.SoftCap) and op.y == names[-1] and last_use[op.x] == index:
                 names.append(op.x)
@@ -163,12 +164,13 @@ class _Compiler(_Layout):
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
         self.weight_bytes = 0
 
-    def compile(self, isa: str, page: int, pages: Mapping[str, int]) -> Compiled:
+    def compile(self, isa: str, page: int, pages: Mapping[str, int], pools: tuple[_native.PagePool, ...] | None) -> Compiled:
         program, places = self.program, self.lay_out()
-        vocab = program.values["logits"].features[-1]
+        vocab = next(program.params[op.weight][0] for op in self.plain.ops if isinstance(op, ops.Embed))
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
         groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
-        pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
+        if pools is None:
+            pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
         self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
         for (frequencies, magnitude), (cos, sin) in self.tables.items():
             tape.rotary_table(list(frequencies), magnitude, cos, sin)

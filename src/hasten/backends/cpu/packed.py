@@ -131,6 +131,9 @@ class PackedWeights:
         self._cache = cache if origin is not None and cache is not None and cache.limit else None
         self._requests: list[_Request] = []
         self._mapped: _native.MappedFile | None = None
+        self._made: dict[tuple[str, str], _native.WeightBuffer] = {}  # what several tapes read is there once
+        self._tables: dict[str, _native.TableBuffer] = {}
+        self._filled = False
         self._at_once = 0  # packed before anybody asked to fill
         self._slower: set[LinearFormat] = set()  # formats of sparse weights that do not pay here
 
@@ -138,7 +141,9 @@ class PackedWeights:
         """A weight [out, in], empty until ``fill``. ``dense`` is called, on another thread, only where it must be packed.
 
         A sparse weight is packed at once: how much memory it takes, which a file must know, depends on its numbers."""
-        buffer = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points, form.sparse)
+        if (made := self._made.get((name, str(form)))) is not None:
+            return made
+        buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points, form.sparse)
         bits = _floats if form.zero_points or form.number in {"f32", "f16"} else _bf16
         if form.sparse:
             buffer.pack(self._pool, bits(dense()))
@@ -155,8 +160,10 @@ class PackedWeights:
         Others are empty until ``fill``."""
         if self._origin is not None and self._origin.files and weight.dtype == ml_dtypes.bfloat16:
             return _bf16(weight.load())
+        if (made := self._tables.get(name)) is not None:
+            return made
         rows, width = weight.shape
-        table = _native.TableBuffer(rows, width)
+        table = self._tables[name] = _native.TableBuffer(rows, width)
         room = table.part
         self._requests.append(
             _Request(
@@ -182,6 +189,9 @@ class PackedWeights:
 
         Raises what ``dense`` raises; whatever is wrong with the cache is at most a line on stderr."""
         requests, self._requests = self._requests, []
+        if not requests and self._filled:  # all is there since another tape was compiled
+            return 0
+        self._filled = True
         for form in sorted(self._slower, key=str):
             _LOG.warning("hasten: %s", advice(form))
         if self._cache is None or self._origin is None:

@@ -15,7 +15,7 @@ from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, Formats, Move, PageLists, Precision, Program, linear_formats, lower, page_counts
+from hasten.program import Batch, Formats, Move, PageLists, Precision, Program, hidden_states, linear_formats, lower, page_counts
 
 PAGE = 16  # tokens
 ELEMENT_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -102,9 +102,17 @@ class ReferenceSession:
     @torch.inference_mode()
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``."""
-        outputs, after = play(self.program, self.weights, batch, self._kept.read(batch, pages))
+        return self._play(self.program, batch, pages)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``."""
+        return self._play(hidden_states(self.program), batch, pages)
+
+    def _play(self, program: Program, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        outputs, after = play(program, self.weights, batch, self._kept.read(batch, pages))
         self._kept.write(after, batch, pages)
-        return outputs["logits"].float().numpy(force=True)
+        return outputs[program.outputs[0]].float().numpy(force=True)
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:
