@@ -42,6 +42,10 @@ def serve(
     ] = "off",
     response_cache_bytes: Annotated[str, typer.Option("--response-cache-bytes", help="Most of it, in memory.")] = "256MiB",
     response_cache_age: Annotated[float, typer.Option("--response-cache-age", help="Seconds until an answer is computed anew.")] = 3600.0,
+    semantic_cache: Annotated[
+        float | None,
+        typer.Option("--semantic-cache", metavar="THRESHOLD", help="Answer like prompts alike, from this cosine on; answers may be wrong."),
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it."""
@@ -74,6 +78,7 @@ def serve(
             patience=Patience(replaced_s=replace_after),
             response_cache=response_cache,
             kept=Kept(bytes=options.parse_bytes("--response-cache-bytes", response_cache_bytes) or 0, seconds=response_cache_age),
+            semantic=semantic_cache,
         )  # fmt: skip
     )
     raise typer.Exit(code)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from hasten.base.errors import one_line
 from hasten.engine import SamplingParams, TokenLogprob
@@ -10,7 +10,7 @@ from hasten.engine.request import FinishReason
 from hasten.serve.identity import Identity
 from hasten.serve.log import Log, Note
 from hasten.serve.messages import Piece
-from hasten.serve.responses import Answer, Asked, Hit, Output, ResponseCache, must_repeat
+from hasten.serve.responses import Answer, Asked, Hit, Output, ResponseCache, SemanticCache, must_repeat
 
 MOST_WRITES = 256
 """Answers on their way into the cache; what is computed while so many are is not kept."""
@@ -63,10 +63,15 @@ class Recorded:
 
 
 class Recall:
-    """The response cache as the service uses it; ``log`` hears of what goes wrong with it, which no request does."""
+    """The response cache as the service uses it; ``log`` hears of what goes wrong with it, which no request does. ``near`` makes the
+    semantic cache of the model of that digest, for those who asked for one."""
 
-    def __init__(self, cache: ResponseCache, identity: Identity, log: Log) -> None:
+    def __init__(
+        self, cache: ResponseCache, identity: Identity, log: Log, near: Callable[[bytes], SemanticCache] | None = None
+    ) -> None:  # fmt: skip
         self.cache, self._identity, self._log = cache, identity, log
+        self._make_near = near
+        self._near: SemanticCache | None = None
         self.hits = 0
         """Requests that were answered from it."""
         self.misses = 0
@@ -80,9 +85,9 @@ class Recall:
     async def known(self, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note) -> Known | None:
         """The whole answer, if it is there for every prompt."""
         asked = [Asked(tenant, tuple(prompt), params) for prompt in prompts]
-        found = [await self.cache.get(asked[0])]
+        found = [await self._hit(asked[0])]
         if found[0] is not None and len(asked) > 1:
-            found += await asyncio.gather(*map(self.cache.get, asked[1:]))
+            found += await asyncio.gather(*map(self._hit, asked[1:]))
         hits = [hit for hit in found if hit is not None and len(hit.answer.outputs) == params.n]
         if len(hits) < len(prompts):
             self.misses += 1
@@ -103,10 +108,23 @@ class Recall:
         await asyncio.gather(*self._writes, return_exceptions=True)
         await self.cache.close()
 
+    async def _hit(self, asked: Asked) -> Hit | None:
+        if (found := await self.cache.get(asked)) is not None or (near := self._nearby()) is None:
+            return found
+        return await near.get(asked)
+
+    def _nearby(self) -> SemanticCache | None:
+        if self._near is None and self._make_near is not None and self.cache.model is not None:
+            self._near = self._make_near(self.cache.model)
+        return self._near
+
     async def _write(self, recorded: Recorded, answers: Sequence[Answer], tenant: str) -> None:
         try:
             for prompt, answer in zip(recorded.prompts, answers, strict=True):
-                await self.cache.put(Asked(tenant, tuple(prompt), recorded.params), answer)
+                asked = Asked(tenant, tuple(prompt), recorded.params)
+                await self.cache.put(asked, answer)
+                if (near := self._nearby()) is not None:
+                    await near.put(asked, answer)
         except Exception as error:  # of a store: the request was answered
             self._log.event(f"an answer was not kept: {type(error).__name__}: {one_line(str(error))}")
 

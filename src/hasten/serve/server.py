@@ -5,7 +5,7 @@ import contextlib
 import ipaddress
 import resource
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -18,11 +18,13 @@ from hasten.serve.guard import Guard, Limits
 from hasten.serve.heart import Patience
 from hasten.serve.identity import Identity
 from hasten.serve.keys import Keys
+from hasten.serve.likeness import Likeness
 from hasten.serve.log import Log
 from hasten.serve.messages import Begin
 from hasten.serve.recall import Recall
 from hasten.serve.responses import Limits as Kept
-from hasten.serve.responses import ResponseCache, Store, open_store
+from hasten.serve.responses import ResponseCache, SemanticCache, Store, open_store
+from hasten.serve.responses.semantic import check_threshold
 from hasten.serve.service import Service
 from hasten.serve.supervisor import Supervisor
 from hasten.serve.texts import Texts
@@ -54,6 +56,8 @@ class Settings:
     response_cache: str = "off"
     """Where answers are kept that must come again: "off", "memory", or the URL of a Redis."""
     kept: Kept = Kept()
+    semantic: float | None = None
+    """The cosine at which a prompt is like another; None answers none with another's answer."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -81,6 +85,10 @@ def serve(settings: Settings) -> int:
             f"--host {settings.host} lets other machines in, and there are no keys; give --api-key-file, or --without-keys if all may ask"
         )
     store = None if settings.response_cache == "off" else open_store(settings.response_cache, settings.kept)
+    if settings.semantic is not None:
+        if store is None:
+            raise ConfigError("--semantic-cache stands behind the exact cache; give --response-cache too")
+        check_threshold(settings.semantic)
     listener = _listen(settings.host, settings.port)
     _allow_many_files()
     log = Log(as_json=settings.as_json)
@@ -105,7 +113,9 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     if store is not None:
         cache = ResponseCache(store, settings.kept.value_bytes)
         identity = Identity(cache, settings.begin, supervisor, log.event)
-        recall = Recall(cache, identity, log)
+        recall = Recall(
+            cache, identity, log, None if settings.semantic is None else _semantic(settings.semantic, settings.kept, supervisor)
+        )
     service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s, recall=recall)
     hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.hosts)} if _is_loopback(settings.host) else None
     app = Guard(make_app(service), log, keys=settings.keys, hosts=hosts, limits=settings.limits)
@@ -149,6 +159,11 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     await supervisor.stop()
     texts.close()
     return codes[0] if codes else 0
+
+
+def _semantic(threshold: float, kept: Kept, supervisor: Supervisor) -> Callable[[bytes], SemanticCache]:
+    likeness = Likeness(supervisor)
+    return lambda model: SemanticCache(likeness.embed, model, limits=kept, threshold=threshold)
 
 
 async def _drain(service: Service, server: uvicorn.Server, grace_s: float) -> None:
