@@ -15,6 +15,8 @@ from hasten.serve.responses import Answer, Asked, Hit, Output, ResponseCache, Se
 MOST_WRITES = 256
 """Answers on their way into the cache; what is computed while so many are is not kept."""
 
+CLOSES_WITHIN_S = 1.0
+
 
 class Known:
     """The outputs of one HTTP request whose answers were kept: one piece each."""
@@ -103,9 +105,12 @@ class Recall:
             task.add_done_callback(self._writes.discard)
 
     async def close(self) -> None:
-        """Write what is being written, and let go of the store."""
+        """Write what is being written, if that is soon done, and let go of the store."""
         self._identity.close()
-        await asyncio.gather(*self._writes, return_exceptions=True)
+        if self._writes:
+            _, late = await asyncio.wait(self._writes, timeout=CLOSES_WITHIN_S)
+            for task in late:
+                task.cancel()
         await self.cache.close()
 
     async def _hit(self, asked: Asked) -> Hit | None:
