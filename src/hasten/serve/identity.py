@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from hasten.base.errors import UserError
+from hasten.base.errors import UserError, one_line
 from hasten.checkpoint import load
 from hasten.formats.weights import FileStamp
 from hasten.model import Model
@@ -62,9 +62,10 @@ class Identity:
             else:
                 await self._check()
             self._known = ready
-        except UserError as error:
+        except Exception as error:  # of files that change under the reader: the server needs none of this
             self._lost = True
-            self._told(f"the response cache is closed until the server starts again: {error}")
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(str(error))}"
+            self._told(f"the response cache is closed until the server starts again: {said}")
         finally:
             self._task = None
 
