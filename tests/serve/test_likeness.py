@@ -6,6 +6,7 @@ import re
 import signal
 
 from tests.cli import assert_refused, main
+from tests.serve.scrape import scrape
 from tests.serve.server import serving
 from tests.serve.test_recall import GREEDY, ask, is_open, until_hit
 
@@ -31,6 +32,10 @@ def test_likeness_is_opt_in_and_says_so():
         assert ask(server, PATH, {**like, "max_tokens": 15})[0] is None
         assert ask(server, PATH, {"prompt": like["prompt"], "max_tokens": 2})[0] is None
         assert ask(server, PATH, {**like, "echo": True})[0] is None
+        found = scrape(server.url)
+        assert found.of("hasten_response_cache_hits_total", kind="exact") >= 1
+        assert found.of("hasten_response_cache_hits_total", kind="semantic") == 1
+        assert found.of("hasten_response_cache_misses_total", kind="semantic") >= 3
         os.kill(server.engine_pid(), signal.SIGKILL)
         server.until(lambda: not server.ready())
         assert server.post(PATH, {**GREEDY, "prompt": WORDS + "##"}).status_code == 503

@@ -46,6 +46,13 @@ def serve(
         float | None,
         typer.Option("--semantic-cache", metavar="THRESHOLD", help="Answer like prompts alike, from this cosine on; answers may be wrong."),
     ] = None,
+    metrics_prefix: Annotated[
+        str, typer.Option("--metrics-prefix", help="What names on /metrics begin with: vllm: for its dashboards.")
+    ] = "hasten_",
+    read_rate: Annotated[
+        str | None,
+        typer.Option("--read-rate", help="Bytes a second that memory gives, for the share of it in use; measured unless given: 25GB."),
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it."""
@@ -60,6 +67,7 @@ def serve(
         model=model, backend=placing.backend, weights=placing.weights, activations=placing.activations, cache=placing.cache,
         context=placing.context, max_sequences=max_sequences, memory=options.parse_bytes("--memory", placing.memory),
         swap_bytes=options.parse_bytes("--swap", swap) or 0, prefixes=prefix_cache,
+        read_bytes_s=options.parse_bytes("--read-rate", read_rate),
     )  # fmt: skip
     code = serve(
         Settings(
@@ -79,6 +87,7 @@ def serve(
             response_cache=response_cache,
             kept=Kept(bytes=options.parse_bytes("--response-cache-bytes", response_cache_bytes) or 0, seconds=response_cache_age),
             semantic=semantic_cache,
+            metrics_prefix=metrics_prefix,
         )  # fmt: skip
     )
     raise typer.Exit(code)

@@ -15,6 +15,7 @@ from hasten.engine import LLM, SamplingParams
 from hasten.program import Formats
 from hasten.serve.heart import Heart
 from hasten.serve.messages import Abort, Begin, Embed, Embedded, Failed, Frames, News, Order, Piece, Ready, Report, Submit, Vector, frame
+from hasten.serve.meter import streaming_read
 from hasten.serve.vectors import Vectors
 from hasten.serve.work import Work
 
@@ -94,8 +95,9 @@ def run(line: Line, heart: Heart, work: Work, vectors: Vectors) -> None:
         pieces += work.step()
         embedded += vectors.step()
         heart.turns += 1
-        if pieces:
-            line.report(News(pieces))
+        begun = work.take_begun()
+        if pieces or begun:
+            line.report(News(pieces, begun))
         if embedded:
             line.report(Embedded(embedded))
         now = time.monotonic()
@@ -114,6 +116,7 @@ def serve(line: Line, heart: Heart) -> int:
     try:
         llm = open_llm(begin)
         plan = str(llm.memory_plan())
+        read = begin.read_bytes_s or streaming_read(llm)  # before the weights are there, which a thread may yet move about
         llm.engine()
         for chunk in llm.stream([[0]], SamplingParams(max_tokens=1)):  # the first step makes what is made once
             if chunk.error is not None:
@@ -125,7 +128,8 @@ def serve(line: Line, heart: Heart) -> int:
         traceback.print_exc()
         line.report(Failed(f"{type(error).__name__}: {error}", False))
         return 1
-    line.report(Ready(backend=llm.backend, context=llm.context, plan=plan, notice=llm.notice, seconds=time.monotonic() - began))
+    seconds = time.monotonic() - began
+    line.report(Ready(backend=llm.backend, context=llm.context, plan=plan, notice=llm.notice, seconds=seconds, read_bytes_s=read))
     run(line, heart, Work(llm), Vectors(llm))
     return 0
 

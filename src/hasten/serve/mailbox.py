@@ -18,6 +18,8 @@ class Mailbox(Generic[News]):
         self._pieces: deque[News] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._gone = False
+        self.waited_s: dict[int, float] = {}
+        """How long each request that has joined the batch had waited for that."""
 
     def put(self, piece: News) -> None:
         """Leave a piece for the reader."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from hasten.base.errors import one_line
 from hasten.engine import SamplingParams, TokenLogprob
@@ -16,6 +16,7 @@ MOST_WRITES = 256
 """Answers on their way into the cache; what is computed while so many are is not kept."""
 
 CLOSES_WITHIN_S = 1.0
+NONE_YET = {"hits": 0, "misses": 0}
 
 
 class Known:
@@ -74,11 +75,14 @@ class Recall:
         self.cache, self._identity, self._log = cache, identity, log
         self._make_near = near
         self._near: SemanticCache | None = None
-        self.hits = 0
-        """Requests that were answered from it."""
-        self.misses = 0
-        """Requests that might have been, and were computed."""
         self._writes: set[asyncio.Task[None]] = set()
+
+    def counts(self) -> dict[str, Callable[[], Mapping[str, int]]]:
+        """By kind of hit, what counts its ``hits`` and ``misses``."""
+        exact: dict[str, Callable[[], Mapping[str, int]]] = {"exact": self.cache.counts}
+        if self._make_near is not None:
+            exact["semantic"] = lambda: NONE_YET if self._near is None else self._near.counts()
+        return exact
 
     def serves(self, params: SamplingParams) -> bool:
         """May a request like this be answered so, now?"""
@@ -92,9 +96,7 @@ class Recall:
             found += await asyncio.gather(*map(self._hit, asked[1:]))
         hits = [hit for hit in found if hit is not None and len(hit.answer.outputs) == params.n]
         if len(hits) < len(prompts):
-            self.misses += 1
             return None
-        self.hits += 1
         return Known(prompts, params, hits, note)
 
     def keep(self, recorded: Recorded, tenant: str) -> None:
