@@ -69,10 +69,6 @@ class Recall:
 
     def __init__(self, cache: ResponseCache, identity: Identity, log: Log) -> None:
         self.cache, self._identity, self._log = cache, identity, log
-        self.hits = 0
-        """Requests that were answered from it."""
-        self.misses = 0
-        """Requests that might have been, and were computed."""
         self._writes: set[asyncio.Task[None]] = set()
 
     def serves(self, params: SamplingParams) -> bool:
@@ -87,9 +83,7 @@ class Recall:
             found += await asyncio.gather(*map(self.cache.get, asked[1:]))
         hits = [hit for hit in found if hit is not None and len(hit.answer.outputs) == params.n]
         if len(hits) < len(prompts):
-            self.misses += 1
             return None
-        self.hits += 1
         return Known(prompts, params, hits, note)
 
     def keep(self, recorded: Recorded, tenant: str) -> None:
