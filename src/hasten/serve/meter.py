@@ -102,6 +102,10 @@ class Meter:
         self._clock += time.perf_counter_ns() - began - profile.step_ns  # what looking at the clock took
         return logits
 
+    def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Hidden states [R, width], as the session gives them; they count as no step's."""
+        return self._session.hidden(batch, pages)
+
 
 class ReadBytes:
     """Bytes that steps of ``program`` read: weights, ``weight_bytes`` for one token, and what its sequences keep, once for each."""
