@@ -118,6 +118,7 @@ def main() -> None:
             started = time.perf_counter()
             of_server.append(served(server, requests(turn)))
             in_server += time.perf_counter() - started
+            print(f"round {turn}: {of_direct[-1]:.2f}, served {of_server[-1]:.2f} tokens/s", file=sys.stderr, flush=True)
         used = cpu_seconds(server.process.pid) - before
     print(json.dumps({
         "model": given.model, "weights": given.weights, "streams": streams, "direct_tokens_per_s": statistics.median(of_direct),
