@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--least", type=int, default=48, help="new tokens of the shortest output")
     parser.add_argument("--most", type=int, default=64, help="new tokens of the longest")
-    parser.add_argument("--rounds", type=int, default=3, help="after one that is not counted")
+    parser.add_argument("--rounds", type=int, default=3, help="after a short one that is not counted")
     parser.add_argument("--response-cache", default="off")
     given = parser.parse_args()
     context, streams = "1024", given.streams
@@ -108,8 +108,9 @@ def main() -> None:
         given.response_cache,
     ]
     with direct(given.model, given.weights, context, str(streams)) as process, serving(given.model, *settings) as server:
-        directly(process, requests(0))
-        served(server, requests(0))
+        warming = {**requests(0), "max_tokens": [8] * streams}
+        directly(process, warming)
+        served(server, warming)
         before, began = cpu_seconds(server.process.pid), time.perf_counter()
         of_direct, of_server = [], []
         in_server = 0.0
@@ -118,6 +119,7 @@ def main() -> None:
             started = time.perf_counter()
             of_server.append(served(server, requests(turn)))
             in_server += time.perf_counter() - started
+            print(f"round {turn}: {of_direct[-1]:.2f}, served {of_server[-1]:.2f} tokens/s", file=sys.stderr, flush=True)
         used = cpu_seconds(server.process.pid) - before
     print(json.dumps({
         "model": given.model, "weights": given.weights, "streams": streams, "direct_tokens_per_s": statistics.median(of_direct),
