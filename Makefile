@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	@echo && echo "code-8m goes on where this class stops:" && echo
 	@$(BIN)/hasten generate code-8m --echo --max-tokens 41 --repetition-penalty 1.1 --prompt "$$DEMO"
 
-test: $(VENV)/.tested
+test: $(VENV)/.tested $(VENV)/.scraper
 	@$(BIN)/python -m pytest --numprocesses 2 --durations 10
 
 lint: $(VENV)/.tested
@@ -87,6 +87,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 
 $(VENV)/.tested: $(VENV)/.installed
 	@echo "installing what the tests need …" && $(PIP) --editable '.[torch,test]'
+	@touch $@
+
+# A real Prometheus for the test that wants to be scraped by one: Debian's, unpacked and not installed, so nothing of it runs by itself. Where
+# that cannot be (no apt, no network) the test says so and is skipped.
+$(VENV)/.scraper: $(VENV)/.tested
+	@command -v prometheus > /dev/null || (cd $(VENV) && { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq \
+		download prometheus; }; } && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x -C bin --strip-components 3 ./usr/bin && \
+		rm prometheus_*.deb) > /dev/null 2>&1 || echo "no Prometheus to be had: a test will be skipped"
 	@touch $@
 
 clean:

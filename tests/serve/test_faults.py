@@ -34,11 +34,6 @@ def client_of(server, **settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None), **settings)
 
 
-def stats_settle(server) -> None:
-    """Until nothing is on its way: whoever asks next has the engine alone."""
-    server.until(lambda: server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200, 20)
-
-
 def test_a_killed_engine_ends_every_stream_within_a_second_and_comes_back():
     with serving("code-8m", "--max-sequences", "8") as server:
 
@@ -184,15 +179,6 @@ def test_the_engine_dies_with_its_server():
         while os.path.exists(f"/proc/{engine}"):
             assert time.monotonic() < end
             time.sleep(0.02)
-
-
-def test_an_idle_server_sleeps(server):
-    stats_settle(server)
-    pids = [server.process.pid, server.engine_pid()]
-    time.sleep(0.5)
-    before, began = sum(map(cpu_seconds, pids)), time.monotonic()
-    time.sleep(3.0)
-    assert (sum(map(cpu_seconds, pids)) - before) / (time.monotonic() - began) < 0.01
 
 
 def test_keys_are_asked_for_everywhere_but_where_nothing_is_said(tmp_path):

@@ -27,7 +27,7 @@ def model(tmp_path):
 
 
 def ready() -> Ready:
-    return Ready(backend="cpu", context=512, plan="", notice="", seconds=1.0)
+    return Ready(backend="cpu", context=512, plan="", notice="", seconds=1.0, read_bytes_s=None)
 
 
 def begin(model: Path) -> Begin:

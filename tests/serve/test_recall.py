@@ -13,6 +13,7 @@ import pytest
 from hasten.serve.responses import HEADER
 from tests.cli import assert_refused, main, run
 from tests.serve.redis_server import RedisServer
+from tests.serve.scrape import scrape
 from tests.serve.server import Server, events, serving
 
 CLIENT = httpx.Client(timeout=60, trust_env=False)  # making one takes longer than most answers
@@ -201,7 +202,7 @@ def test_known_answers_need_no_engine(cached):
     assert cached.post("/v1/completions", {**GREEDY, "prompt": "needs one"}).status_code == 200
 
 
-def test_the_log_says_so(cached):
+def test_the_log_and_metrics_say_so(cached):
     body = {**GREEDY, "prompt": "logged"}
     ask(cached, "/v1/completions", body)
     until_hit(cached, "/v1/completions", body)
@@ -212,6 +213,9 @@ def test_the_log_says_so(cached):
 
     found = cached.until(last, 5)
     assert found["cached"] == "exact"
+    counted = scrape(cached.url)
+    assert counted.of("hasten_response_cache_hits_total", kind="exact") > 0
+    assert counted.of("hasten_response_cache_misses_total", kind="exact") > 0
     assert found["output_tokens"] == 16
     assert 0 < found["first_token_seconds"] <= found["seconds"] < 0.1
 

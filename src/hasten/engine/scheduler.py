@@ -54,6 +54,9 @@ class Scheduler:
         self._gave_way: list[_Live] = []  # in this plan
         self._held: Collection[int] = ()  # in this plan
         self._may_score = 0  # tokens, in what is left of this plan
+        self._now_s = 0.0  # of this plan
+        self.let_in: list[tuple[int, float]] = []
+        """Of the last plan: the requests that joined the batch for the first time, and how many seconds each had waited."""
         self._scoring: dict[int, int] = {}  # tokens of those, by job that takes them
         self._costs = settings.costs or Costs()  # in this plan
         self._bounded = False  # in this plan: may prompts take less than the budget leaves?
@@ -107,6 +110,7 @@ class Scheduler:
         given."""
         batching = self.settings.batching
         self._planned.clear()
+        self._now_s, self.let_in = now_s, []
         self._held = held
         self._costs = costs or self.settings.costs or Costs()
         self._gave_way.clear()
@@ -307,6 +311,7 @@ class Scheduler:
                 if self.cache.adopt(sequence.pages, match):
                     self.counters.hit_tokens += sequence.pages.length
                 self.counters.prompt_tokens += len(first.job.prompt)
+                self.let_in.append((first.job.id, self._now_s - first.arrived_s))
             spare = self._add(first, spare, ready=False)
 
     def _who_gives_way(self, first: _Live, spare: int) -> _Live | None:

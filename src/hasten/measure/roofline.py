@@ -67,14 +67,20 @@ class Limits:
         """Measure both now: the median of three reads, or of more where the buffer is small, and ``seconds`` of products.
 
         Raises UserError for a value out of range."""
-        repeats = max(3, min(50, (64 << 20) // self.buffer_bytes))
         peaks = {"bf16": _native.bf16_peak, "int8": _native.int8_peak, "f32": _native.f32_peak}
         try:
-            read, _ = _native.streaming_read(self.buffer_bytes, self.threads, repeats, self._best("read"))
             peak, _ = peaks[self.arithmetic](self.threads, seconds, self.peak_isa)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return Slice(read, peak)
+        return Slice(self.read_gb_per_s(), peak)
+
+    def read_gb_per_s(self) -> float:
+        """Measure reading now: the median of three, or of more where the buffer is small. Raises UserError for a value out of range."""
+        size = self.buffer_bytes
+        try:
+            return _native.streaming_read(size, self.threads, max(3, min(50, (64 << 20) // size)), self._best("read"))[0]
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def _best(self, kind: str) -> str:
         most = LEVELS.index(_native.isa_level(self.level))

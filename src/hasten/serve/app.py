@@ -14,6 +14,7 @@ from hasten.serve.chat import chat
 from hasten.serve.completions import completion
 from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
+from hasten.serve.metrics import CONTENT_TYPE, Metrics
 from hasten.serve.reply import encoded
 from hasten.serve.service import Service
 from hasten.serve.tools import plain_messages
@@ -22,7 +23,7 @@ QUICK = 64 << 10
 """Bytes of a body that is read at once; what is longer is read beside the event loop."""
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service, metrics: Metrics) -> FastAPI:
     """Of the API, without what guards it. Requests come with what `hasten.serve.guard` found: body, tenant and note."""
     app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
 
@@ -93,6 +94,10 @@ def make_app(service: Service) -> FastAPI:
         except ApiError as error:
             return answer({"status": "not ready", "reason": error.message}, error.status, error.headers)
         return answer({"status": "ready"})
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     return app
 

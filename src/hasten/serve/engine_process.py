@@ -12,9 +12,11 @@ from collections.abc import Iterator
 
 from hasten.base.errors import UserError
 from hasten.engine import LLM, SamplingParams
+from hasten.engine.llm import continuous
 from hasten.program import Formats
 from hasten.serve.heart import Heart
 from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Submit, frame
+from hasten.serve.meter import streaming_read
 from hasten.serve.work import Work
 
 RECEIVED = 1 << 18
@@ -68,6 +70,7 @@ def open_llm(begin: Begin) -> LLM:
     return LLM(
         begin.model, backend=begin.backend, formats=formats, context=begin.context, max_sequences=begin.max_sequences, memory=begin.memory,
         swap_bytes=begin.swap_bytes, prefixes=begin.prefixes,
+        scheduling=None if begin.stretch is None else continuous(begin.max_sequences, begin.stretch),
     )  # fmt: skip
 
 
@@ -89,8 +92,9 @@ def run(line: Line, heart: Heart, work: Work) -> None:
         heart.busy = work.busy
         pieces += work.step()
         heart.turns += 1
-        if pieces:
-            line.report(News(pieces))
+        begun = work.take_begun()
+        if pieces or begun:
+            line.report(News(pieces, begun))
         now = time.monotonic()
         if now - told >= STATS_S or (was_busy and not work.busy):
             line.report(work.stats())
@@ -107,6 +111,7 @@ def serve(line: Line, heart: Heart) -> int:
     try:
         llm = open_llm(begin)
         plan = str(llm.memory_plan())
+        read = begin.read_bytes_s or streaming_read(llm)  # before the weights are there, which a thread may yet move about
         llm.engine()
         for chunk in llm.stream([[0]], SamplingParams(max_tokens=1)):  # the first step makes what is made once
             if chunk.error is not None:
@@ -118,7 +123,8 @@ def serve(line: Line, heart: Heart) -> int:
         traceback.print_exc()
         line.report(Failed(f"{type(error).__name__}: {error}", False))
         return 1
-    line.report(Ready(backend=llm.backend, context=llm.context, plan=plan, notice=llm.notice, seconds=time.monotonic() - began))
+    seconds = time.monotonic() - began
+    line.report(Ready(backend=llm.backend, context=llm.context, plan=plan, notice=llm.notice, seconds=seconds, read_bytes_s=read))
     run(line, heart, Work(llm))
     return 0
 

@@ -12,16 +12,21 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hasten.base.errors import one_line
+from hasten.serve.counts import Counts
 from hasten.serve.errors import ApiError
 from hasten.serve.keys import Keys, key_in
 from hasten.serve.log import Log, Note
 from hasten.serve.reply import Sender
 from hasten.serve.responses.cache import HEADER
+from hasten.serve.trace import trace_in
 
 PUBLIC = frozenset({"/health", "/ready"})
 """Paths that need no key: they say nothing but whether the server is well."""
 QUIET = frozenset({"/health", "/ready", "/metrics"})
 """Paths that are asked every few seconds, and logged only where they fail otherwise than by what they say."""
+
+OTHER = "other"
+"""What paths are counted under that are none."""
 
 Shape = Callable[[ApiError], Mapping[str, Any]]
 
@@ -42,9 +47,14 @@ class Guard:
     """An ASGI application around ``app``: keys, hosts, limits, the request's number, and its line in the log.
 
     ``hosts`` are the names under which a server without keys may be asked, so that a web page that a user looks at cannot reach it under a
-    name of its own (DNS rebinding); None takes any."""
+    name of its own (DNS rebinding); None takes any. What becomes of requests to ``routes`` is counted in ``counts`` by route, all others
+    together."""
 
-    def __init__(self, app: ASGIApp, log: Log, *, keys: Keys, hosts: Collection[str] | None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, log: Log, *, keys: Keys, hosts: Collection[str] | None, limits: Limits | None = None,
+        routes: Collection[str] = (), counts: Counts | None = None,
+    ) -> None:  # fmt: skip
+        self._routes, self._counts = routes, Counts() if counts is None else counts
         self._app, self._log, self._keys, self._hosts, self._limits = app, log, keys, hosts, limits or Limits()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +65,8 @@ class Guard:
         if scope["type"] != "http":
             return  # nothing here speaks WebSocket
         note = Note(secrets.token_hex(8), scope["method"][:16], one_line(scope["path"], 80)[1:-1], time.monotonic())
+        note.trace = trace = trace_in(scope["headers"])
+        more = [(b"x-request-id", note.id.encode()), (b"traceresponse", trace.answer(note.id).encode())]
         started = False
 
         async def told(message: Message) -> None:
@@ -62,10 +74,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 note.status = message["status"]
-                own = [(b"x-request-id", note.id.encode())]
-                if note.cached:
-                    own.append((HEADER.encode(), note.cached.encode()))
-                message = {**message, "headers": [*message.get("headers", ()), *own]}
+                own = [(HEADER.encode(), note.cached.encode())] if note.cached else []
+                message = {**message, "headers": [*message.get("headers", ()), *more, *own]}
             await send(message)
 
         try:
@@ -84,8 +94,14 @@ class Guard:
                 if not started:
                     await Sender(told).error(ApiError(500, "the server failed on this request; its log says why"))
         finally:
+            self._counts.answered(self._route(scope), note.status)
             if scope["path"] not in QUIET or note.status not in {200, 503}:
                 self._log.request(note, time.monotonic() - note.began)
+
+    def _route(self, scope: Scope) -> str:
+        """The server's own name for what was asked; none of it is the client's."""
+        path = str(getattr(scope.get("route"), "path", scope["path"]))
+        return path if path in self._routes else OTHER
 
     def _check(self, scope: Scope, note: Note) -> None:
         limits, headers = self._limits, scope["headers"]

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from hasten.serve.trace import Trace
+
 MOST = 10_000
 """Lines that wait to be written; what is more is dropped, and counted."""
 
@@ -25,6 +27,9 @@ class Note:
     prompt_tokens: int = 0
     output_tokens: int = 0
     first_token_s: float | None = None
+    queued_s: float = 0.0
+    """How long it waited for a slot, of the time to its first token."""
+    trace: Trace | None = None
     tenant: str = ""
     cached: str = ""
     """How the response cache answered it, if it did."""
@@ -38,7 +43,8 @@ class Log:
     def __init__(self, file: TextIO | None = None, as_json: bool = False) -> None:
         self._file, self._json = file or sys.stderr, as_json
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._dropped = 0
+        self.dropped = 0
+        """Lines that were not written."""
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -54,8 +60,8 @@ class Log:
             words.append(f"{note.prompt_tokens} → {note.output_tokens} tokens")
             fields |= {"prompt_tokens": note.prompt_tokens, "output_tokens": note.output_tokens}
         if note.first_token_s is not None:
-            words.append(f"first {note.first_token_s:.3f} s")
-            fields["first_token_seconds"] = note.first_token_s
+            words.append(f"queued {note.queued_s:.3f} s  first {note.first_token_s:.3f} s")
+            fields |= {"queue_seconds": note.queued_s, "first_token_seconds": note.first_token_s}
         words.append(f"total {seconds:.3f} s")
         if note.cached:
             words.append(f"from the response cache ({note.cached})")
@@ -65,6 +71,11 @@ class Log:
             fields["error"] = note.said
         if note.tenant:
             fields["tenant"] = note.tenant
+        if note.trace is not None:
+            words.append(f"trace {note.trace.id}")
+            fields |= {"trace_id": note.trace.id, "span_id": note.id}
+            if note.trace.parent:
+                fields["parent_span_id"] = note.trace.parent
         self._put(fields, "  ".join(words))
 
     def close(self) -> None:
@@ -74,7 +85,7 @@ class Log:
 
     def _put(self, fields: dict[str, Any], words: str) -> None:
         if self._lines.qsize() >= MOST:
-            self._dropped += 1
+            self.dropped += 1
             return
         at = time.time()
         stamp = time.strftime("%H:%M:%S", time.localtime(at))

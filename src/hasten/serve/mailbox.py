@@ -17,6 +17,8 @@ class Mailbox:
         self._pieces: deque[Piece] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._gone = False
+        self.waited_s: dict[int, float] = {}
+        """How long each request that has joined the batch had waited for that."""
 
     def put(self, piece: Piece) -> None:
         """Leave a piece for the reader."""

@@ -35,6 +35,10 @@ class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     memory: int | None
     swap_bytes: int
     prefixes: bool
+    stretch: float | None = None
+    """How many times as long prompts may make a step beside running outputs; any number where it is not said."""
+    read_bytes_s: float | None = None
+    """What the machine reads in a stream, bytes a second; to be measured where it is not said."""
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -56,13 +60,15 @@ Order = Begin | Submit | Abort
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The model is loaded and a first token was made. ``plan`` says what memory it takes, ``notice`` what a user should know."""
+    """The model is loaded and a first token was made. ``plan`` says what memory it takes, ``notice`` what a user should know;
+    ``read_bytes_s`` is as in Begin, None where what steps read is not counted."""
 
     backend: str
     context: int
     plan: str
     notice: str
     seconds: float
+    read_bytes_s: float | None
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -87,13 +93,15 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
 
 
 class News(msgspec.Struct, tag=True, frozen=True):
-    """All that one step made known."""
+    """All that one step made known. ``begun`` are the requests that joined the batch, and how many seconds each had waited for that."""
 
     pieces: list[Piece]
+    begun: list[tuple[int, float]] = []
 
 
 class Stats(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """How the engine stands, and its counters since it began (`hasten.engine.plan.Counters`); sent a few times a second while it works.
+    """How the engine stands, and counters since it began (`hasten.engine.plan.Counters`, and those of a `Meter`); sent a few times a second
+    while it works.
 
     ``cache_usage`` is the share of cache pages that cannot be had, of the fullest group."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from hasten.base.errors import one_line
 from hasten.engine import SamplingParams, TokenLogprob
@@ -70,6 +70,10 @@ class Recall:
     def __init__(self, cache: ResponseCache, identity: Identity, log: Log) -> None:
         self.cache, self._identity, self._log = cache, identity, log
         self._writes: set[asyncio.Task[None]] = set()
+
+    def counts(self) -> dict[str, Callable[[], Mapping[str, int]]]:
+        """By kind of hit, what counts its ``hits`` and ``misses``."""
+        return {"exact": self.cache.counts}
 
     def serves(self, params: SamplingParams) -> bool:
         """May a request like this be answered so, now?"""

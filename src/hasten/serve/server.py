@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
+from starlette.routing import Route
 
 from hasten.base.errors import ConfigError
 from hasten.serve.admission import Admission
 from hasten.serve.app import make_app
+from hasten.serve.counts import Counts
 from hasten.serve.guard import Guard, Limits
 from hasten.serve.heart import Patience
 from hasten.serve.identity import Identity
 from hasten.serve.keys import Keys
 from hasten.serve.log import Log
 from hasten.serve.messages import Begin
+from hasten.serve.metrics import PREFIX, Metrics, check_prefix
+from hasten.serve.notify import notify
 from hasten.serve.recall import Recall
 from hasten.serve.responses import Limits as Kept
 from hasten.serve.responses import ResponseCache, Store, open_store
@@ -29,6 +33,7 @@ from hasten.serve.texts import Texts
 
 BACKLOG = 2048
 DRAIN_CHECK_S = 0.05
+READY_CHECK_S = 0.1
 CUT_OFF_S = 1.0
 """How long those that were cut off have to be told so."""
 
@@ -54,6 +59,7 @@ class Settings:
     response_cache: str = "off"
     """Where answers are kept that must come again: "off", "memory", or the URL of a Redis."""
     kept: Kept = Kept()
+    metrics_prefix: str = PREFIX
 
 
 class _Uvicorn(uvicorn.Server):
@@ -75,6 +81,7 @@ class _Uvicorn(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Serve until told to stop; the exit code. Raises UserError for what cannot be served."""
+    check_prefix(settings.metrics_prefix)
     texts = Texts(settings.begin.model, context=settings.begin.context, slots=settings.begin.max_sequences)
     if not settings.keys and not settings.without_keys and not _is_loopback(settings.host):
         raise ConfigError(
@@ -106,9 +113,14 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
         cache = ResponseCache(store, settings.kept.value_bytes)
         identity = Identity(cache, settings.begin, supervisor, log.event)
         recall = Recall(cache, identity, log)
-    service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s, recall=recall)
+    counts = Counts()
+    service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s, counts=counts, recall=recall)
+    caches = None if recall is None else recall.counts()
+    metrics = Metrics(counts, supervisor, log, model=settings.name, prefix=settings.metrics_prefix, caches=caches)
+    api = make_app(service, metrics)
     hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.hosts)} if _is_loopback(settings.host) else None
-    app = Guard(make_app(service), log, keys=settings.keys, hosts=hosts, limits=settings.limits)
+    routes = frozenset(route.path for route in api.routes if isinstance(route, Route))
+    app = Guard(api, log, keys=settings.keys, hosts=hosts, limits=settings.limits, routes=routes, counts=counts)
     server = _Uvicorn(
         uvicorn.Config(
             app,
@@ -131,11 +143,14 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     host, port = listener.getsockname()[:2]
     log.event(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, serving {settings.name}")
     await supervisor.start()
+    announcing = asyncio.create_task(_announce(supervisor))
     texts.warm()  # while the engine loads
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked, over = asyncio.create_task(server.asked.wait()), asyncio.create_task(gave_up.wait())
     finding = None if identity is None else asyncio.create_task(identity.find())
     await asyncio.wait({serving, asked, over}, return_when=asyncio.FIRST_COMPLETED)
+    announcing.cancel()
+    notify("STOPPING=1")
     if asked.done() and not codes:
         await _drain(service, server, settings.grace_s)
     server.should_exit = True
@@ -149,6 +164,13 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     await supervisor.stop()
     texts.close()
     return codes[0] if codes else 0
+
+
+async def _announce(supervisor: Supervisor) -> None:
+    """Tell systemd once the model is there."""
+    while supervisor.state != "ready":
+        await asyncio.sleep(READY_CHECK_S)
+    notify("READY=1")
 
 
 async def _drain(service: Service, server: uvicorn.Server, grace_s: float) -> None:

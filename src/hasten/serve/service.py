@@ -9,6 +9,7 @@ from typing import Protocol
 from hasten.base.errors import UserError, one_line
 from hasten.engine import SamplingParams
 from hasten.serve.admission import Admission
+from hasten.serve.counts import Counts, EndReason, Tally
 from hasten.serve.errors import ApiError, refused, unready
 from hasten.serve.log import Log, Note
 from hasten.serve.mailbox import EngineGoneError, Mailbox
@@ -35,10 +36,14 @@ class Computed:
     """Outputs that the engine computes. Read them to their end, or leave them: what is not done then is aborted."""
 
     def __init__(
-        self, supervisor: Supervisor, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note, at_fault: str | None
+        self, supervisor: Supervisor, prompts: list[list[int]], params: SamplingParams, tenant: str, note: Note, at_fault: str | None,
+        counts: Counts,
     ) -> None:  # fmt: skip
         self.prompts, self.params, self._at_fault = prompts, params, at_fault
         self._supervisor, self._note, self._mailbox = supervisor, note, Mailbox()
+        self._tally = Tally(counts, note.began, list(map(len, prompts)), params.n)
+        self._submitted = time.monotonic()
+        self._cut: EndReason = "abort"
         self._left: dict[int, int] = {}  # outputs to come, by request
         self._place: dict[int, int] = {}
         note.prompt_tokens = sum(map(len, prompts))
@@ -48,27 +53,37 @@ class Computed:
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         """News as they come."""
-        note, n = self._note, self.params.n
+        note, n, mailbox, tally = self._note, self.params.n, self._mailbox, self._tally
         while self._left:
             told: list[tuple[int, Piece]] = []
-            for piece in await self._mailbox.take():
+            try:
+                pieces = await mailbox.take()
+            except EngineGoneError:
+                self._cut = "error"
+                raise
+            now = time.monotonic()
+            for piece in pieces:
                 if piece.error is not None:
+                    self._cut = "error"
                     if piece.fault == "request":
                         raise ApiError(400, piece.error, param=self._at_fault, code="output_failed")
                     raise ApiError(500, piece.error, code="output_failed")
-                told.append((self._place[piece.id] * n + piece.choice, piece))
+                output = self._place[piece.id] * n + piece.choice
+                told.append((output, piece))
                 note.output_tokens += len(piece.token_ids)
+                tally.take(output, piece, self._submitted, mailbox.waited_s.get(piece.id, 0.0), now)
                 if piece.finish_reason is not None:
                     self._left[piece.id] -= 1
                     if not self._left[piece.id]:
                         del self._left[piece.id]
                         self._supervisor.ended(piece.id)
             if note.first_token_s is None:
-                note.first_token_s = time.monotonic() - note.began
+                note.first_token_s, note.queued_s = now - note.began, max(mailbox.waited_s.values(), default=0.0)
             yield told
 
     def close(self) -> None:
         """Abort what is not done."""
+        self._tally.cut(sum(self._left.values()), self._cut)
         for id in self._left:
             self._supervisor.abort(id)
         self._left.clear()
@@ -79,10 +94,11 @@ class Service:
 
     def __init__(
         self, name: str, supervisor: Supervisor, texts: Texts, admission: Admission, log: Log, *, deadline_s: float | None,
-        recall: Recall | None = None,
+        counts: Counts | None = None, recall: Recall | None = None,
     ) -> None:  # fmt: skip
         self.name, self.supervisor, self.texts, self.admission, self.log = name, supervisor, texts, admission, log
         self.created = int(time.time())
+        self.counts = Counts() if counts is None else counts
         self._deadline_s, self.recall = deadline_s, recall
 
     def check_model(self, name: str | None) -> None:
@@ -125,14 +141,14 @@ class Service:
         async with self._placed(outputs, timeout_s) as leave:
             prompts = await encode()
             if recall is None:
-                with closing(Computed(self.supervisor, prompts, params, tenant, note, at_fault)) as computed:
+                with closing(Computed(self.supervisor, prompts, params, tenant, note, at_fault, self.counts)) as computed:
                     yield computed
             elif (known := await recall.known(prompts, params, tenant, note)) is not None:
                 leave()
                 yield known
             else:
                 self.check_engine()
-                with closing(Computed(self.supervisor, prompts, params, tenant, note, at_fault)) as computed:
+                with closing(Computed(self.supervisor, prompts, params, tenant, note, at_fault, self.counts)) as computed:
                     recorded = Recorded(prompts, params, computed.pieces())
                     yield recorded
                 recall.keep(recorded, tenant)

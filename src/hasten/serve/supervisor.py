@@ -17,6 +17,7 @@ import msgspec
 
 from hasten.base.errors import UserError
 from hasten.engine import SamplingParams
+from hasten.serve.engine_totals import EngineTotals
 from hasten.serve.heart import READ, Patience, Pulse, read_beats
 from hasten.serve.mailbox import EngineGoneError, Mailbox
 from hasten.serve.messages import Abort, Begin, Failed, Frames, News, Order, Ready, Report, Stats, Submit, frame
@@ -91,6 +92,7 @@ class Supervisor:
         self.ready: Ready | None = None
         """What the last engine that became ready said."""
         self.stats = Stats(running=0, waiting=0, cache_usage=0.0, counters={})
+        self.totals = EngineTotals()
         self.deaths = 0
         """Of engines, since the server began."""
         self._in_a_row = 0
@@ -191,6 +193,8 @@ class Supervisor:
         self._process = process
         await loop.create_unix_connection(lambda: process, sock=ours)
         loop.add_reader(beats, self._feel, beats)
+        self.stats = Stats(running=0, waiting=0, cache_usage=0.0, counters={})
+        self.totals.begin()
         process.send(self._begin)
 
     def take(self, process: _Process, report: Report) -> None:
@@ -198,15 +202,20 @@ class Supervisor:
         if process is not self._process:
             return
         match report:
-            case News(pieces):
+            case News(pieces, begun):
                 mailboxes = self._mailboxes
+                for id, waited_s in begun:
+                    if (mailbox := mailboxes.get(id)) is not None:
+                        mailbox.waited_s.setdefault(id, waited_s)
                 for piece in pieces:
                     if (mailbox := mailboxes.get(piece.id)) is not None:  # news of one that was aborted may still be on their way
                         mailbox.put(piece)
             case Stats():
                 self.stats = report
+                self.totals.take(report.counters, time.monotonic(), report.running + report.waiting > 0)
             case Ready():
                 self.state, self.ready = "ready", report
+                self._begin = msgspec.structs.replace(self._begin, read_bytes_s=report.read_bytes_s)
                 for line in filter(None, (report.notice, report.plan)):
                     self._told(line)
                 self._told(f"ready after {report.seconds:.1f} s, on the {report.backend} backend")

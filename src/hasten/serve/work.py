@@ -9,6 +9,7 @@ from hasten.engine import LLM, Chunk
 from hasten.engine.answer import Answer
 from hasten.engine.engine import Engine
 from hasten.serve.messages import Fault, Piece, Stats, Submit
+from hasten.serve.meter import Meter
 
 _INSIDE = re.compile(r"\w+(Error|Exception): ")
 """How the engine words what failed in computing; what a grammar failed at is worded for its writer."""
@@ -26,7 +27,9 @@ class Work:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self._engines: list[Engine] = []
+        self._meters: dict[Engine, Meter] = {}
+        self._ids: dict[tuple[Engine, int], int] = {}  # the server's number, by the engine's
+        self._begun: list[tuple[int, float]] = []
         self._live: dict[int, _Live] = {}  # by the server's number
         self._by_index: dict[int, _Live] = {}  # by the number that chunks bear
         self._index: dict[int, int] = {}
@@ -41,8 +44,8 @@ class Work:
         try:
             prepared = self._llm.preparer.prepare(submit.prompt, submit.params, tenant=submit.tenant)
             engine = self._llm.engine(prepared.context)
-            if engine not in self._engines:
-                self._engines.append(engine)
+            if engine not in self._meters:
+                self._meters[engine] = Meter(engine)
             live = _Live(submit.id, engine, [], prepared.answer(), submit.params.grammar is not None)
             live.numbers += prepared.submit(engine)
         except UserError as error:
@@ -52,6 +55,7 @@ class Work:
             return [_ended(submit.id, choice, _said(error), "engine") for choice in range(submit.params.n)]
         self._live[submit.id] = self._by_index[prepared.index] = live
         self._index[submit.id] = prepared.index
+        self._ids.update(((engine, number), submit.id) for number in live.numbers)
         return []
 
     def abort(self, id: int) -> None:
@@ -64,22 +68,31 @@ class Work:
     def step(self) -> list[Piece]:
         """Compute one step of each engine that has work; what became known."""
         pieces: list[Piece] = []
-        for engine in self._engines:
+        for engine, meter in self._meters.items():
             if engine.busy:
-                pieces += self._told(engine.step())
+                chunks = meter.step()
+                for number, waited_s in engine.scheduler.let_in:
+                    if (id := self._ids.get((engine, number))) is not None:
+                        self._begun.append((id, waited_s))
+                pieces += self._told(chunks)
         return pieces
+
+    def take_begun(self) -> list[tuple[int, float]]:
+        """The requests that have joined the batch since this was last asked, and how many seconds each had waited."""
+        begun, self._begun = self._begun, []
+        return begun
 
     def stats(self) -> Stats:
         """How things stand, all engines together."""
         counters: dict[str, int] = {}
         usage = 0.0
-        for engine in self._engines:
-            for name in engine.counters.__dataclass_fields__:
-                counters[name] = counters.get(name, 0) + getattr(engine.counters, name)
+        for engine, meter in self._meters.items():
+            for name, value in meter.counters().items():
+                counters[name] = counters.get(name, 0) + value
             usage = max([usage, *(1 - pool.available / pool.pages for pool in engine.cache.pools if pool.pages)])
         return Stats(
-            running=sum(engine.scheduler.running for engine in self._engines),
-            waiting=sum(engine.scheduler.waiting for engine in self._engines),
+            running=sum(engine.scheduler.running for engine in self._meters),
+            waiting=sum(engine.scheduler.waiting for engine in self._meters),
             cache_usage=usage,
             counters=counters,
         )
@@ -102,6 +115,8 @@ class Work:
 
     def _forget(self, live: _Live) -> None:
         del self._live[live.id], self._by_index[self._index.pop(live.id)]
+        for number in live.numbers:
+            del self._ids[live.engine, number]
 
 
 def _ended(id: int, choice: int, error: str, fault: Fault) -> Piece:
