@@ -174,14 +174,14 @@ def test_two_hundred_near_misses(server, cached):
 
 
 def test_who_leaves_and_who_is_late_leave_nothing_behind(cached):
-    long = {"prompt": "left behind", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+    long = {"prompt": "left behind", "max_tokens": 160, "ignore_eos": True, "temperature": 0}
     with httpx.stream("POST", f"{cached.url}/v1/completions", json={**long, "stream": True}, timeout=30) as answer:
         next(answer.iter_lines())
-    late = cached.post("/v1/completions", {**long, "timeout_s": 0.05})
+    late = cached.post("/v1/completions", {**long, "timeout_s": 0.02})
     assert late.status_code == 504
     wrong = {**GREEDY, "prompt": "x", "grammar": "start: %regex"}
     assert [cached.post("/v1/completions", wrong).status_code for _ in range(2)] == [400, 400]
-    short = {**long, "max_tokens": 200}
+    short = {**long, "max_tokens": 80}
     assert ask(cached, "/v1/completions", short)[0] is None
     assert ask(cached, "/v1/completions", long)[0] is None
 
