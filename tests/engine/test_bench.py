@@ -152,7 +152,7 @@ def test_a_runner_counts_the_bytes_of_its_cache(cache):
     case = Case(batch=1, prompt=16, new=4)
     runner = open_runner(MODEL, [case], cache=cache, threads=1)
     (group,) = runner.program.states
-    rows = {"bf16": 2 * 64, "int8": 64 + 4, "fp8": 64 + 4}
+    rows = {"bf16": 2 * 64, "int8": 64 + 2, "fp8": 64 + 2}
     assert runner.cache == cache
     assert runner.bytes_per_step(case)[1] == round(2 * group.layers * group.kv_heads * rows[cache] * (17 + 20) / 2)
 

@@ -413,8 +413,8 @@ def test_importing_the_command_line_is_quick():
 
 def test_the_cache_of_a_command(hasten_main, monkeypatch, capsys):
     facts = json.loads(hasten_main("inspect", "code-8m", "--cache", "int8", "--json").out)
-    assert (facts["cache"], facts["cache_bytes_per_token"]) == ("int8", 8 * 2 * 2 * (64 + 4))
-    assert "cache 2,176 bytes a token (fp8)" in hasten_main("inspect", "code-8m", "--cache", "fp8").out
+    assert (facts["cache"], facts["cache_bytes_per_token"]) == ("int8", 8 * 2 * 2 * (64 + 2))
+    assert "cache 2,112 bytes a token (fp8)" in hasten_main("inspect", "code-8m", "--cache", "fp8").out
     losses = {}
     for cache in ("bf16", "int8", "fp8"):
         facts = json.loads(hasten_main("eval", "code-8m", "--limit", "400", "--cache", cache, "--json").out)

@@ -13,6 +13,7 @@ import pytest
 from hasten.serve.responses import HEADER
 from tests.cli import assert_refused, main, run
 from tests.serve.redis_server import RedisServer
+from tests.serve.scrape import scrape
 from tests.serve.server import Server, events, serving
 
 CLIENT = httpx.Client(timeout=60, trust_env=False)  # making one takes longer than most answers
@@ -173,14 +174,14 @@ def test_two_hundred_near_misses(server, cached):
 
 
 def test_who_leaves_and_who_is_late_leave_nothing_behind(cached):
-    long = {"prompt": "left behind", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+    long = {"prompt": "left behind", "max_tokens": 160, "ignore_eos": True, "temperature": 0}
     with httpx.stream("POST", f"{cached.url}/v1/completions", json={**long, "stream": True}, timeout=30) as answer:
         next(answer.iter_lines())
-    late = cached.post("/v1/completions", {**long, "timeout_s": 0.05})
+    late = cached.post("/v1/completions", {**long, "timeout_s": 0.02})
     assert late.status_code == 504
     wrong = {**GREEDY, "prompt": "x", "grammar": "start: %regex"}
     assert [cached.post("/v1/completions", wrong).status_code for _ in range(2)] == [400, 400]
-    short = {**long, "max_tokens": 200}
+    short = {**long, "max_tokens": 80}
     assert ask(cached, "/v1/completions", short)[0] is None
     assert ask(cached, "/v1/completions", long)[0] is None
 
@@ -201,7 +202,7 @@ def test_known_answers_need_no_engine(cached):
     assert cached.post("/v1/completions", {**GREEDY, "prompt": "needs one"}).status_code == 200
 
 
-def test_the_log_says_so(cached):
+def test_the_log_and_metrics_say_so(cached):
     body = {**GREEDY, "prompt": "logged"}
     ask(cached, "/v1/completions", body)
     until_hit(cached, "/v1/completions", body)
@@ -212,6 +213,9 @@ def test_the_log_says_so(cached):
 
     found = cached.until(last, 5)
     assert found["cached"] == "exact"
+    counted = scrape(cached.url)
+    assert counted.of("hasten_response_cache_hits_total", kind="exact") > 0
+    assert counted.of("hasten_response_cache_misses_total", kind="exact") > 0
     assert found["output_tokens"] == 16
     assert 0 < found["first_token_seconds"] <= found["seconds"] < 0.1
 

@@ -1,13 +1,16 @@
 """The supervisor by itself: engines that cannot start, and what it tells of them."""
 
 import asyncio
+import math
 import os
 import signal
 import sys
 
+import msgspec
 import pytest
 
 from hasten.engine import SamplingParams
+from hasten.serve.engine_process import open_llm
 from hasten.serve.mailbox import EngineGoneError, Mailbox
 from hasten.serve.messages import Begin
 from hasten.serve.supervisor import Restarts, Supervisor
@@ -94,3 +97,9 @@ def test_no_process_at_all_is_tried_again(monkeypatch):
 def test_waits_double_and_end():
     waits = [Restarts(0.1, 3.0, 9).wait_s(deaths) for deaths in range(1, 9)]
     assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize(("said", "planned"), [(None, math.inf), (1.8, 1.8)])
+def test_the_stretch_that_is_asked_for_is_planned_with(said, planned):
+    scheduling = open_llm(msgspec.structs.replace(BEGIN, stretch=said)).scheduling
+    assert (scheduling.stretch, scheduling.batching.slots) == (planned, BEGIN.max_sequences)

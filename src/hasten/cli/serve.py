@@ -27,6 +27,14 @@ def serve(
     swap: Annotated[str | None, typer.Option("--swap", help="Memory for the caches of requests that must wait: 2GB.")] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, max=4096, help="Most outputs that run together.")] = 32,
     max_waiting: Annotated[int, typer.Option("--max-waiting", min=0, help="Most outputs that wait; more are refused with 429.")] = 256,
+    stretch: Annotated[
+        float | None,
+        typer.Option(
+            "--stretch",
+            min=1.05,
+            help="How many times as long a token may take while others' prompts are computed; a small one makes long prompts wait: 1.8.",
+        ),
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Share what prompts begin with.")] = True,
     deadline: Annotated[float | None, typer.Option("--deadline", min=0.001, help="Most seconds that a request may take.")] = None,
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds that streams may go on after SIGTERM.")] = 30.0,
@@ -66,7 +74,7 @@ def serve(
     begin = Begin(
         model=model, backend=placing.backend, weights=placing.weights, activations=placing.activations, cache=placing.cache,
         context=placing.context, max_sequences=max_sequences, memory=options.parse_bytes("--memory", placing.memory),
-        swap_bytes=options.parse_bytes("--swap", swap) or 0, prefixes=prefix_cache,
+        swap_bytes=options.parse_bytes("--swap", swap) or 0, prefixes=prefix_cache, stretch=stretch,
         read_bytes_s=options.parse_bytes("--read-rate", read_rate),
     )  # fmt: skip
     code = serve(

@@ -1,6 +1,7 @@
 """LLM: a model and a backend, ready to complete prompts, many at a time."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class LLM:
         if max_sequences < 1:
             raise ConfigError(f"max_sequences is {max_sequences}; at least 1 is needed")
         self.max_sequences = max_sequences
-        self.scheduling = scheduling or Settings(max(STEP_TOKENS, max_sequences), Continuous(max_sequences))
+        self.scheduling = scheduling or continuous(max_sequences)
         self._memory, self._cache_bytes, self._swap_bytes, self._prefixes = memory, cache_bytes, swap_bytes, prefixes
         self.backend, self.notice = choose_backend(self.model, backend, formats)
         self._formats, cache = formats, None if formats is None else formats.cache
@@ -194,6 +195,11 @@ class LLM:
         if self._constraints is None:
             self._constraints = Constraints(self.model.text_tokenizer().path, self.model.spec.vocab, self.model.eos_token_ids)
         return self._constraints
+
+
+def continuous(slots: int, stretch: float = math.inf) -> Settings:
+    """How an LLM schedules unless told: ``slots`` sequences at once; Settings tells of ``stretch``."""
+    return Settings(max(STEP_TOKENS, slots), Continuous(slots), stretch=stretch)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from hasten.base.errors import UserError
 from hasten.engine import LLM, SamplingParams
+from hasten.engine.llm import continuous
 from hasten.program import Formats
 from hasten.serve.heart import Heart
 from hasten.serve.messages import Abort, Begin, Embed, Embedded, Failed, Frames, News, Order, Piece, Ready, Report, Submit, Vector, frame
@@ -70,6 +71,7 @@ def open_llm(begin: Begin) -> LLM:
     return LLM(
         begin.model, backend=begin.backend, formats=formats, context=begin.context, max_sequences=begin.max_sequences, memory=begin.memory,
         swap_bytes=begin.swap_bytes, prefixes=begin.prefixes,
+        scheduling=None if begin.stretch is None else continuous(begin.max_sequences, begin.stretch),
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ class Begin(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     memory: int | None
     swap_bytes: int
     prefixes: bool
+    stretch: float | None = None
+    """How many times as long prompts may make a step beside running outputs; any number where it is not said."""
     read_bytes_s: float | None = None
     """What the machine reads in a stream, bytes a second; to be measured where it is not said."""
 
