@@ -103,7 +103,7 @@ class Meter:
         return logits
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
-        """Hidden states [R, width], as the session gives them; they count as no step's."""
+        """Hidden states [R, width], as the session gives them; not counted, for they are not of the engine's steps."""
         return self._session.hidden(batch, pages)
 
 
