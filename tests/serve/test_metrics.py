@@ -187,7 +187,7 @@ def test_clients_words_are_in_no_label(server):
     routes = {value for value in found.labels("hasten_http_requests_total") if value.startswith("/")}
     assert routes <= {
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name:path}", "/tokenize", "/detokenize", "/health", "/ready",
-        "/metrics", "/openapi.json", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses",
+        "/metrics", "/openapi.json", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/embeddings",
     }  # fmt: skip
     assert "/v1/models/{name:path}" in routes
     assert found.of("hasten_http_requests_total", route="other", status="404") >= 3
