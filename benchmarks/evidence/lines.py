@@ -179,7 +179,30 @@ TRAINING = [
     Line("A", "training step, code-8m, bf16, 16 × 512: speed over a hand-written module", ("python benchmarks/training_step.py",),
          Field("speed_ratio"), unit="×"),
 ]  # fmt: skip
+THROUGHPUT = [
+    Line("D", f"server throughput over the engine called directly, 32 streams, {NAMES[weights]}",
+         (f"python -m benchmarks.serve_throughput {{model}} --weights {weights}",), Field("served_over_direct"), least(asked))
+    for weights, asked in (("bf16", 0.95), ("int4", 0.90))
+]  # fmt: skip
+RESPONSES = [
+    Line("D", f"response cache, a repeated prompt, 64 tokens, W4A8: {check}",
+         ("python -m benchmarks.response_cache {model} --weights int4",), Field(field), asked, unit=unit)
+    for check, field, asked, unit in (
+        ("computed over answered from it", "computed_over_hit", least(50), "×"),
+        ("a hit at the server", "hit_server_ms", most(2), " ms"),
+        ("a hit at its client", "hit_client_ms", None, " ms"),
+    )
+]  # fmt: skip
+RECALLED = [
+    Line("D", check, (command,), Passes(), PASSED)
+    for check, command in (
+        ("no wrong hit in 10,000 near misses, and 200 through HTTP",
+         "pytest tests/serve/test_response_cache.py tests/serve/test_recall.py -k near_miss"),
+        ("two servers with one Redis that dies and returns", "pytest tests/serve/test_recall.py -k redis"),
+    )
+]  # fmt: skip
 
 LINES: list[Line] = [
-    *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING
+    *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING,
+    *THROUGHPUT, *RESPONSES, *RECALLED,
 ]  # fmt: skip

@@ -40,6 +40,20 @@ def serve(
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds that streams may go on after SIGTERM.")] = 30.0,
     replace_after: Annotated[float, typer.Option("--replace-after", min=5.0, help="Seconds until a hung engine is replaced.")] = 30.0,
     max_body: Annotated[str, typer.Option("--max-body", help="Longest request.")] = "4MiB",
+    response_cache: Annotated[
+        str,
+        typer.Option(
+            "--response-cache",
+            envvar="HASTEN_RESPONSE_CACHE",
+            help="Answer what must come again with what came before: off, memory, redis://HOST:PORT/NUMBER.",
+        ),
+    ] = "off",
+    response_cache_bytes: Annotated[str, typer.Option("--response-cache-bytes", help="Most of it, in memory.")] = "256MiB",
+    response_cache_age: Annotated[float, typer.Option("--response-cache-age", help="Seconds until an answer is computed anew.")] = 3600.0,
+    semantic_cache: Annotated[
+        float | None,
+        typer.Option("--semantic-cache", metavar="THRESHOLD", help="Answer like prompts alike, from this cosine on; answers may be wrong."),
+    ] = None,
     metrics_prefix: Annotated[
         str, typer.Option("--metrics-prefix", help="What names on /metrics begin with: vllm: for its dashboards.")
     ] = "hasten_",
@@ -54,6 +68,7 @@ def serve(
     from hasten.serve.heart import Patience
     from hasten.serve.keys import Keys, read_keys
     from hasten.serve.messages import Begin
+    from hasten.serve.responses import Limits as Kept
     from hasten.serve.server import Settings, serve
 
     begin = Begin(
@@ -77,6 +92,9 @@ def serve(
             limits=Limits(body_bytes=options.parse_bytes("--max-body", max_body) or 0),
             as_json=log_json,
             patience=Patience(replaced_s=replace_after),
+            response_cache=response_cache,
+            kept=Kept(bytes=options.parse_bytes("--response-cache-bytes", response_cache_bytes) or 0, seconds=response_cache_age),
+            semantic=semantic_cache,
             metrics_prefix=metrics_prefix,
         )  # fmt: skip
     )

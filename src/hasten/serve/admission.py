@@ -25,8 +25,12 @@ class Admission:
 
     def give_back(self, outputs: int, seconds: float) -> None:
         """So many have ended, after so long."""
-        self.taken -= outputs
+        self.leave(outputs)
         self.seconds += 0.1 * (seconds - self.seconds)
+
+    def leave(self, outputs: int) -> None:
+        """So many need no slot; how long that took says nothing about those that do."""
+        self.taken -= outputs
 
     @property
     def retry_s(self) -> int:

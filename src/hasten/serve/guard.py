@@ -16,6 +16,7 @@ from hasten.serve.errors import ApiError
 from hasten.serve.keys import Keys, key_in
 from hasten.serve.log import Log, Note
 from hasten.serve.reply import Sender
+from hasten.serve.responses.cache import HEADER
 from hasten.serve.trace import trace_in
 
 PUBLIC = frozenset({"/health", "/ready"})
@@ -70,7 +71,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 note.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), *more]}
+                own = [(HEADER.encode(), note.cached.encode())] if note.cached else []
+                message = {**message, "headers": [*message.get("headers", ()), *more, *own]}
             await send(message)
 
         try:

@@ -31,6 +31,8 @@ class Note:
     """How long it waited for a slot, of the time to its first token."""
     trace: Trace | None = None
     tenant: str = ""
+    cached: str = ""
+    """How the response cache answered it, if it did."""
     said: str = ""
     """What was wrong."""
 
@@ -61,6 +63,9 @@ class Log:
             words.append(f"queued {note.queued_s:.3f} s  first {note.first_token_s:.3f} s")
             fields |= {"queue_seconds": note.queued_s, "first_token_seconds": note.first_token_s}
         words.append(f"total {seconds:.3f} s")
+        if note.cached:
+            words.append(f"from the response cache ({note.cached})")
+            fields["cached"] = note.cached
         if note.said:
             words.append(_plain(note.said))
             fields["error"] = note.said

@@ -5,7 +5,7 @@ import contextlib
 import ipaddress
 import resource
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -18,11 +18,17 @@ from hasten.serve.app import make_app
 from hasten.serve.counts import Counts
 from hasten.serve.guard import Guard, Limits
 from hasten.serve.heart import Patience
+from hasten.serve.identity import Identity
 from hasten.serve.keys import Keys
+from hasten.serve.likeness import Likeness
 from hasten.serve.log import Log
 from hasten.serve.messages import Begin
 from hasten.serve.metrics import PREFIX, Metrics, check_prefix
 from hasten.serve.notify import notify
+from hasten.serve.recall import Recall
+from hasten.serve.responses import Limits as Kept
+from hasten.serve.responses import ResponseCache, SemanticCache, Store, open_store
+from hasten.serve.responses.semantic import check_threshold
 from hasten.serve.service import Service
 from hasten.serve.supervisor import Supervisor
 from hasten.serve.texts import Texts
@@ -52,6 +58,11 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     as_json: bool = False
     patience: Patience = Patience()
+    response_cache: str = "off"
+    """Where answers are kept that must come again: "off", "memory", or the URL of a Redis."""
+    kept: Kept = Kept()
+    semantic: float | None = None
+    """The cosine at which a prompt is like another; None answers none with another's answer."""
     metrics_prefix: str = PREFIX
 
 
@@ -80,16 +91,21 @@ def serve(settings: Settings) -> int:
         raise ConfigError(
             f"--host {settings.host} lets other machines in, and there are no keys; give --api-key-file, or --without-keys if all may ask"
         )
+    store = None if settings.response_cache == "off" else open_store(settings.response_cache, settings.kept)
+    if settings.semantic is not None:
+        if store is None:
+            raise ConfigError("--semantic-cache stands behind the exact cache; give --response-cache too")
+        check_threshold(settings.semantic)
     listener = _listen(settings.host, settings.port)
     _allow_many_files()
     log = Log(as_json=settings.as_json)
     try:
-        return asyncio.run(_run(settings, texts, listener, log))
+        return asyncio.run(_run(settings, texts, listener, log, store))
     finally:
         log.close()
 
 
-async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: Log) -> int:
+async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: Log, store: Store | None) -> int:
     codes: list[int] = []
     slots = settings.begin.max_sequences
     admission = Admission(slots + settings.waiting, slots)
@@ -100,9 +116,17 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
         gave_up.set()
 
     supervisor = Supervisor(settings.begin, told=log.event, gave_up=give_up, patience=settings.patience)
+    recall, identity = None, None
+    if store is not None:
+        cache = ResponseCache(store, settings.kept.value_bytes)
+        identity = Identity(cache, settings.begin, supervisor, log.event)
+        recall = Recall(
+            cache, identity, log, None if settings.semantic is None else _semantic(settings.semantic, settings.kept, supervisor)
+        )
     counts = Counts()
-    service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s, counts=counts)
-    metrics = Metrics(counts, supervisor, log, model=settings.name, prefix=settings.metrics_prefix)
+    service = Service(settings.name, supervisor, texts, admission, log, deadline_s=settings.deadline_s, counts=counts, recall=recall)
+    caches = None if recall is None else recall.counts()
+    metrics = Metrics(counts, supervisor, log, model=settings.name, prefix=settings.metrics_prefix, caches=caches)
     api = make_app(service, metrics)
     hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.hosts)} if _is_loopback(settings.host) else None
     routes = frozenset(route.path for route in api.routes if isinstance(route, Route))
@@ -133,6 +157,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     texts.warm()  # while the engine loads
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked, over = asyncio.create_task(server.asked.wait()), asyncio.create_task(gave_up.wait())
+    finding = None if identity is None else asyncio.create_task(identity.find())
     await asyncio.wait({serving, asked, over}, return_when=asyncio.FIRST_COMPLETED)
     announcing.cancel()
     notify("STOPPING=1")
@@ -141,11 +166,19 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     server.should_exit = True
     with contextlib.suppress(asyncio.CancelledError):
         await serving
-    for task in (asked, over):
-        task.cancel()
+    for task in (asked, over, finding):
+        if task is not None:
+            task.cancel()
+    if recall is not None:
+        await recall.close()
     await supervisor.stop()
     texts.close()
     return codes[0] if codes else 0
+
+
+def _semantic(threshold: float, kept: Kept, supervisor: Supervisor) -> Callable[[bytes], SemanticCache]:
+    likeness = Likeness(supervisor)
+    return lambda model: SemanticCache(likeness.embed, model, limits=kept, threshold=threshold)
 
 
 async def _announce(supervisor: Supervisor) -> None:
@@ -177,8 +210,8 @@ async def _done(service: Service, server: uvicorn.Server, seconds: float) -> Non
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)  # without the last asyncio leaves Nagle's algorithm on: 40 ms an answer
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:

@@ -11,7 +11,7 @@ import msgspec
 
 from hasten.engine import Completion, TokenLogprob
 
-VERSION = b"\x01"
+VERSION = b"\x02"
 """Counts up whenever stored bytes change their meaning."""
 
 _DIGEST = 16  # bytes
@@ -25,6 +25,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: Literal["stop", "length"]
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    stop: str | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):

@@ -43,8 +43,7 @@ class SemanticCache:
         self, embed: Embed, model: bytes, *, limits: Limits, threshold: float = 0.97, entries: int = 4096,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        if not 0.0 < threshold < 1.0:
-            raise ConfigError(f"similarity threshold is {threshold}: give a number between 0 and 1; the exact cache has what is the same")
+        check_threshold(threshold)
         if entries < 1:
             raise ConfigError(f"the semantic cache is to hold {entries} prompts: give 1 or more, or leave it off")
         self._embed, self._model, self._threshold, self._entries, self._limits = embed, model, threshold, entries, limits
@@ -140,6 +139,12 @@ class SemanticCache:
             return None
         unit: NDArray[np.float32] = vector / np.float32(length)
         return unit
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ConfigError for a similarity that is none."""
+    if not 0.0 < threshold < 1.0:
+        raise ConfigError(f"similarity threshold is {threshold}: give a number between 0 and 1; the exact cache has what is the same")
 
 
 def _may_be_shared(asked: Asked) -> bool:
