@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.hpp"
+#include "bind_arguments.hpp"
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "kernels.hpp"

@@ -16,7 +16,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "arguments.hpp"
+#include "bind_arguments.hpp"
 #include "bindings.hpp"
 #include "borrowed.hpp"
 #include "cpu.hpp"

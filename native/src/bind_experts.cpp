@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.hpp"
+#include "bind_arguments.hpp"
 #include "bindings.hpp"
 #include "experts.hpp"
 #include "linear.hpp"

@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "arguments.hpp"
+#include "bind_arguments.hpp"
 #include "bindings.hpp"
 #include "linear.hpp"
 #include "tape.hpp"

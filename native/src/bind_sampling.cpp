@@ -12,7 +12,7 @@
 #include <optional>
 #include <string>
 
-#include "arguments.hpp"
+#include "bind_arguments.hpp"
 #include "bindings.hpp"
 #include "sampling.hpp"
 

@@ -26,7 +26,7 @@ def answered(work, *, gone_after: float | None = None, stuck_at: int | None = No
 
     async def run() -> None:
         async with asyncio.timeout(20):
-            await Reply(work, note)({"type": "http"}, receive, send)
+            await Reply(work, note)({"type": "http", "path": "/v1/completions"}, receive, send)
 
     asyncio.run(run())
     return sent, note

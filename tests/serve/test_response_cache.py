@@ -343,7 +343,7 @@ def test_an_answer_that_is_too_long_is_not_kept():
     ids=["greedy", "seeded", "stopped", "grammar", "beams"],
 )
 def test_a_hit_is_what_the_engine_would_say_again(llm, params):
-    asked, cache = Asked("t", tuple(llm.prompt_ids("def add(a, b):\n    ")), params), memory_cache()
+    asked, cache = Asked("t", tuple(llm.encode("def add(a, b):\n    ")), params), memory_cache()
     done = llm.generate([list(asked.prompt)], params)
 
     async def run() -> list[Completion]:

@@ -1,4 +1,4 @@
-#include "arguments.hpp"
+#include "bind_arguments.hpp"
 
 namespace hasten {
 
