@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -277,6 +278,94 @@ def test_a_process_that_dies_idle_costs_nobody_anything(constraints):
     assert constraints.wait(10)
     assert state.error is None
     assert other.error is None
+
+
+def test_who_leaves_takes_no_turn(constraints):
+    """Nobody who comes later waits for the grammars of those who have gone."""
+    hostile = [Grammar.lark(f'start: "{count}" X\nX: {CROSSED}') for count in range(50)]
+    first = constraints.start(hostile[0])
+    gone = [constraints.start(grammar) for grammar in hostile[1:]]
+    kept, left = constraints.start(Grammar.regex("[a-z]{4}")), constraints.start(Grammar.regex("[a-z]{4}"))
+    for state in [*gone, left]:
+        state.close()
+    assert list(constraints._tasted) == [hostile[0], kept._grammar]
+    assert len(constraints._taster.unsent) <= 1000  # one operation at most, whoever waits
+    first.close()
+    began = time.monotonic()
+    assert constraints.wait(20, [kept])  # one hostile grammar was being compiled, and is told apart from 50 by the time
+    assert time.monotonic() - began < 15
+    assert kept.error is None
+    assert kept.mask is not None
+    assert not constraints._tasted
+    assert list(constraints._known) == [kept._grammar]
+
+
+def test_too_many_new_grammars_fail_those_beyond():
+    made = Constraints(DIRECTORY / "tokenizer.json", VOCAB, [END], ConstraintLimits(waiting=2))
+    first, second, again = (made.start(Grammar.regex(pattern)) for pattern in ("ab", "cd", "cd"))
+    beyond = made.start(Grammar.regex("ef"))
+    assert beyond.error == "2 new grammars wait to be compiled, and no more may; try again later"
+    beyond.close()
+    assert made.wait(10)
+    assert [state.error for state in (first, second, again)] == [None] * 3
+    later = made.start(Grammar.regex("ef"))
+    assert made.wait(10)
+    assert later.error is None
+    made.close()
+
+
+def refuse(monkeypatch, times):
+    """The next processes cannot begin."""
+    left, real = [OSError(11, "Resource temporarily unavailable")] * times, subprocess.Popen
+
+    def popen(*arguments, **settings):
+        if left:
+            raise left.pop()
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr("hasten.engine.constraint.subprocess.Popen", popen)
+    return left
+
+
+def test_a_process_that_cannot_begin_fails_who_asked_and_nobody_later(constraints, monkeypatch):
+    grammar = Grammar.regex("[a-z]{4}")
+    refuse(monkeypatch, 1)  # what compiles
+    first = constraints.start(grammar)
+    assert "cannot begin: [Errno 11] Resource temporarily unavailable; try again later" in first.error
+    second = constraints.start(grammar)
+    assert constraints.wait(10)
+    assert second.error is None
+    processes = [constraints._taster._process, constraints._follower._process]
+    constraints._follower._process.kill()
+    constraints._follower._process.wait()
+    refuse(monkeypatch, 1)  # what follows
+    third, fourth = constraints.start(grammar), second.fork()
+    assert constraints.wait(10)
+    assert [state.error is None for state in (second, third, fourth)].count(True) >= 1
+    assert "cannot begin" in next(state.error for state in (second, third, fourth) if state.error)
+    assert processes[0] is constraints._taster._process
+    for state in (first, second, third, fourth):
+        state.close()
+    last = constraints.start(grammar)
+    assert constraints.wait(10)
+    assert last.error is None
+
+
+def test_a_follower_that_cannot_begin_fails_its_request_alone(engine, monkeypatch):
+    """It begins when a taste went well, in the middle of a step."""
+    grammar = Grammar.regex("[a-y]{4}z")
+    engine.generate([[1]], drawing(0, max_tokens=9, grammar=grammar))
+    constraints = engine._constraints
+    constraints._follower.stop()
+    left = refuse(monkeypatch, 1)
+    new = Grammar.regex("[a-y]{5}z")
+    bad, plain = engine.generate([[1], [1]], [drawing(0, max_tokens=9, grammar=new), drawing(0, max_tokens=9)])
+    assert not left
+    assert (bad.finish_reason, bad.token_ids) == ("error", ())
+    assert "cannot begin" in bad.error
+    assert plain.error is None
+    (again,) = engine.generate([[1]], drawing(0, max_tokens=9, grammar=new))
+    assert re.fullmatch(new.text, again.text)
 
 
 # --- one sequence

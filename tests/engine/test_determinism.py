@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.ledger import ROOT, Ledger, source_digest
 from hasten.backends.cpu import CpuBackend
+from hasten.engine.batching import Continuous
+from hasten.engine.plan import Settings
 from hasten.program import Formats
 from tests.soak import determinism
 from tests.soak.determinism import CELLS, Cell, Difference, Player, prompts_of, require_fired, require_same, run_cell
@@ -33,6 +35,17 @@ def test_tokens_hang_on_nothing_but_the_request(kind):
     same = Same(kind, 1)
     with pytest.raises(Difference, match="never happened: swaps"):
         same.run("swaps")
+
+
+@pytest.mark.parametrize(
+    ("way", "settings"),
+    [("priorities", Settings(64, Continuous(4))), ("chunks by time", Settings(256, Continuous(16)))],
+)
+def test_a_way_without_its_mechanism_does_not_count(monkeypatch, way, settings):
+    """First-come in place of priorities, and chunks that the budget alone bounds."""
+    monkeypatch.setitem(WAYS, way, dataclasses.replace(WAYS[way], settings=settings))
+    with pytest.raises(Difference, match=f"never happened: {way}"):
+        Same("window bf16", FEWEST).run(way)
 
 
 def player_of(kind="window", cache="bf16", threads=1):

@@ -1,41 +1,104 @@
-"""A tokenizer that fails on what one request drew ends that request, and no other."""
+"""What fails on the text of one output ends that output and no other; what fails on the cache's pages ends the engine."""
 
 import pytest
 
 from hasten import LLM, SamplingParams
 from hasten.base.errors import TokenizerError
 from hasten.engine.detokenize import Detokenizer
+from hasten.engine.sampling import BeamSearch
+
+PROMPTS = ["def f(", "class A:", "import os"]
+UNDECODED, BUG = TokenizerError("cannot decode these token ids"), IndexError("a bug")
+SAID = {UNDECODED: "cannot decode these token ids", BUG: "IndexError: a bug"}
 
 
 class Failing(Detokenizer):
     """Decodes ``good`` times."""
 
-    def __init__(self, inner: Detokenizer, good: int) -> None:
-        self._inner, self._good = inner, good
+    def __init__(self, inner: Detokenizer, good: int, error: Exception) -> None:
+        self._inner, self._good, self._error = inner, good, error
 
     def feed(self, ids):
         self._good -= 1
         if self._good < 0:
-            raise TokenizerError("cannot decode these token ids")
+            raise self._error
         return self._inner.feed(ids)
 
     def flush(self):
-        raise TokenizerError("cannot decode these token ids")
+        raise self._error
+
+    def fork(self):
+        return self
 
 
+@pytest.fixture(scope="module")
+def llm():
+    return LLM("code-8m", max_sequences=6)
+
+
+def spoil(output, good, error):
+    output._detokenizer = Failing(output._detokenizer, good, error)
+
+
+@pytest.mark.parametrize("error", [UNDECODED, BUG])
 @pytest.mark.parametrize("good", [0, 3])
-def test_one_that_cannot_be_decoded_fails_alone(good):
-    llm = LLM("code-8m", max_sequences=4)
+def test_one_that_cannot_be_decoded_fails_alone(llm, good, error):
     params = SamplingParams(max_tokens=12, ignore_eos=True)
-    prompts = ["def f(", "class A:", "import os"]
-    wanted = llm.generate(prompts, params)
-    requests = [llm.prepare(prompt, params) for prompt in prompts]
-    spoilt = requests[1].outputs[0]
-    spoilt._detokenizer = Failing(spoilt._detokenizer, good)
+    wanted = llm.generate(PROMPTS, params)
+    requests = [llm.prepare(prompt, params) for prompt in PROMPTS]
+    spoil(requests[1].outputs[0], good, error)
     found = dict(llm.answered(requests))
     assert [found[0], found[2]] == [[wanted[0]], [wanted[2]]]
     (failed,) = found[1]
-    assert failed.finish_reason == "error"
-    assert "cannot decode" in failed.error
+    assert (failed.finish_reason, failed.error) == ("error", SAID[error])
     assert wanted[1].text.startswith(failed.text)
-    assert llm.generate(prompts, params) == wanted  # nothing is left behind
+    assert llm.generate(PROMPTS, params) == wanted  # nothing is left behind
+
+
+@pytest.mark.parametrize("error", [UNDECODED, BUG])
+def test_other_outputs_of_its_prompt_go_on(llm, error):
+    params = SamplingParams(max_tokens=12, ignore_eos=True, n=3, temperature=1.0, seed=1)
+    wanted = llm.generate(PROMPTS[0], params)
+    request = llm.prepare(PROMPTS[0], params)
+    spoil(request.outputs[1], 4, error)
+    found = dict(llm.answered([request]))[0]
+    assert [found[0], found[2]] == [wanted[0], wanted[2]]
+    assert (found[1].finish_reason, found[1].error) == ("error", SAID[error])
+    assert not llm.engine().busy
+    assert [pool.available for pool in llm.engine().cache.pools] == [pool.pages for pool in llm.engine().cache.pools]
+
+
+@pytest.mark.parametrize("error", [UNDECODED, BUG])
+def test_a_search_that_cannot_be_decoded_fails_alone(llm, error):
+    params = [SamplingParams(max_tokens=8, n=2, beam=BeamSearch(width=3)), SamplingParams(max_tokens=20, ignore_eos=True)]
+    wanted = llm.generate(PROMPTS[:2], params)
+    requests = [llm.prepare(prompt, each) for prompt, each in zip(PROMPTS[:2], params, strict=True)]
+    spoil(requests[0].outputs[1], 0, error)
+    found = dict(llm.answered(requests))
+    assert [found[0][0], *found[1]] == [wanted[0], wanted[2]]
+    assert (found[0][1].finish_reason, found[0][1].error) == ("error", SAID[error])
+
+
+def test_pages_that_were_not_moved_are_never_gone_on_from(monkeypatch):
+    llm = LLM("code-8m", max_sequences=4)
+    params = SamplingParams(max_tokens=12, ignore_eos=True, n=2, temperature=1.0)  # the second takes a copy of the prompt's last page
+
+    def fails(moves):
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine(), "session", Wrapped(llm.engine().session, fails))
+        with pytest.raises(OSError, match="no"):
+            llm.generate(PROMPTS[0], params)
+    with pytest.raises(RuntimeError, match="moving pages of the cache failed before.*make the LLM again"):
+        llm.generate(PROMPTS[0], params)
+
+
+class Wrapped:
+    """A session that moves otherwise."""
+
+    def __init__(self, inner, carry_out):
+        self._inner, self.carry_out = inner, carry_out
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)

@@ -10,8 +10,10 @@ import numpy as np
 
 from hasten import LLM, SamplingParams, load
 from hasten.backends.cpu import CpuBackend
+from hasten.engine.answer import Completion
 from hasten.engine.batching import ByPriority, Continuous, Dynamic, Static
-from hasten.engine.plan import Costs, Counters, Settings
+from hasten.engine.plan import Costs, Counters, Settings, StepPlan
+from hasten.engine.scheduler import Scheduler
 from hasten.model import Model
 from hasten.program import Formats
 from tests.soak.determinism import Difference, first_difference
@@ -39,7 +41,10 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """What the engine is told, pages it has and may swap to, in which order prompts come, and whether that made happen what it should."""
+    """What the engine is told, pages it has and may swap to, in which order prompts come, and whether that made happen what it should.
+
+    Prompts come in ``waves``, each of a priority above the last one's, once an answer of that is there; how many were ``cut`` by what a
+    step may take of time must be more than so many."""
 
     settings: Settings | None
     fired: Callable[[Counters, int], bool]
@@ -47,6 +52,8 @@ class Way:
     outside: int = 0
     prefixes: bool = True
     order: int | None = None
+    waves: int = 1
+    cut: int | None = None
 
 
 SCARCE = Settings(64, Continuous(12), output_share=0.0)
@@ -54,14 +61,15 @@ WAYS = {
     "batches": Way(None, lambda c, n: c.shared_steps > 0.8 * c.steps),
     "other places": Way(Settings(512, Continuous(29)), lambda c, n: c.shared_steps > 0.8 * c.steps, order=5),
     "small chunks": Way(Settings(7, Continuous(5)), lambda c, n: c.steps > 4 * n),
-    "chunks by time": Way(Settings(256, Continuous(16), stretch=1.5), lambda c, n: c.shared_steps > 0.8 * c.steps),
+    "chunks by time": Way(Settings(256, Continuous(16), stretch=1.5), lambda c, n: c.shared_steps > 0.8 * c.steps, cut=3),
     "no prefixes": Way(None, lambda c, n: c.hit_tokens == 0, prefixes=False),
     "prefixes": Way(Settings(160, Continuous(3)), lambda c, n: c.hit_tokens > 7 * n),
     "preemption": Way(SCARCE, lambda c, n: c.recomputed > n // 50 and not c.swapped, pages=20),
     "swaps": Way(dataclasses.replace(SCARCE, costs=Costs(1.0, 0.0)), lambda c, n: c.swapped > n // 50, pages=20, outside=400),
     "static": Way(Settings(256, Static(6)), lambda c, n: c.padding_tokens > n // 2),
     "dynamic": Way(Settings(256, Dynamic(6, 0.0)), lambda c, n: c.padding_tokens > n // 2),
-    "priorities": Way(Settings(64, Continuous(4), order=ByPriority()), lambda c, n: c.shared_steps > 10),
+    # Pages are plenty: who gives up his has given way to one of a better rank.
+    "priorities": Way(Settings(64, Continuous(4), order=ByPriority(1e6)), lambda c, n: c.recomputed > 2, waves=3),
 }
 
 
@@ -119,15 +127,43 @@ class Same:
         order = list(range(self.count))
         if asked.order is not None:
             np.random.default_rng(asked.order).shuffle(order)
-        done = llm.generate([self.prompts[index] for index in order], [self.params[index] for index in order])
+        cuts = count_cuts(llm.engine().scheduler)
+        done = self._play(llm, [order[wave :: asked.waves] for wave in range(asked.waves)])
         counters, pools = llm.engine().counters, llm.engine().cache.pools
-        for index, one in zip(order, done, strict=True):
+        for index in order:
+            one = done[index]
             if one.error is not None:
                 raise Difference(f"{self.kind}, {way}: prompt {index}: {one.error}")
             if one.token_ids != self.expected[index]:
                 raise Difference(f"{self.kind}, {way}: {first_difference(index, self.expected[index], one.token_ids)}")
-        if not asked.fired(counters, self.count):
-            raise Difference(f"{self.kind}: never happened: {way} ({counters})")
+        if not asked.fired(counters, self.count) or (asked.cut is not None and len(cuts) <= asked.cut):
+            raise Difference(f"{self.kind}: never happened: {way} ({len(cuts)} prompts cut, {counters})")
         if [pool.available for pool in pools] != [pool.pages for pool in pools]:
             raise Difference(f"{self.kind}, {way}: pages are lost")
-        return {"tokens": sum(map(len, self.expected)), "fired": dataclasses.asdict(counters)}
+        return {"tokens": sum(map(len, self.expected)), "fired": dataclasses.asdict(counters) | {"cut": len(cuts)}}
+
+    def _play(self, llm: LLM, waves: list[list[int]]) -> dict[int, Completion]:
+        """What each prompt gives; a wave comes when the one before it has its first answer."""
+        done, streams = {}, []
+        for priority, wave in enumerate(waves):
+            stream = llm.answered([llm.prepare(self.prompts[index], self.params[index], priority=priority) for index in wave])
+            place, (first,) = next(stream)
+            done[wave[place]] = first
+            streams.append((wave, stream))
+        for wave, stream in streams:
+            done.update((wave[place], one) for place, (one,) in stream)
+        return done
+
+
+def count_cuts(scheduler: Scheduler) -> list[int]:
+    """Grows, while ``scheduler`` plans, by a sequence whenever its prompt is cut though the step's budget would have taken more of it."""
+    cuts, plan = list[int](), scheduler.plan
+
+    def watched(*arguments, **named) -> StepPlan:
+        made = plan(*arguments, **named)
+        if sum(len(entry.tokens) for entry in made.entries) < scheduler.settings.step_tokens:
+            cuts.extend(entry.sequence for entry in made.entries if not entry.draws)
+        return made
+
+    scheduler.plan = watched
+    return cuts

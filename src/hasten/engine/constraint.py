@@ -46,6 +46,8 @@ class ConstraintLimits:
     """Memory of each of the two processes beyond the tokenizer's."""
     known: int = 1024
     """Grammars remembered to have gone well."""
+    waiting: int = 1024
+    """New grammars that wait for their taste; one more fails its sequence."""
 
 
 class ConstraintState:
@@ -105,7 +107,7 @@ class Constraints:
         self._taster = _Worker(settings | {"tastes": True}, self.limits)
         self._follower = _Worker(settings | {"tastes": False}, self.limits)
         self._known: OrderedDict[Grammar, None] = OrderedDict()
-        self._tasted: dict[Grammar, list[ConstraintState]] = {}  # who waits for the taste of a grammar
+        self._tasted: dict[Grammar, dict[int, ConstraintState]] = {}  # who waits for the taste of a grammar, which the first alone is at
         self._states: dict[int, ConstraintState] = {}
         self._next = 0
 
@@ -115,13 +117,11 @@ class Constraints:
         if grammar in self._known:
             self._known.move_to_end(grammar)
             self._place(state)
-        elif grammar in self._tasted:
-            self._tasted[grammar].append(state)
+        elif grammar not in self._tasted and len(self._tasted) >= self.limits.waiting:
+            state.error = f"{len(self._tasted)} new grammars wait to be compiled, and no more may; try again later"
         else:
-            self._tasted[grammar] = [state]
-            if self._taster.died_idle():
-                self._taster.stop()
-            self._taster.ask(["taste", grammar.kind, grammar.text], grammar)
+            self._tasted.setdefault(grammar, {})[state._number] = state
+            self._taste_next()
         return state
 
     def poll(self) -> None:
@@ -131,12 +131,11 @@ class Constraints:
         while answer := self._follower.answer():
             self._take_mask(*answer)
         if culprit := self._taster.trouble():
-            again = list(self._taster.asked)
+            grammar = self._taster.asked[0] if self._taster.asked else None
             self._taster.restart(culprit)
-            if isinstance(grammar := again[0] if again else None, Grammar):
+            if isinstance(grammar, Grammar):
                 self._fail_grammar(grammar, culprit)
-            for grammar in list(self._tasted):
-                self._taster.ask(["taste", grammar.kind, grammar.text], grammar)
+        self._taste_next()
         if culprit := self._follower.trouble():
             first = self._follower.asked[0] if self._follower.asked else None
             self._follower.restart(culprit)
@@ -194,8 +193,12 @@ class Constraints:
             self._follower.stop()
             self._place_all()  # this one among them, from all of its tokens
             return
-        state._awaited += 1
-        self._follower.ask(operation, state._number)
+        try:
+            self._follower.ask(operation, state._number)
+        except UserError as error:  # there is no process, and who asks next tries to begin one again
+            state.error = str(error)
+        else:
+            state._awaited += 1
 
     def _fork(self, state: ConstraintState) -> ConstraintState:
         new = self._new(state._grammar)
@@ -204,12 +207,33 @@ class Constraints:
             new._placed = True
             self._request(new, ["fork", state._number, new._number])
         elif state.error is None:
-            self._tasted[state._grammar].append(new)
+            self._tasted[state._grammar][new._number] = new
         return new
 
     def _drop(self, state: ConstraintState) -> None:
-        if self._states.pop(state._number, None) is not None and state._placed:
+        if self._states.pop(state._number, None) is None:
+            return
+        if not state._placed:
+            waiting = self._tasted.get(state._grammar, {})
+            waiting.pop(state._number, None)
+            if not waiting and state._grammar not in self._taster.asked:
+                self._tasted.pop(state._grammar, None)
+        elif self._follower.running:
             self._follower.ask(["drop", state._number], None)
+
+    def _taste_next(self) -> None:
+        """Have the first of the new grammars tasted, unless one is: who leaves before its turn takes none of the taster's time."""
+        if self._taster.asked:
+            return
+        if self._taster.died_idle():
+            self._taster.stop()
+        self._tasted = {grammar: waiting for grammar, waiting in self._tasted.items() if waiting}
+        if (grammar := next(iter(self._tasted), None)) is None:
+            return
+        try:
+            self._taster.ask(["taste", grammar.kind, grammar.text], grammar)
+        except UserError as error:
+            self._fail_all(grammar, str(error))
 
     def _take_taste(self, grammar: Grammar, status: bytes, text: bytes) -> None:
         if status == FAILED:
@@ -218,9 +242,8 @@ class Constraints:
         self._known[grammar] = None
         if len(self._known) > self.limits.known:
             self._known.popitem(last=False)
-        for state in self._tasted.pop(grammar, []):
-            if state._number in self._states:
-                self._place(state)
+        for state in self._tasted.pop(grammar, {}).values():
+            self._place(state)
 
     def _take_mask(self, number: int, status: bytes, body: bytes) -> None:
         if (state := self._states.get(number)) is None:
@@ -236,8 +259,11 @@ class Constraints:
             state.error = f"the output's grammar cannot be followed: {_reason(body)}"
 
     def _fail_grammar(self, grammar: Grammar, reason: str) -> None:
-        for state in self._tasted.pop(grammar, []):
-            state.error = f"{grammar.kind} {one_line(grammar.text, 60)} {reason}"
+        self._fail_all(grammar, f"{grammar.kind} {one_line(grammar.text, 60)} {reason}")
+
+    def _fail_all(self, grammar: Grammar, error: str) -> None:
+        for state in self._tasted.pop(grammar, {}).values():
+            state.error = error
 
 
 def _reason(text: bytes) -> str:
@@ -271,7 +297,9 @@ class _Worker:
         return self._out
 
     def ask(self, operation: list[Any], who: Any) -> None:
-        """Send an operation; ``who`` comes back with its answer, None if it has none."""
+        """Send an operation; ``who`` comes back with its answer, None if it has none.
+
+        Raises UserError, with nothing asked, where a process must begin and cannot."""
         if self._process is None:
             self._begin()
         if who is not None:
@@ -351,7 +379,10 @@ class _Worker:
         program = str(Path(__file__).with_name("grammar_worker.py"))
         command = [sys.executable, "-P", program, json.dumps(self._settings)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+        except OSError as error:  # no more processes or files may be had now
+            raise UserError(f"the process that follows grammars cannot begin: {error}; try again later") from None
         self._stop = weakref.finalize(self, _end, self._process)
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:

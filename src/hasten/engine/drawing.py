@@ -65,8 +65,8 @@ def _search(live: Live, number: int, rows: Mapping[int, NDArray[np.float32]], st
     if error is None:
         try:
             going = search.advance(np.stack([rows[sequence] for sequence in sequences]))
-        except UserError as failure:
-            error = str(failure)
+        except Exception as failure:
+            error = said(failure)
     if error is not None:
         step.errors.update(dict.fromkeys(sequences, error))
         return draws
@@ -87,9 +87,18 @@ def _found(search: Search, outputs: Sequence[Request]) -> list[Chunk]:
     """One chunk for each output of a search; those that it did not find are errors."""
     found, chunks = search.best(), list[Chunk]()
     for place, output in enumerate(outputs):
+        error = "the search found fewer outputs"
         if place < len(found):
             ended, tokens = found[place].ended, found[place].tokens
-            chunks.append(Chunk(output.index, output.text_of(tokens), tokens, "stop" if ended else "length", output.choice))
-        else:
-            chunks.append(Chunk(output.index, "", (), "error", output.choice, error="the search found fewer outputs"))
+            try:
+                chunks.append(Chunk(output.index, output.text_of(tokens), tokens, "stop" if ended else "length", output.choice))
+                continue
+            except Exception as failure:
+                error = said(failure)
+        chunks.append(Chunk(output.index, "", (), "error", output.choice, error=error))
     return chunks
+
+
+def said(error: Exception) -> str:
+    """Why an output failed: what is not worded for users has its kind named."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

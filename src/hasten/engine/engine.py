@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from hasten.base.errors import ConfigError, UserError
 from hasten.cache import Cache, page_groups
 from hasten.engine.constraint import Constraints, ConstraintState
-from hasten.engine.drawing import draw
+from hasten.engine.drawing import draw, said
 from hasten.engine.following import Following
 from hasten.engine.forward import Rows, compute
 from hasten.engine.live import Live, Step
@@ -45,6 +45,7 @@ class Engine:
         self._clock, self._sampler = clock, Sampler(session.threads)
         self._live = Live()
         self._following = Following(constraints, self._live)
+        self._whole = True  # all pages hold what the cache says
 
     @property
     def busy(self) -> bool:
@@ -109,9 +110,8 @@ class Engine:
             request = live.requests[sequence]
             try:
                 chunks.append(request.take(token, logprobs.get(sequence)))
-            except UserError as undecoded:  # by its tokenizer
-                step.errors[sequence] = str(undecoded)
-                continue
+            except Exception as failure:  # of its tokenizer, or of what makes text
+                chunks.append(request.end("error", said(failure)))
             if request.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 live.forget(sequence)
@@ -122,9 +122,13 @@ class Engine:
         return chunks
 
     def _move(self, moves: Sequence[Move]) -> None:
+        if not self._whole:
+            raise RuntimeError("moving pages of the cache failed before, and what they hold is not known; make the LLM again")
         if moves:
             began = self._clock()
+            self._whole = False  # whose fault a failure is cannot be told, and prefixes share pages: it ends the engine, not a request
             self.session.carry_out(moves)
+            self._whole = True
             self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
 
     def _compute(self, entries: Sequence[Entry], step: Step) -> Rows:

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.base.errors import UserError
 from hasten.engine.constraint import ConstraintState
 from hasten.engine.detokenize import Detokenizer, StopMatcher
 from hasten.engine.draw import TokenLogprob
@@ -130,7 +129,7 @@ class Request:
             return ""
         try:
             text, stopped = self._until_stop(self._detokenizer.flush())
-        except UserError:  # where it fails there is nothing more to say, and the output ends all the same
+        except Exception:  # where it fails there is nothing more to say, and the output ends all the same
             return self._stops.flush()
         if stopped:
             self.finish_reason = self.finish_reason if self.finish_reason == "error" else "stop"
