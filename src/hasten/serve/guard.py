@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hasten.base.errors import one_line
 from hasten.serve.counts import Counts
-from hasten.serve.errors import ApiError
+from hasten.serve.errors import FAILED, ApiError
 from hasten.serve.keys import Keys, key_in
 from hasten.serve.log import Log, Note
 from hasten.serve.reply import Sender
@@ -89,7 +89,7 @@ class Guard:
                 traceback.print_exc()
                 note.said = f"{type(error).__name__}: {one_line(str(error))}"
                 if not started:
-                    await Sender(told, scope["path"]).error(ApiError(500, "the server failed on this request; its log says why"))
+                    await Sender(told, scope["path"]).error(ApiError(500, FAILED))
         finally:
             self._counts.answered(self._route(scope), note.status)
             if scope["path"] not in QUIET or note.status not in {200, 503}:
