@@ -18,7 +18,7 @@ class Point:
 endef
 export DEMO
 
-.PHONY: demo test lint bench evidence sanitize determinism soak clean
+.PHONY: demo test lint bench evidence sanitize determinism kill soak clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
@@ -52,12 +52,16 @@ CHECKED_PYTHON  = LD_PRELOAD=$(call library,libasan.so):$(call library,libubsan.
 sanitize: $(CHECKED)/.fires $(CHECKED)/.threads $(CHECKED_TESTS:%=$(CHECKED)/%.passed)
 
 # What takes too long for every change, each part once until what it reads changes; a run that was stopped goes on where it was.
-soak: determinism sanitize
+soak: determinism kill sanitize
 
 # The determinism contract over {bf16, W8A8, W4A8} x {grouped-query, multi-query, window, MoE} x {bf16, int8 cache}, 200 prompts each, and
 # over what the engine does (batches, places, chunks, prefixes, preemption, swaps), 1,000 prompts each.
 determinism: $(VENV)/.tested
 	@$(BIN)/python -m tests.soak determinism engine
+
+# 50 engines killed under 64 streams each: every client is told within a second, others are sent away, and the next engine answers.
+kill: $(VENV)/.tested
+	@$(BIN)/python -m tests.soak kill
 
 $(CHECKED)/.built: $(VENV)/.tested $(NATIVE)
 	@$(PIP) cmake ninja nanobind

@@ -6,12 +6,14 @@ import json
 import pytest
 
 from hasten.serve import reply
-from hasten.serve.errors import ApiError
+from hasten.serve.errors import FAILED, ApiError
 from hasten.serve.log import Note
 from hasten.serve.reply import Reply, Sender
 
 
-def answered(work, *, gone_after: float | None = None, stuck_at: int | None = None) -> tuple[list[dict], Note]:
+def answered(
+    work, *, gone_after: float | None = None, stuck_at: int | None = None, path: str = "/v1/completions"
+) -> tuple[list[dict], Note]:  # fmt: skip
     """What ``work`` sent to a client that goes after so many seconds, or reads no further than so many messages."""
     sent, note = [], Note("1", "POST", "/", 0.0)
 
@@ -26,7 +28,7 @@ def answered(work, *, gone_after: float | None = None, stuck_at: int | None = No
 
     async def run() -> None:
         async with asyncio.timeout(20):
-            await Reply(work, note)({"type": "http", "path": "/v1/completions"}, receive, send)
+            await Reply(work, note)({"type": "http", "path": path}, receive, send)
 
     asyncio.run(run())
     return sent, note
@@ -70,8 +72,27 @@ def test_work_ends_when_the_client_goes_or_does_not_read(monkeypatch):
     assert ended == [True, True]
 
 
-def test_what_fails_inside_comes_out():
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("path", "kind"), [("/v1/completions", "server_error"), ("/v1/messages", "api_error")])
+def test_what_fails_inside_is_the_answer_or_the_last_event(begun, path, kind, capfd):
     async def work(sender: Sender) -> None:
+        if begun:
+            await sender.events(b"data: 1\n\n")
+        raise RuntimeError("planted")
+
+    sent, note = answered(work, path=path)
+    assert [one["status"] for one in sent if one["type"] == "http.response.start"] == [200 if begun else 500]
+    told = json.loads(b"".join(one.get("body", b"") for one in sent).rpartition(b"data: ")[2])["error"]
+    assert (told["type"], told["message"]) == (kind, FAILED)
+    assert not sent[-1].get("more_body")
+    assert note.said == "RuntimeError: 'planted'"
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_fails_after_the_end_comes_out(streams):
+    async def work(sender: Sender) -> None:
+        await (sender.end(b"data: 1\n\n") if streams else sender.body(200, {}))
         raise RuntimeError("planted")
 
     with pytest.raises(RuntimeError, match="planted"):

@@ -68,6 +68,30 @@ def test_calls_in_any_portions(name):
         assert len(reader.end()[1]) == 1
 
 
+DEEP_ROUTES = {
+    "/v1/chat/completions": lambda schema: {
+        "messages": MESSAGES, "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+    },
+    "/v1/responses": lambda schema: {
+        "input": "x", "tool_choice": "required", "tools": [{"type": "function", "name": "f", "parameters": schema}],
+    },
+    "/v1/messages": lambda schema: {
+        "max_tokens": 4, "messages": MESSAGES, "tool_choice": {"type": "any"}, "tools": [{"name": "f", "input_schema": schema}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", DEEP_ROUTES)
+@pytest.mark.parametrize("depth", [70, 500, 600, 940])
+def test_parameters_nested_too_deep_are_refused_by_name(path, depth, server):
+    schema = {}
+    for _ in range(depth):
+        schema = {"a": schema}
+    answer = server.post(path, DEEP_ROUTES[path]({"type": "object", "properties": schema}))
+    assert answer.status_code == 400, answer.text
+    assert "tools: json_schema is nested deeper than" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=["required", "named"])
 def test_an_answer_that_must_be_a_call(choice, client):
     asked = {"model": "code-8m", "messages": MESSAGES, "tools": [ADD, LOOK], "tool_choice": choice, "max_tokens": 200, "n": 3}

@@ -12,10 +12,12 @@ from hasten import _native
 from hasten.base import hardware
 from tests.soak.determinism import CACHES, CELLS, WEIGHTS, Cell, Difference, run_cell
 from tests.soak.determinism import PARTS as KINDS
+from tests.soak.kill import SLOTS, STREAMS, Served, run_round
 from tests.soak.mechanisms import FEWEST, WAYS, Same
 from tests.soak.mechanisms import KINDS as PLAYED
 
 PROMPTS = {"determinism": 200, "engine": 1000}
+ROUNDS = 50
 LEAST = {"determinism": 12, "engine": FEWEST}
 
 
@@ -70,25 +72,56 @@ def engine(ledger: Ledger, digest: str, prompts: int, seed: int) -> None:
     print(f"{sum(each['tokens'] for each in results.values()):,} tokens, 0 differ; {seconds:.0f} s")
 
 
-PARTS = {"determinism": determinism, "engine": engine}
+def kill(ledger: Ledger, digest: str, rounds: int, seed: int) -> None:
+    """Round after round against one server; raises Difference."""
+    brand, served, results = hardware.detect().cpu.brand, None, []
+    try:
+        for number in range(rounds):
+            key = ("kill", digest, brand, STREAMS, number, seed)
+            kept = ledger.get(*key)
+            if kept is None:
+                served = served or Served()
+                kept = run_round(served, number, seed) | {"cold_s": served.cold_s}
+                ledger.note(*key, value=kept)
+                print(
+                    f"kill, round {number + 1} of {rounds}: told within {kept['last_told_s']:.2f} s, ready after {kept['ready_s']:.2f} s",
+                    flush=True,
+                )
+            else:
+                print(f"kill, round {number + 1} of {rounds}: done before", flush=True)
+            results.append(kept)
+    finally:
+        if served is not None:
+            served.end()
+    print(f"\nkill, {rounds} engines killed under {STREAMS} streams each, {SLOTS} of which ran: seconds, mean and most")
+    for name, said in (("last_told_s", "until the last client was told"), ("ready_s", "until ready again"), ("cold_s", "of a first start")):
+        found = [each[name] for each in results]
+        print(f"{said:32}{sum(found) / len(found):8.2f}{max(found):8.2f}")
+    print(f"{sum(each['refusals'] for each in results):,} requests sent away meanwhile, each with Retry-After")
+
+
+PARTS = {"determinism": determinism, "engine": engine, "kill": kill}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"which of {', '.join(PARTS)}; all unless given")
     parser.add_argument("--prompts", type=int, help=f"for each cell; unless given {PROMPTS}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of kill; {ROUNDS} unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, default=ROOT / ".soak" / "ledger.jsonl", help="where finished pieces are noted")
     given = parser.parse_args()
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     parts = given.parts or list(PARTS)
-    if given.prompts is not None and given.prompts < (least := max(LEAST[part] for part in parts)):
+    if given.prompts is not None and given.prompts < (least := max(LEAST.get(part, 0) for part in parts)):
         parser.error(f"{given.prompts} prompts are too few to share batches; {least} or more")
-    ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak")
+    if given.rounds < 1:
+        parser.error(f"{given.rounds} rounds; 1 or more")
+    ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak", ROOT / "tests" / "serve" / "server.py")
     for part in parts:
         try:
-            PARTS[part](ledger, digest, given.prompts or PROMPTS[part], given.seed)
+            PARTS[part](ledger, digest, given.rounds if part == "kill" else given.prompts or PROMPTS[part], given.seed)
         except Difference as error:
             print(f"{part}: {error}", file=sys.stderr)
             return 1

@@ -13,7 +13,7 @@ from hasten.engine.engine import Engine
 from hasten.program import Batch
 
 STEP_TOKENS = 128
-"""Tokens of a step, at most: so long may it keep an engine from its own."""
+"""Tokens of a step, at most, and no more than the context's: so long may it keep an engine from its own."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -73,7 +73,7 @@ class Embedder:
 
     def _plan(self) -> list[tuple[int, int]]:
         """Prompts, by number, and how many tokens of each come next."""
-        planned, left = list[tuple[int, int]](), STEP_TOKENS
+        planned, left = list[tuple[int, int]](), min(STEP_TOKENS, self._engine.session.program.context)
         for number, text in self._texts.items():
             count = min(left, len(text.tokens) - text.pages.length)
             if not count or not self._engine.cache.grow(text.pages, text.pages.length + count):

@@ -41,14 +41,14 @@ class Grammar:
             except UnicodeEncodeError as error:
                 raise ConfigError(f"{self.kind} holds half a surrogate pair at character {error.start}; give text in UTF-8") from None
         if self.kind == "json_schema":
-            _check_schema(_parsed(self.text))
+            check_schema(_parsed(self.text))
 
     @classmethod
     def json_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
         """Of a JSON Schema, as text or as what json.loads makes of it."""
         if isinstance(schema, str):
             return cls("json_schema", schema)
-        _check_schema(schema)
+        check_schema(schema)
         try:
             return cls("json_schema", json.dumps(schema, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -82,7 +82,8 @@ def _parsed(text: str) -> object:
         raise ConfigError(f"json_schema is no JSON: {one_line(str(error))}; give a JSON Schema") from None
 
 
-def _check_schema(schema: object) -> None:
+def check_schema(schema: object) -> None:
+    """Raises ConfigError for what is no JSON Schema at first sight, or nested deeper than MAX_DEPTH; takes any depth."""
     if not isinstance(schema, Mapping | bool):
         raise ConfigError(f"json_schema is {one_line(schema)}: give an object, true or false")
     level: list[object] = [schema]

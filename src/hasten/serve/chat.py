@@ -12,7 +12,7 @@ from hasten.serve.conversation import Conversation, converse, stops_of
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
-from hasten.serve.outputs import Output, collect, usage
+from hasten.serve.outputs import Output, collect, usage, written
 from hasten.serve.reply import DONE, Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
 from hasten.serve.tools import Call, Offer, Voice, offer_of, plain_messages
@@ -32,7 +32,7 @@ def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
     view = _View(service, body, offer)
     conversation = Conversation(
         messages=messages, params=params, offer=offer, timeout_s=body.timeout_s, add_generation_prompt=body.add_generation_prompt,
-        at_fault=grammar_field(body),
+        at_fault=grammar_field(body), of_outputs="top_logprobs" if body.top_logprobs else "logprobs",
     )  # fmt: skip
     return converse(service, conversation, view.stream if body.stream else view.whole, tenant, note)
 
@@ -41,7 +41,7 @@ class _View:
     """One request's answer in OpenAI's words."""
 
     def __init__(self, service: Service, body: ChatBody, offer: Offer) -> None:
-        self._body, self._offer = body, offer
+        self._service, self._body, self._offer = service, body, offer
         self._tokens = service.texts.tokens
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created, self._model = int(time.time()), service.name
@@ -51,9 +51,13 @@ class _View:
 
     async def whole(self, generation: Generation, sender: Sender) -> None:
         outputs = await collect(generation)
-        choices = [self._choice(generation, index, output) for index, output in enumerate(outputs)]
         counted = usage(generation, sum(len(output.token_ids) for output in outputs))
-        await sender.body(200, {**self._head("chat.completion"), "choices": choices, "usage": counted})
+
+        def made() -> dict[str, Any]:
+            choices = [self._choice(generation, index, output) for index, output in enumerate(outputs)]
+            return {**self._head("chat.completion"), "choices": choices, "usage": counted}
+
+        await sender.whole(200, await written(self._service, outputs, made))
 
     def _voice(self) -> Voice:
         return Voice(self._offer, self._body.parallel_tool_calls is not False)

@@ -9,10 +9,11 @@ from hasten.engine import TokenLogprob
 from hasten.serve import logprobs
 from hasten.serve.asked import grammar_field, of_completion
 from hasten.serve.bodies import CompletionBody
+from hasten.serve.entries import check_entries
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
-from hasten.serve.outputs import Output, collect, usage
+from hasten.serve.outputs import Output, collect, usage, written
 from hasten.serve.reply import DONE, Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
 
@@ -28,7 +29,10 @@ def completion(service: Service, body: CompletionBody, tenant: str, note: Note) 
 
     async def work(sender: Sender) -> None:
         async def encode() -> list[list[int]]:
-            return await service.texts.prompts(body.prompt, params)
+            prompts = await service.texts.prompts(body.prompt, params)
+            of_prompts = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"  # echo shows the prompt's too
+            check_entries(prompts, params, service.texts.context, of_prompts=of_prompts, of_outputs="logprobs")
+            return prompts
 
         outputs = len(body.prompt) * params.sequences
         at_fault = grammar_field(body)
@@ -54,15 +58,24 @@ class _View:
 
     async def whole(self, generation: Generation, sender: Sender) -> None:
         outputs = await collect(generation)
-        choices = [await self._choice(generation, index, output) for index, output in enumerate(outputs)]
         counted = usage(generation, 0 if self._body.max_tokens == 0 else sum(len(output.token_ids) for output in outputs))
-        await sender.body(200, {**self._head, "choices": choices, "usage": counted})
+        if self._body.max_tokens == 0:  # the one that was drawn is not asked for
+            outputs = [await self._scored(generation, index, output) for index, output in enumerate(outputs)]
 
-    async def _choice(self, generation: Generation, index: int, output: Output) -> dict[str, Any]:
+        def made() -> dict[str, Any]:
+            choices = [self._choice(generation, index, output) for index, output in enumerate(outputs)]
+            return {**self._head, "choices": choices, "usage": counted}
+
+        await sender.whole(200, await written(self._service, outputs, made))
+
+    async def _scored(self, generation: Generation, index: int, output: Output) -> Output:
+        """The prompt in place of the output."""
+        text = await self._service.texts.decode(generation.prompts[index // generation.params.n], True)
+        return Output([text], prompt_logprobs=output.prompt_logprobs, finish_reason=output.finish_reason)
+
+    def _choice(self, generation: Generation, index: int, output: Output) -> dict[str, Any]:
         body, prompt = self._body, generation.prompts[index // generation.params.n]
         text, ids, entries = output.text, output.token_ids, output.logprobs
-        if body.max_tokens == 0:  # the one that was drawn is not asked for
-            text, ids, entries = await self._service.texts.decode(prompt, True), [], []
         choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": output.finish_reason, "logprobs": None}
         if body.logprobs is not None:
             choice["logprobs"] = self._logprobs(prompt if body.echo else [], output.prompt_logprobs or (), ids, entries, 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hasten.base.errors import ConfigError
 from hasten.engine import SamplingParams
+from hasten.serve.entries import check_entries
 from hasten.serve.errors import ApiError, refused
 from hasten.serve.log import Note
 from hasten.serve.reply import Reply, Sender
@@ -30,6 +31,8 @@ class Conversation:
     add_generation_prompt: bool = True
     timeout_s: float | None = None
     at_fault: str | None = None
+    of_outputs: str = "logprobs"
+    """The field that asks for log-probabilities of outputs."""
 
 
 def stops_of(service: Service) -> list[str] | None:
@@ -46,7 +49,9 @@ def converse(
 
     async def work(sender: Sender) -> None:
         async def encode() -> list[list[int]]:
-            return [await service.texts.chat(conversation.messages, params, conversation.add_generation_prompt, offer.shown)]
+            prompts = [await service.texts.chat(conversation.messages, params, conversation.add_generation_prompt, offer.shown)]
+            check_entries(prompts, params, service.texts.context, of_prompts="prompt_logprobs", of_outputs=conversation.of_outputs)
+            return prompts
 
         at_fault, timeout_s = conversation.at_fault, conversation.timeout_s
         with called(names or {}):

@@ -38,7 +38,9 @@ class Line:
     def orders(self, wait: bool) -> Iterator[Order]:
         """What the server wants. Waits for something where there is nothing, if so asked."""
         if wait:
-            select.select([self._socket], [], [])
+            waiting = select.poll()  # not select, which takes no descriptor from 1024 on
+            waiting.register(self._socket, select.POLLIN)
+            waiting.poll()
         while not self.ended:
             try:
                 data = self._socket.recv(RECEIVED, socket.MSG_DONTWAIT)

@@ -4,6 +4,9 @@ from typing import Any
 
 from hasten.base.errors import UserError
 
+FAILED = "the server failed on this request; its log says why"
+"""What a client is told of a mistake of the server's own."""
+
 
 class ApiError(Exception):
     """A request that is answered with an error. ``param`` names the field at fault, ``code`` is for programs."""

@@ -1,11 +1,16 @@
 """Outputs: what came of the choices of one HTTP request, whole."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hasten.engine import TokenLogprob
 from hasten.serve.messages import Piece
-from hasten.serve.service import Generation
+from hasten.serve.reply import encoded
+from hasten.serve.service import Generation, Service
+
+QUICK = 256
+"""Tokens whose log-probabilities are written at once: a few milliseconds."""
 
 
 @dataclass(slots=True)
@@ -41,6 +46,14 @@ async def collect(generation: Generation) -> list[Output]:
         for choice, piece in told:
             outputs[choice].take(piece)
     return outputs
+
+
+async def written(service: Service, outputs: Sequence[Output], made: Callable[[], Any]) -> bytes:
+    """What ``made`` gives, as JSON; beside the event loop where log-probabilities make it long. Raises as `Texts.aside`."""
+    tokens = sum(len(output.logprobs) + len(output.prompt_logprobs or ()) for output in outputs)
+    if tokens <= QUICK:
+        return encoded(made())
+    return await service.texts.aside(lambda: encoded(made()))
 
 
 def usage(generation: Generation, output_tokens: int) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from hasten.serve.errors import ApiError
+from hasten.base.errors import one_line
+from hasten.serve.errors import FAILED, ApiError
 from hasten.serve.log import Note
 from hasten.serve.shapes import error_body, error_event
 
@@ -35,10 +37,16 @@ class Sender:
         """The last frames of a stream that fails."""
         self._since: float | None = None  # when what is being sent began to be
         self.streaming = False
+        self.over = False
+        """Is the answer's last part on its way, so that nothing more can be said?"""
 
     async def body(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         """The whole answer."""
-        data = encoded(value)
+        await self.whole(status, encoded(value), headers)
+
+    async def whole(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        """The whole answer, which is JSON already."""
+        self.over = True
         more = [(name.encode(), text.encode()) for name, text in (headers or {}).items()]
         length = (b"content-length", str(len(data)).encode())
         await self._send({"type": "http.response.start", "status": status, "headers": [*_JSON, length, *more]})
@@ -54,6 +62,7 @@ class Sender:
     async def end(self, frames: bytes) -> None:
         """The last frames of a stream."""
         await self.events(frames)
+        self.over = True
         await self._send({"type": "http.response.body", "body": b""})
 
     @property
@@ -75,7 +84,8 @@ class Sender:
 
 
 class Reply(Response):
-    """What ``work`` sends. An ApiError of it is the answer then; ``work`` is cancelled when the client goes."""
+    """What ``work`` sends. An ApiError of it is the answer then, or the last event; so is any other error, as 500, with its traceback in
+    the log. ``work`` is cancelled when the client goes."""
 
     def __init__(self, work: Callable[[Sender], Awaitable[None]], note: Note) -> None:
         super().__init__()
@@ -105,6 +115,12 @@ class Reply(Response):
         except ApiError as error:
             self._note.said = error.message
             await sender.error(error)
+        except Exception as error:
+            if sender.over:
+                raise
+            traceback.print_exc()
+            self._note.said = f"{type(error).__name__}: {one_line(str(error))}"
+            await sender.error(ApiError(500, FAILED))
 
 
 async def _gone(receive: Receive) -> None:

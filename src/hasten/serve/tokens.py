@@ -1,6 +1,7 @@
 """The text and bytes of single tokens, for log-probabilities."""
 
 import functools
+import threading
 from collections.abc import Sequence
 
 from hasten.model.tokenizer import Tokenizer
@@ -17,11 +18,12 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TokenTexts:
-    """Of the tokens of one tokenizer; of none, tokens are called by their numbers. One thread at a time."""
+    """Of the tokens of one tokenizer; of none, tokens are called by their numbers. Of any thread."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, tuple[str, bytes]] = {}
+        self._reading = threading.Lock()  # a tokenizer serves one thread at a time
 
     def text(self, token: int) -> str:
         """As OpenAI's API writes a token: its text, or ``bytes:\\xe2\\x80`` where its bytes are none by themselves."""
@@ -34,12 +36,13 @@ class TokenTexts:
 
     def _both(self, token: int) -> tuple[str, bytes]:
         if (known := self._known.get(token)) is None:
-            if self._tokenizer is None:
-                text = f"token_id:{token}"
-            else:
-                text = self._tokenizer.decode([token], skip_special_tokens=False)
-            known = self._known[token] = text, self._raw(token) if REPLACEMENT in text else text.encode()
+            with self._reading:
+                known = self._known[token] = self._read(token)
         return known
+
+    def _read(self, token: int) -> tuple[str, bytes]:
+        text = f"token_id:{token}" if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
+        return text, self._raw(token) if REPLACEMENT in text else text.encode()
 
     def _raw(self, token: int) -> bytes:
         """The bytes of a token that is no text: a byte-fallback token, or part of a character in a byte-level vocabulary."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn
 
 from hasten.base.errors import ConfigError, one_line
 from hasten.engine import Grammar
+from hasten.engine.grammar import check_schema
 from hasten.serve.bodies import CalledTool, ChatBody, Message, NamedTool
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
@@ -44,8 +45,10 @@ def grammar_of_calls(functions: Sequence[Mapping[str, Any]]) -> Grammar:
     """Of an answer that is one call of one of these, each with a ``name`` and perhaps ``parameters``, a JSON Schema."""
     branches = []
     for place, function in enumerate(functions):
-        parameters = _moved(function.get("parameters") or {"type": "object"}, f"#/anyOf/{place}/properties/arguments")
-        properties = {"name": {"const": function["name"]}, "arguments": parameters}
+        parameters = function.get("parameters") or {"type": "object"}
+        check_schema(parameters)  # its depth, before anything follows it down
+        moved = _moved(parameters, f"#/anyOf/{place}/properties/arguments")
+        properties = {"name": {"const": function["name"]}, "arguments": moved}
         branches.append({"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False})
     return Grammar.json_schema({"anyOf": branches, **_COMPACT})
 

@@ -24,18 +24,22 @@ class Vectors:
     def take(self, order: Embed) -> list[Vector]:
         """Take prompts; what is to be said of them at once, which is nothing unless they are refused."""
         try:
-            longest = max(len(self._llm.preparer.prompt_ids(prompt)) for prompt in order.prompts)
-            context = next(context for context in self._llm.preparer.contexts if longest <= context)
-            if context not in self._embedders:
+            contexts = [self._context(prompt) for prompt in order.prompts]
+            for context in sorted({*contexts} - {*self._embedders}):
                 self._embedders[context] = Embedder(self._llm.engine(context), self._llm.model.spec.width)
         except UserError as error:
             return [Vector(order.id, 0, b"", str(error), "request")]
         except Exception as error:
             traceback.print_exc()
             return [Vector(order.id, 0, b"", f"{type(error).__name__}: {error}", "engine")]
-        for place, prompt in enumerate(order.prompts):
+        for place, (context, prompt) in enumerate(zip(contexts, order.prompts)):
             self._owners[context, self._embedders[context].submit(prompt)] = order.id, place
         return []
+
+    def _context(self, prompt: list[int]) -> int:
+        """Of the Program that a prompt is for by its own length, whatever it came with."""
+        length = len(self._llm.preparer.prompt_ids(prompt))
+        return next(context for context in self._llm.preparer.contexts if length <= context)
 
     def abort(self, id: int) -> None:
         """Nobody waits for this request any more; an unknown one has ended already."""

@@ -153,12 +153,15 @@ class CpuSession:
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``. The first time
-        compiles a tape, of the same weights and pages. Raises ConfigError for a batch of more than 512 tokens."""
+        compiles a tape, of the same weights and pages. Raises ConfigError for a batch of more than 512 tokens, or the context's."""
         if self._hidden is None:
             self._hidden = self._compile_hidden()
         tape, width = self._hidden
-        if len(batch.tokens) > STEP_TOKENS:
-            raise ConfigError(f"a batch of {len(batch.tokens)} tokens; hidden states are of at most {STEP_TOKENS} at a time")
+        most = min(
+            STEP_TOKENS, self.program.context
+        )  # what the tape plays at once: it would place a second part's rows by the logits' width
+        if len(batch.tokens) > most:
+            raise ConfigError(f"a batch of {len(batch.tokens)} tokens; hidden states are of at most {most} at a time")
         rows = self._play(batch, pages, tape.run)  # the tape counts rows as wide as logits, and fills the beginning of them
         return rows.reshape(-1)[: len(rows) * width].reshape(len(rows), width).copy()
 
