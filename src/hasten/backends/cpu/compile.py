@@ -166,7 +166,10 @@ class _Compiler(_Layout):
 
     def compile(self, isa: str, page: int, pages: Mapping[str, int], pools: tuple[_native.PagePool, ...] | None) -> Compiled:
         program, places = self.program, self.lay_out()
-        vocab = next(program.params[op.weight][0] for op in self.plain.ops if isinstance(op, ops.Embed))
+        if "logits" in program.outputs:
+            vocab = program.values["logits"].features[-1]
+        else:  # a Program that ends before them is handed rows as wide as they would be
+            vocab = next(program.params[op.weight][0] for op in self.plain.ops if isinstance(op, ops.Embed))
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
         groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
         if pools is None:
