@@ -187,7 +187,7 @@ class FunctionSpec(Strict):
     description: str | None = Field(default=None, max_length=65536)
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Accepted."""
+    """Accepted: the arguments of a call that must come always follow the schema."""
 
 
 class Tool(Strict):
