@@ -29,6 +29,8 @@ class StreamOptions(Strict):
     """OpenAI's, for streams."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """The usage so far with every event, of those who include it: vLLM's."""
     include_obfuscation: bool | None = None
     """Accepted."""
 
