@@ -40,6 +40,7 @@ def spoil(output, good, error):
     output._detokenizer = Failing(output._detokenizer, good, error)
 
 
+@pytest.mark.row("one fault for all", "the offender alone")
 @pytest.mark.parametrize("error", [UNDECODED, BUG])
 @pytest.mark.parametrize("good", [0, 3])
 def test_one_that_cannot_be_decoded_fails_alone(llm, good, error):
@@ -55,6 +56,7 @@ def test_one_that_cannot_be_decoded_fails_alone(llm, good, error):
     assert llm.generate(PROMPTS, params) == wanted  # nothing is left behind
 
 
+@pytest.mark.row("detokenizer", "a failure is one output's")
 @pytest.mark.parametrize("error", [UNDECODED, BUG])
 def test_other_outputs_of_its_prompt_go_on(llm, error):
     params = SamplingParams(max_tokens=12, ignore_eos=True, n=3, temperature=1.0, seed=1)
