@@ -5,6 +5,7 @@ import pytest
 from hasten import LLM, SamplingParams
 from hasten.base.errors import TokenizerError
 from hasten.engine.detokenize import Detokenizer
+from hasten.engine.embedder import Embedder
 from hasten.engine.sampling import BeamSearch
 
 PROMPTS = ["def f(", "class A:", "import os"]
@@ -93,6 +94,26 @@ def test_pages_that_were_not_moved_are_never_gone_on_from(monkeypatch):
         with pytest.raises(OSError, match="no"):
             llm.generate(PROMPTS[0], params)
     with pytest.raises(RuntimeError, match="moving pages of the cache failed before.*make the LLM again"):
+        llm.generate(PROMPTS[0], params)
+
+
+def test_nor_where_it_was_a_text_to_embed_that_had_them_moved(monkeypatch):
+    """A request's pages may be waiting to be copied when the embedder takes its step."""
+    llm = LLM("code-8m", max_sequences=4)
+    engine, params = llm.engine(), SamplingParams(max_tokens=12, ignore_eos=True, n=2, temperature=1.0)
+    embedder, waiting = Embedder(engine, llm.model.spec.width), [("a copy",)]
+
+    def fails(moves):
+        if moves:
+            raise OSError("no")
+
+    embedder.submit([5, 6, 7])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "session", Wrapped(engine.session, fails))
+        patch.setattr(engine.cache, "take_moves", lambda: waiting)
+        with pytest.raises(OSError, match="no"):
+            embedder.step()
+    with pytest.raises(RuntimeError, match="moving pages of the cache failed before"):
         llm.generate(PROMPTS[0], params)
 
 

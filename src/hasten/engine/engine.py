@@ -98,7 +98,7 @@ class Engine:
         held = self._follow(step) if live.constrained else ()
         began = self._clock()
         plan = self.scheduler.plan(began, held, self._pace.costs)
-        self._move(plan.moves)
+        self.move(plan.moves)
         if not plan.entries:
             self._wait(held, step)
             return step.chunks
@@ -121,7 +121,8 @@ class Engine:
             self._pace.note_step(plan.entries, self._clock() - began)
         return chunks
 
-    def _move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[Move]) -> None:
+        """Carry out what the cache has decided; whoever computes on these pages does so before. What it raises ends the engine."""
         if not self._whole:
             raise RuntimeError("moving pages of the cache failed before, and what they hold is not known; make the LLM again")
         if moves:
