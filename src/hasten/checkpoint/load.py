@@ -10,9 +10,12 @@ from typing import Any, NoReturn
 import msgspec
 
 from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError, one_line
+from hasten.checkpoint.gguf import SUFFIX, gguf_tensors
 from hasten.checkpoint.locate import locate
+from hasten.checkpoint.quantized import read_quantized
 from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
+from hasten.formats.gguf import GgufFile
 from hasten.formats.safetensors import SafetensorsFile
 from hasten.formats.tensor_map import TensorMap, apply_map, rename
 from hasten.formats.weights import DTYPES, Origin, Weight, Weights
@@ -36,11 +39,13 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def load(model: str | Path) -> Model:
-    """The model that ``model`` names: a directory, a bundled name, a Hub id, or ``random:SHAPE``. Weights are mapped, not read.
+    """The model that ``model`` names: a directory, a .gguf, a bundled name, a Hub id, or ``random:SHAPE``. Weights are mapped, not read.
 
     Raises a UserError in one line for everything that can be wrong with it."""
     if isinstance(model, str) and model.startswith(PREFIX):
         return random_model(model.removeprefix(PREFIX))
+    if str(model).endswith(SUFFIX) and Path(model).expanduser().is_file():
+        return load_gguf(Path(model).expanduser(), str(model))
     directory = locate(str(model))
     try:
         if directory == Path(model).expanduser():  # what the Hub client fetched has no code
@@ -52,7 +57,9 @@ def load(model: str | Path) -> Model:
 
 def load_directory(directory: Path, name: str) -> Model:
     """The model in a directory of Hugging Face layout."""
-    config = _read_config(directory)
+    whole = _read_config(directory)
+    config = {key: value for key, value in whole.items() if key != "quantization_config"}
+    quantization = _quantization(directory, whole)
     sidecar = _read_sidecar(directory)
     if config.get("model_type") == HASTEN_TYPE:
         if sidecar.spec is None:
@@ -64,17 +71,36 @@ def load_directory(directory: Path, name: str) -> Model:
         spec = family.spec(config)
         tensor_map = family.tensors(spec, config)
     files = [SafetensorsFile.open(path) for path in _weight_files(directory)]
-    weights = apply_map(tensor_map, _sources(files, tensor_map, family, spec))
+    weights = apply_map(tensor_map, _sources(files, tensor_map, family, spec, quantization))
     tokenizer, tokenizer_error = find_tokenizer(directory)
     return Model(
         name=name,
         spec=spec,
-        weights=_checked(spec, weights, Origin(_recipe(tensor_map), tuple(file.stamp for file in files))),
+        weights=_checked(spec, weights, Origin(_recipe(tensor_map, quantization), tuple(file.stamp for file in files))),
         tokenizer=tokenizer,
         tokenizer_error=tokenizer_error,
         generation=_read_optional(directory / "generation_config.json"),
         provenance=sidecar.provenance,
         source=None if family is None else Source(family.name, config),
+    )
+
+
+def load_gguf(path: Path, name: str) -> Model:
+    """The model in a GGUF file. Its tokenizer is the tokenizer.json beside it."""
+    file = GgufFile.open(path)
+    config, tensors = gguf_tensors(file)
+    family = _family(config)
+    spec = family.spec(config)
+    tensor_map = family.tensors(spec, config)
+    _refuse_extra(tensors, {source for mapping in tensor_map for source in mapping.sources}, (), family)
+    tokenizer, tokenizer_error = find_tokenizer(path.parent)
+    return Model(
+        name=name,
+        spec=spec,
+        weights=_checked(spec, apply_map(tensor_map, tensors), Origin(_recipe(tensor_map, "gguf"), (file.stamp,))),
+        tokenizer=tokenizer,
+        tokenizer_error=tokenizer_error,
+        source=Source(family.name, config),
     )
 
 
@@ -120,6 +146,16 @@ def _read_config(directory: Path) -> Config:
     return read_json(directory / "config.json")
 
 
+def _quantization(directory: Path, config: Config) -> object:
+    """How the weights are quantized, if they are: from config.json, or the file that tools for GPTQ and AWQ once wrote."""
+    if quantization := config.get("quantization_config"):
+        return quantization
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if found := _read_optional(directory / name):
+            return {"quant_method": method, **found}
+    return None
+
+
 def _read_sidecar(directory: Path) -> Sidecar:
     path = directory / "hasten.json"
     if not path.is_file():
@@ -145,13 +181,7 @@ def _family(config: Config) -> Family:
         )
     if model_type is None:
         raise ConfigError(f"config.json: 'model_type' is missing; it names the family, one of {', '.join(model_types())}")
-    family = find_family(model_type)
-    if quantization := config.get("quantization_config"):
-        raise UnsupportedError(
-            f"config.json: 'quantization_config' is {one_line(quantization)}; quantized checkpoints cannot be read yet, take the model "
-            f"they were made from"
-        )
-    return family
+    return find_family(model_type)
 
 
 def _refuse_code(directory: Path) -> None:
@@ -172,12 +202,15 @@ def _refuse_code(directory: Path) -> None:
 # --- tensors
 
 
-def _recipe(tensor_map: TensorMap) -> str:
+def _recipe(tensor_map: TensorMap, quantization: object = None) -> str:
     """A name of what the map does: config.json and the family decide it, and the same files can be read in two ways."""
-    return hashlib.blake2b(repr(tensor_map).encode(), digest_size=16).hexdigest()
+    said = json.dumps(quantization, sort_keys=True) if quantization else ""
+    return hashlib.blake2b(f"{tensor_map!r}{said}".encode(), digest_size=16).hexdigest()
 
 
-def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Family | None, spec: Spec) -> dict[str, Weight]:
+def _sources(
+    files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Family | None, spec: Spec, quantization: object
+) -> dict[str, Weight]:
     """The files' tensors under the names the map expects; what the map does not expect is an error."""
     found: dict[str, Weight] = {}
     for file in files:
@@ -185,6 +218,8 @@ def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Fa
             if name in found:
                 raise CheckpointError(f"{file.path}: tensor {one_line(name)} is in another shard too; every tensor belongs in one")
             found[name] = Weight(entry.shape, entry.dtype, lambda file=file, name=name: file.read(name))  # type: ignore[misc]
+    if quantization:
+        found = read_quantized(quantization, found)
     expected = {name for mapping in tensor_map for name in mapping.sources}
     if family is not None and family.base_prefix and not any(name.startswith(family.base_prefix) for name in found):
         # The bare decoder was saved: the same names without the full model's prefix.
@@ -194,7 +229,8 @@ def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Fa
     for name in expected & found.keys():
         if found[name].dtype not in DTYPES.values():
             raise CheckpointError(
-                f"tensor {name} has dtype {found[name].dtype}; accepted are {', '.join(DTYPES)} (quantized checkpoints cannot be read yet)"
+                f"tensor {name} has dtype {found[name].dtype}; accepted are {', '.join(DTYPES)}, or what config.json says in "
+                f"'quantization_config'"
             )
     return found
 
