@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from hasten.formats.weights import Weight, Weights
 from hasten.program import lower, ops
 from tests.cli import assert_refused, main
 from tests.families.oracles import make_checkpoint
-from tests.pure.test_compressed_tensors import CASES, F, quantized, same
+from tests.pure.test_compressed_tensors import CASES, MODEL, F, quantized, same
+from tests.pure.test_gguf import SIZES, gguf, model_tensors
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -82,6 +84,17 @@ def test_inspect_and_generate(tmp_path, monkeypatch, capsys):
     done = main(monkeypatch, capsys, "generate", tmp_path / "m", "-p", "import ", "-n", "8")
     assert (done.code, done.err) == (0, "")
     assert done.out.strip()
+
+
+def test_a_gguf_file_beside_its_tokenizer(tmp_path, monkeypatch, capsys):
+    tensors, _ = model_tensors(["BF16"])
+    (tmp_path / "m.gguf").write_bytes(gguf({**SIZES, "tokenizer.ggml.eos_token_id": MODEL.eos_token_ids[0]}, tensors))
+    asked = ("-p", "import json\n", "-n", "12")
+    assert_refused(main(monkeypatch, capsys, "generate", tmp_path / "m.gguf", *asked), "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(bundled_directory("code-8m") / name, tmp_path / name)
+    done = main(monkeypatch, capsys, "generate", tmp_path / "m.gguf", *asked)
+    assert (done.code, done.out) == (0, main(monkeypatch, capsys, "generate", "code-8m", *asked).out)
 
 
 @pytest.mark.parametrize("bad", [np.nan, 0.0, -1.0])
