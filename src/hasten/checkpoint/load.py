@@ -11,6 +11,7 @@ import msgspec
 
 from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError, one_line
 from hasten.checkpoint.gguf import SUFFIX, gguf_tensors
+from hasten.checkpoint.gguf_tokenizer import gguf_tokenizer
 from hasten.checkpoint.locate import locate
 from hasten.checkpoint.quantized import read_quantized
 from hasten.checkpoint.random import PREFIX, random_model
@@ -86,14 +87,14 @@ def load_directory(directory: Path, name: str) -> Model:
 
 
 def load_gguf(path: Path, name: str) -> Model:
-    """The model in a GGUF file. Its tokenizer is the tokenizer.json beside it."""
+    """The model in a GGUF file, with the file's own tokenizer or the tokenizer.json beside it."""
     file = GgufFile.open(path)
     config, tensors = gguf_tensors(file)
     family = _family(config)
     spec = family.spec(config)
     tensor_map = family.tensors(spec, config)
     _refuse_extra(tensors, {source for mapping in tensor_map for source in mapping.sources}, (), family)
-    tokenizer, tokenizer_error = find_tokenizer(path.parent)
+    tokenizer, tokenizer_error = gguf_tokenizer(file)
     return Model(
         name=name,
         spec=spec,
