@@ -24,6 +24,7 @@ from tests.cli import assert_refused, main
 from tests.families.oracles import make_checkpoint
 from tests.pure.test_compressed_tensors import CASES, MODEL, F, quantized, same
 from tests.pure.test_gguf import SIZES, gguf, model_tensors
+from tests.pure.test_gguf_tokenizer import METADATA
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -228,3 +229,23 @@ def write_with_theirs(directory, weights, inputs):
     compressor.compress_model(model)
     model.save_pretrained(directory)
     compressor.update_config(directory)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_a_gguf_file_has_the_logits_that_transformers_gives_it(kind, tmp_path):
+    package, _ = pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    quantization = package.GGMLQuantizationType[kind]
+    tensors, _ = model_tensors(["F32"])
+    stored = {}
+    for name, (form, shape, raw) in tensors.items():
+        if form == "F32" and len(shape) == 2:
+            data = package.quants.quantize(np.frombuffer(raw, np.float32).reshape(shape), quantization)
+            stored[name] = (kind, shape, np.ascontiguousarray(data).tobytes())
+        else:
+            stored[name] = (form, shape, raw)
+    (tmp_path / "m.gguf").write_bytes(gguf({**SIZES, **METADATA}, stored))
+    model = load(tmp_path / "m.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    expected = logits_of(theirs, IDS)
+    assert relative(model.logits(IDS), expected) <= 1e-5
+    assert relative(model.logits(IDS, "cpu"), expected) <= 1e-2
