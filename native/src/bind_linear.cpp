@@ -129,6 +129,31 @@ void pack(WeightBuffer& weight, ThreadPool& pool, const Array& dense) {
         weight.pack(pool, static_cast<const float*>(values));
 }
 
+void take_codes(WeightBuffer& weight, ThreadPool& pool, const Array& codes, const Array& scales, const std::optional<Array>& zeros) {
+    const PackedLinear& packed = weight.packed();
+    const auto out = static_cast<std::size_t>(packed.out), in = static_cast<std::size_t>(packed.in), groups = static_cast<std::size_t>(scale_groups(packed));
+    if (packed.masks || !has_scales(packed.format)) refuse("codes are of a dense weight with scales, not of " + std::string(name(packed.format)));
+    const auto* const its = data<const std::int8_t>("codes", codes, 2, "int8");
+    const auto* const its_scales = data<const float>("scales", scales, 2, "float32");
+    const auto* const its_zeros = zeros ? data<const std::int8_t>("zeros", *zeros, 2, "int8") : nullptr;
+    if (codes.shape(0) != out || codes.shape(1) != in) refuse("codes must be [" + std::to_string(out) + ", " + std::to_string(in) + "]");
+    if (!its_zeros != !packed.zeros) refuse(packed.zeros ? "the weight has zero points; give them" : "the weight has no zero points");
+    const std::string shape = " must be [" + std::to_string(out) + ", " + std::to_string(groups) + "]";
+    if (scales.shape(0) != out || scales.shape(1) != groups) refuse("scales" + shape);
+    if (zeros && (zeros->shape(0) != out || zeros->shape(1) != groups)) refuse("zeros" + shape);
+    const int bits = packed.format == WeightFormat::int4 ? 4 : packed.format == WeightFormat::int3 ? 3 : packed.format == WeightFormat::int2 ? 2 : 8;
+    const auto fit = [&](const std::int8_t* from, std::size_t count) {
+        int low = 0, high = 0;
+        for (std::size_t i = 0; i < count; ++i) low = std::min<int>(low, from[i]), high = std::max<int>(high, from[i]);
+        if (low < -(1 << (bits - 1)) || high >= 1 << (bits - 1))
+            refuse("codes from " + std::to_string(low) + " to " + std::to_string(high) + " do not fit into " + std::to_string(bits) + " bits");
+    };
+    fit(its, out * in);
+    if (its_zeros) fit(its_zeros, out * groups);
+    nb::gil_scoped_release unlocked;
+    weight.pack_codes(pool, its, its_scales, its_zeros);
+}
+
 nb::object unpack(const WeightBuffer& weight) {
     const PackedLinear& packed = weight.packed();
     const auto out = static_cast<std::size_t>(packed.out), in = static_cast<std::size_t>(packed.in);
@@ -150,6 +175,8 @@ void run_linear(const std::string& isa_name, const WeightBuffer& packed, const A
     if (x.shape(1) != size(weight.in)) refuse("x has " + std::to_string(x.shape(1)) + " columns; the weight has " + std::to_string(weight.in) + " inputs");
     if (quantized && (!is_integer(weight.format) || !scales)) refuse("x of int8 needs scales, and a weight of integers");
     if (!quantized && scales) refuse("scales go with x of int8 only");
+    if (quantized && std::find(static_cast<const std::int8_t*>(values), static_cast<const std::int8_t*>(values) + x.size(), -128) != static_cast<const std::int8_t*>(values) + x.size())
+        refuse("x has -128; accepted: -127 to 127, which is what quantize_rows makes");
     const float* const given_scales = scales ? data<const float>("scales", *scales, 1, "float32") : nullptr;
     if (scales && scales->shape(0) != size(rows)) refuse("scales must have one value for each row of x");
     const float* const bias_values = bias ? data<const float>("bias", *bias, 1, "float32") : nullptr;
@@ -221,6 +248,9 @@ void bind_linear(nb::module_& m) {
         .def("pack", pack, "pool"_a, "dense"_a,
              "Fill it from `dense` [out, in_], float32 or the bits of bf16 numbers as uint16, on the pool's threads.\n\n"
              "Raises ValueError for an array that does not fit.")
+        .def("pack_codes", take_codes, "pool"_a, "codes"_a, "scales"_a, "zeros"_a = nb::none(),
+             "Fill it from what is quantized already, as it is: `codes` int8 [out, in_] (of fp8 their bytes), `scales` float32 and, with zero\n"
+             "points, `zeros` int8 [out, groups]. Raises ValueError for arrays that do not fit.")
         .def("parts",
              [](nb::handle self) {
                  nb::list found;

@@ -34,7 +34,7 @@ struct SparsePanel {
 //   f32:  16 k, channel by channel.                              No scales.
 //   f16, bf16: 32 k, pairs of k adjacent.                        No scales.
 //   fp8:  64 k: e4m3 in the order of two tiles of bf16.          Scales.
-//   int8: 64 k, quadruples of k adjacent; never -128.            Scales.
+//   int8: 64 k, quadruples of k adjacent.                        Scales.
 //   int4: two int8 tiles (128 k) in the nibbles of 1 KiB, the first in the low ones.                                   Scales.
 //   int2: four int8 tiles (256 k) in the bit pairs of 1 KiB, the first in the lowest, as q + 2.                        Scales.
 //   int3: q + 4 of four int8 tiles: their lower bits as in int2, then 512 bytes whose bits 2j and 2j + 1 are the third bit of the
@@ -46,7 +46,7 @@ struct SparsePanel {
 // Of int4 a tile's two halves lie beside each other in the nibbles of as many bytes as the fuller half has nonzero elements. Where a panel of
 // bf16 or int8 is 2:4, zeros are added so that every four k have two elements exactly, which a product may then find without counting. Up to
 // 64 bytes beyond the last are read.
-// `in` is at most 131072, up to which no int32 sum overflows, activations of -128 included.
+// A sparse weight of int8 never has -128. `in` is at most 131072, up to which no int32 sum overflows.
 struct PackedLinear {
   WeightFormat format;
   int out, in;
@@ -72,6 +72,11 @@ void pack_linear(WeightFormat format, int out, int in, int group, const bf16* de
 void pack_linear(WeightFormat format, int out, int in, int group, const float* dense, int first, int last, std::byte* tiles, float* scales,
                  std::int8_t* zeros);
 
+// The same from a weight that is quantized already: `codes` [out, in] (of fp8 their bytes), `code_scales` and, with zero points,
+// `code_zeros` [out, groups] as they are.
+void pack_codes(WeightFormat format, int out, int in, int group, const std::int8_t* codes, const float* code_scales, const std::int8_t* code_zeros,
+                int first, int last, std::byte* tiles, float* scales, std::int8_t* zeros);
+
 // The sparse form of a dense one: masks [panels · tiles][depth · 16 / 64] and, as `start`, the bytes of each panel's elements; then, where
 // starts are what they say, the elements.
 std::size_t sparse_mask_count(const PackedLinear& dense);
@@ -81,7 +86,7 @@ void sparse_elements(const PackedLinear& dense, const std::uint64_t* masks, cons
 // The value of each element as the product sees it (q · scale), float32 [out, in]: the meaning of the packed form, for tests.
 void unpack_linear(const PackedLinear& weight, float* dense);
 
-// Activations as a product reads them. bf16 rows, or int8 rows with one scale each. Rows are `stride` elements apart; the first
+// Activations as a product reads them. bf16 rows, or int8 rows (never -128) with one scale each. Rows are `stride` elements apart; the first
 // padded_in() elements of each (of float32 rows `in`) are readable, zeros beyond `in`; rows beyond `count` are not touched. Fastest where rows begin at cache
 // lines, an odd number of lines apart: a stride that is a multiple of 4 KiB puts a tile's rows in one set of the cache.
 struct Activations {

@@ -117,8 +117,8 @@ struct Bf16 {
     }
 };
 
-// |x| · (w with the sign of x): one side of the product of bytes has no sign, and two products, 2 · 128 · 127 as no weight is -128, hold in
-// the 16 bits that they are added in.
+// |w| · (x with the sign of w): one side of the product of bytes has no sign, and two products, 2 · 128 · 127 as no x is -128, hold in the
+// 16 bits that they are added in.
 struct Int8 {
     using X = std::int8_t;
     using Sum = std::int32_t;
@@ -134,11 +134,11 @@ struct Int8 {
         load_sums<rows, Sum>(total, sums);
         FOUR_TIMES for (int i = 0; i < k; i += 4, w += 64) {
             ahead(w);
-            const __m256i q[2] = {words(w), words(w + 32)};
+            const __m256i q[2] = {words(w), words(w + 32)}, size[2] = {_mm256_abs_epi8(q[0]), _mm256_abs_epi8(q[1])};
             UNROLLED for (int r = 0; r < rows; ++r) {
-                const __m256i four = broadcast(x + r * stride + i), size = _mm256_abs_epi8(four);
+                const __m256i four = broadcast(x + r * stride + i);
                 UNROLLED for (int half = 0; half < 2; ++half)
-                    total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(q[half], four)), one));
+                    total[r][half] = _mm256_add_epi32(total[r][half], _mm256_madd_epi16(_mm256_maddubs_epi16(size[half], _mm256_sign_epi8(four, q[half])), one));
             }
         }
         store_sums<rows, Sum>(total, sums);

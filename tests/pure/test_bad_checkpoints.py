@@ -316,7 +316,7 @@ CHECKPOINTS = {
     "activation unknown": (config(hidden_act="swoosh"), ["hidden_act", "swoosh", "silu"]),
     "key unknown": (config(secret_sauce=3), ["secret_sauce", "3"]),
     "key unknown and huge": (config(secret_sauce=list(range(200_000))), ["secret_sauce"]),
-    "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ["quantiz", "gptq"]),
+    "quantized": (config(quantization_config={"quant_method": "aqlm", "bits": 2}), ["quant_method", "aqlm", "compressed-tensors"]),
     "sidecar of a newer hasten": (text("hasten.json", '{"schema_version": 99}'), ["hasten.json", "99", "upgrade"]),
     "sidecar version huge": (text("hasten.json", f'{{"schema_version": {LONG}}}'), ["hasten.json", "bits", "upgrade"]),
     "sidecar without version": (text("hasten.json", "{}"), ["hasten.json", "schema_version"]),

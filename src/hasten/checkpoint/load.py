@@ -11,6 +11,7 @@ import msgspec
 
 from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError, one_line
 from hasten.checkpoint.locate import locate
+from hasten.checkpoint.quantized import read_quantized
 from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
 from hasten.formats.safetensors import SafetensorsFile
@@ -52,7 +53,9 @@ def load(model: str | Path) -> Model:
 
 def load_directory(directory: Path, name: str) -> Model:
     """The model in a directory of Hugging Face layout."""
-    config = _read_config(directory)
+    whole = _read_config(directory)
+    config = {key: value for key, value in whole.items() if key != "quantization_config"}
+    quantization = _quantization(directory, whole)
     sidecar = _read_sidecar(directory)
     if config.get("model_type") == HASTEN_TYPE:
         if sidecar.spec is None:
@@ -64,12 +67,12 @@ def load_directory(directory: Path, name: str) -> Model:
         spec = family.spec(config)
         tensor_map = family.tensors(spec, config)
     files = [SafetensorsFile.open(path) for path in _weight_files(directory)]
-    weights = apply_map(tensor_map, _sources(files, tensor_map, family, spec))
+    weights = apply_map(tensor_map, _sources(files, tensor_map, family, spec, quantization))
     tokenizer, tokenizer_error = find_tokenizer(directory)
     return Model(
         name=name,
         spec=spec,
-        weights=_checked(spec, weights, Origin(_recipe(tensor_map), tuple(file.stamp for file in files))),
+        weights=_checked(spec, weights, Origin(_recipe(tensor_map, quantization), tuple(file.stamp for file in files))),
         tokenizer=tokenizer,
         tokenizer_error=tokenizer_error,
         generation=_read_optional(directory / "generation_config.json"),
@@ -120,6 +123,16 @@ def _read_config(directory: Path) -> Config:
     return read_json(directory / "config.json")
 
 
+def _quantization(directory: Path, config: Config) -> object:
+    """How the weights are quantized, if they are: from config.json, or the file that tools for GPTQ and AWQ once wrote."""
+    if quantization := config.get("quantization_config"):
+        return quantization
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if found := _read_optional(directory / name):
+            return {"quant_method": method, **found}
+    return None
+
+
 def _read_sidecar(directory: Path) -> Sidecar:
     path = directory / "hasten.json"
     if not path.is_file():
@@ -145,13 +158,7 @@ def _family(config: Config) -> Family:
         )
     if model_type is None:
         raise ConfigError(f"config.json: 'model_type' is missing; it names the family, one of {', '.join(model_types())}")
-    family = find_family(model_type)
-    if quantization := config.get("quantization_config"):
-        raise UnsupportedError(
-            f"config.json: 'quantization_config' is {one_line(quantization)}; quantized checkpoints cannot be read yet, take the model "
-            f"they were made from"
-        )
-    return family
+    return find_family(model_type)
 
 
 def _refuse_code(directory: Path) -> None:
@@ -172,12 +179,15 @@ def _refuse_code(directory: Path) -> None:
 # --- tensors
 
 
-def _recipe(tensor_map: TensorMap) -> str:
+def _recipe(tensor_map: TensorMap, quantization: object) -> str:
     """A name of what the map does: config.json and the family decide it, and the same files can be read in two ways."""
-    return hashlib.blake2b(repr(tensor_map).encode(), digest_size=16).hexdigest()
+    said = json.dumps(quantization, sort_keys=True) if quantization else ""
+    return hashlib.blake2b(f"{tensor_map!r}{said}".encode(), digest_size=16).hexdigest()
 
 
-def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Family | None, spec: Spec) -> dict[str, Weight]:
+def _sources(
+    files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Family | None, spec: Spec, quantization: object
+) -> dict[str, Weight]:
     """The files' tensors under the names the map expects; what the map does not expect is an error."""
     found: dict[str, Weight] = {}
     for file in files:
@@ -185,6 +195,8 @@ def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Fa
             if name in found:
                 raise CheckpointError(f"{file.path}: tensor {one_line(name)} is in another shard too; every tensor belongs in one")
             found[name] = Weight(entry.shape, entry.dtype, lambda file=file, name=name: file.read(name))  # type: ignore[misc]
+    if quantization:
+        found = read_quantized(quantization, found)
     expected = {name for mapping in tensor_map for name in mapping.sources}
     if family is not None and family.base_prefix and not any(name.startswith(family.base_prefix) for name in found):
         # The bare decoder was saved: the same names without the full model's prefix.
@@ -194,7 +206,8 @@ def _sources(files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Fa
     for name in expected & found.keys():
         if found[name].dtype not in DTYPES.values():
             raise CheckpointError(
-                f"tensor {name} has dtype {found[name].dtype}; accepted are {', '.join(DTYPES)} (quantized checkpoints cannot be read yet)"
+                f"tensor {name} has dtype {found[name].dtype}; accepted are {', '.join(DTYPES)}, or what config.json says in "
+                f"'quantization_config'"
             )
     return found
 

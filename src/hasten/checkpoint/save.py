@@ -5,16 +5,20 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hasten.base.errors import CheckpointError, UnsupportedError, one_line
+from hasten.base.errors import CheckpointError, one_line
 from hasten.checkpoint.load import HASTEN_TYPE, Sidecar
+from hasten.checkpoint.quantized.writing import can_say, quantization_config, stored_tensors
 from hasten.families import find_family
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.safetensors import write_sharded
-from hasten.formats.tensor_map import TensorMap, apply_map, inverse, rename
+from hasten.formats.tensor_map import apply_map, inverse
+from hasten.formats.weights import Weight
 from hasten.model import Model
 
 TOKENIZER_FILES = (
@@ -32,20 +36,17 @@ def save(model: Model, directory: Path, *, overwrite: bool = False, max_shard_by
     """Write ``model`` to ``directory``.
 
     A Spec that the original config still describes is written in its family's own layout, any other under hasten's names with the
-    Spec in `hasten.json`. The directory appears complete or not at all. Raises CheckpointError where it exists and is not empty,
+    Spec in `hasten.json`; weights that are stored quantized as compressed-tensors, to the bit (hasten's own layout has what that format
+    cannot say). The directory appears complete or not at all. Raises CheckpointError where it exists and is not empty,
     unless ``overwrite``, which replaces a model directory and never one that holds anything else (`OWNED_FILES`)."""
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise CheckpointError(f"{directory} exists and is not empty; choose another directory, or overwrite it on purpose")
     _refuse_foreign(directory)
-    for name, weight in model.weights.items():
-        if weight.format != "dense":
-            raise UnsupportedError(f"weight {name} is in format {one_line(weight.format)}, which cannot be written yet; accepted is dense")
-    config, tensor_map = _layout(model)
+    config, tensors = _layout(model)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        tensors = apply_map(inverse(tensor_map), model.weights)
         layout = {name: (weight.dtype, weight.shape) for name, weight in tensors.items()}
         write_sharded(staging, layout, lambda name: tensors[name].load(), {"format": "pt"}, max_shard_bytes=max_shard_bytes)
         _write_json(staging / "config.json", config)
@@ -70,14 +71,25 @@ def _generation(model: Model) -> dict[str, Any]:
     return {**ends, **{key: value for key, value in model.generation.items() if value is not None}}
 
 
-def _layout(model: Model) -> tuple[dict[str, Any], TensorMap]:
-    """The config to write, and the map from its tensor names to canonical ones."""
+def _layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]]:
+    """The config to write, and the tensors: in the family's own layout where that can say the Spec and what is stored quantized."""
     if model.source is not None:
         config = dict(model.source.config)
         family = find_family(config.get("model_type"))
         if family.spec(config) == model.spec:
-            return config, family.tensors(model.spec, config)
-    return {"model_type": HASTEN_TYPE, "architectures": []}, tuple(rename(name, name) for name in model.weights)
+            tensors = apply_map(inverse(family.tensors(model.spec, config)), model.weights)
+            if _meant(tensors) <= _meant(model.weights) and all(can_say(name, weight) for name, weight in tensors.items()):
+                table = isinstance(model.weights["embedding.weight"], QuantizedWeight)  # which is no Linear
+                said = quantization_config(tensors, family.tied_head if model.spec.head.tied else None, by_name=table)
+                return {**config, **({"quantization_config": said} if said else {})}, stored_tensors(tensors)
+    said = quantization_config(model.weights, None, by_name=True)
+    own = {"model_type": HASTEN_TYPE, "architectures": [], **({"quantization_config": said} if said else {})}
+    return own, stored_tensors(model.weights)
+
+
+def _meant(weights: Mapping[str, Weight]) -> int:
+    """Elements of weights that were stored quantized and are had by their meaning alone."""
+    return sum(weight.size for weight in weights.values() if isinstance(weight, DequantizedWeight))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

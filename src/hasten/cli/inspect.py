@@ -40,7 +40,7 @@ def inspect(
     if fused:
         from hasten.backends.cpu import native_program
 
-        typer.echo(native_program(loaded.spec, formats=formats).text(), nl=False)
+        typer.echo(native_program(loaded.spec, formats=formats, weights=loaded.weights).text(), nl=False)
         return
     if program:
         typer.echo(lowered.text(), nl=False)
@@ -69,6 +69,8 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
     """What `--json` prints."""
     import msgspec
 
+    from hasten.formats.quantized import stored_as
+
     parts: dict[str, dict[str, int]] = {}
     for name, weight in model.weights.items():
         part = parts.setdefault(_part(name), {"parameters": 0, "bytes": 0})
@@ -95,9 +97,23 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
         "cache_bytes_per_token": sum(group.bytes_per_token() for group in program.states),
         "state_bytes_per_sequence": sum(group.bytes_per_sequence() for group in program.states),
         "tokenizer": model.tokenizer is not None,
-        "formats": sorted({f"{weight.format} {weight.dtype}" for weight in model.weights.values()}),
+        "formats": sorted({stored_as(weight) for weight in model.weights.values()}),
+        "dequantized": _dequantized(model),
         "provenance": msgspec.to_builtins(model.provenance),
     }
+
+
+def _dequantized(model: "Model") -> dict[str, str]:
+    """By weight: why what is stored quantized is not played as it is stored."""
+    from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
+
+    found = {}
+    for name, weight in model.weights.items():
+        if isinstance(weight, DequantizedWeight):
+            found[name] = f"stored in {weight.form}, played in bf16: {weight.reason}"
+        elif isinstance(weight, QuantizedWeight) and not weight.form.has_name:
+            found[name] = f"stored in {weight.form}, played in bf16: no kernel has that format"
+    return found
 
 
 def _part(name: str) -> str:
@@ -142,6 +158,9 @@ def _print(facts: dict[str, Any]) -> None:
     for name, part in facts["parts"].items():
         table.add_row(name, f"{part['parameters']:,}", f"{part['bytes']:,}", f"{part['bytes'] / facts['bytes']:.1%}")
     console.print(table)
+    for why, names in groupby(sorted(facts["dequantized"], key=facts["dequantized"].get), facts["dequantized"].get):
+        first, *others = names
+        console.print(f"{first}{f' and {len(others)} more' if others else ''} {why}", markup=False)
     for step in facts["provenance"]:
         evidence = f" {one_line(step['evidence'], 1000)}" if step["evidence"] else ""
         console.print(f"made by {visible_line(step['transform'][:80])} {one_line(step['settings'], 1000)}{evidence}", markup=False)

@@ -5,7 +5,7 @@ A name is a number format, then what differs from the usual, with hyphens: ``int
 int2) unless the name says ``-gN`` or ``-channel``; ``-zp`` adds zero points; ``-sparse`` stores what is not zero, and a mask."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +27,9 @@ GROUPS = (32, 64, *range(128, 1025, 128))
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearFormat:
-    """``group`` inputs share a scale; 0: one scale per output channel, or none where the number has no scales."""
+    """``group`` inputs share a scale; 0: one scale per output channel, or none where the number has no scales.
+
+    A checkpoint may store what no name says: groups of another size, int8 with zero points."""
 
     number: str
     group: int = 0
@@ -69,6 +71,12 @@ class LinearFormat:
         return self.number + group + "-zp" * self.zero_points + "-sparse" * self.sparse
 
     @property
+    def has_name(self) -> bool:
+        """Whether it can be asked for, and so is played as it is."""
+        wide = self.group == 0 or (self.group in GROUPS and NUMBERS[self.number][1] > 0)
+        return wide and not (self.zero_points and self.number not in WITH_ZERO_POINTS)
+
+    @property
     def bits(self) -> int:
         """Of a stored number, its share of scales not counted."""
         return NUMBERS[self.number][0]
@@ -92,50 +100,61 @@ class LinearFormat:
         out, size = weight.shape
         bits, limit, _ = NUMBERS[self.number]
         if not limit:
-            return QuantizedLinear(_rounded(weight, self.number), None, None, 0)
+            return QuantizedLinear(_rounded(weight, self.number), None, None, 0)  # as float32, which holds them all
         group = self.group or size
         count = -(-size // group)
-        scales, zeros, q = np.ones((out, count), np.float32), np.zeros((out, count), np.int32), np.empty_like(weight)
+        scales, zeros = np.ones((out, count), np.float32), np.zeros((out, count), np.int32)
+        q = np.empty(weight.shape, ml_dtypes.float8_e4m3fn if self.number == "fp8" else np.int8)
         for index in range(count):
             part = weight[:, index * group : (index + 1) * group]
             high, low = part.max(1, initial=0), part.min(1, initial=0)
             span = (high - low) / np.float32(2**bits - 1) if self.zero_points else np.maximum(high, -low) / np.float32(limit)
-            scale = scales[:, index] = np.where(span > 0, span, np.float32(1))
-            steps = part / scale[:, None]
+            scale = scales[:, index] = np.where(span == 0, np.float32(1), span)
+            with np.errstate(invalid="ignore"):  # of what is not finite the scale tells
+                steps = part / scale[:, None]
             if self.number == "fp8":
-                rounded = _rounded(np.clip(steps, -limit, limit), "fp8")
+                rounded = np.clip(steps, -limit, limit)
             elif self.zero_points:
                 least = -(2 ** (bits - 1))
-                zero = zeros[:, index] = np.clip(np.rint(-low / scale).astype(np.int32) + least, least, -least - 1)
-                rounded = np.clip(np.rint(steps) + zero[:, None], least, -least - 1)
+                zero = zeros[:, index] = np.clip(np.rint(np.nan_to_num(-low / scale)).astype(np.int32) + least, least, -least - 1)
+                rounded = np.nan_to_num(np.clip(np.rint(steps) + zero[:, None], least, -least - 1))
             else:
-                rounded = np.clip(np.rint(steps), -limit, limit)
+                rounded = np.nan_to_num(np.clip(np.rint(steps), -limit, limit))
             q[:, index * group : (index + 1) * group] = rounded
         return QuantizedLinear(q, scales, zeros if self.zero_points else None, group)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """``q`` float32 [out, in] are the stored numbers; ``scales`` float32 and ``zeros`` int32 [out, groups] go with ``group`` inputs."""
+    """``q`` [out, in] are the stored numbers: int8 (all integers), float8_e4m3fn, or float32 where there are no scales. ``scales`` float32
+    and ``zeros`` int32 [out, groups] go with ``group`` inputs, the last perhaps with fewer. Stacked weights have an axis before these."""
 
-    q: Floats
+    q: NDArray[Any]
     scales: Floats | None
     zeros: NDArray[np.int32] | None
     group: int
 
+    def __getitem__(self, index: int) -> Self:
+        """The weight of that number, of stacked ones."""
+        scales, zeros = (None if each is None else each[index] for each in (self.scales, self.zeros))
+        return dataclasses.replace(self, q=self.q[index], scales=scales, zeros=zeros)
+
     def dense(self) -> Floats:
         """What the stored numbers stand for: (q − zero) · scale, float32 [out, in]."""
         if self.scales is None:
-            return self.q
-        q = self.q if self.zeros is None else self.q - self._spread(self.zeros.astype(np.float32))
-        return q * self._spread(self.scales)
-
-    def _spread(self, each: Floats) -> Floats:
-        return np.repeat(each, self.group, axis=1)[:, : self.q.shape[1]]
+            return self.q.astype(np.float32, copy=False)
+        dense = self.q.astype(np.float32)
+        with np.errstate(invalid="ignore"):  # 0 · inf, which is not a number
+            for index in range(self.scales.shape[-1]):
+                part = dense[..., index * self.group : (index + 1) * self.group]
+                if self.zeros is not None:
+                    part -= self.zeros[..., index, None]
+                part *= self.scales[..., index, None]
+        return dense
 
 
 def _rounded(values: Floats, number: str) -> Floats:
-    kinds = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "fp8": ml_dtypes.float8_e4m3fn}
+    kinds = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
     with np.errstate(over="ignore"):
         return values.astype(kinds[number]).astype(np.float32)
 

@@ -8,15 +8,18 @@ can be written back under its own names.
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from hasten.base.errors import CheckpointError
+from hasten.formats.linear import QuantizedLinear
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.weights import Array, Weight
 
 Shape = tuple[int, ...]
+FLOAT32 = np.dtype(np.float32)
 
 
 class Step(Protocol):
@@ -32,6 +35,11 @@ class Step(Protocol):
 
     def inverse(self) -> "Step":
         """The step that undoes this one."""
+        ...
+
+    def beside(self, shapes: list[Shape], width: int) -> "Step | None":
+        """The same for what has ``width`` numbers where arrays of ``shapes`` have a row (their last axis), such as a row's scales; None
+        where this step reaches into rows."""
         ...
 
 
@@ -54,6 +62,10 @@ class Permute:
     def inverse(self) -> "Permute":
         """The permutation back."""
         return Permute(tuple(int(i) for i in np.argsort(self.axes)))
+
+    def beside(self, shapes: list[Shape], width: int) -> "Permute | None":
+        """Itself, where the last axis stays the last."""
+        return self if self.axes[-1] == len(self.axes) - 1 else None
 
 
 TRANSPOSE = Permute((1, 0))
@@ -80,6 +92,11 @@ class Reshape:
         """The other way round."""
         return Reshape(self.after, self.before)
 
+    def beside(self, shapes: list[Shape], width: int) -> "Reshape | None":
+        """Itself with rows of another width, where rows stay whole."""
+        whole = self.before[-1:] == self.after[-1:]
+        return Reshape((*self.before[:-1], width), (*self.after[:-1], width)) if whole else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -102,6 +119,10 @@ class Split:
     def inverse(self) -> "Join":
         """Lay the pieces together again."""
         return Join(self.sizes, self.axis)
+
+    def beside(self, shapes: list[Shape], width: int) -> "Split | None":
+        """Itself, along any axis but the last."""
+        return self if self.axis < len(shapes[0]) - 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +149,10 @@ class Join:
         """Cut them apart."""
         return Split(self.sizes, self.axis)
 
+    def beside(self, shapes: list[Shape], width: int) -> "Join | None":
+        """Itself, along any axis but the last."""
+        return self if self.axis < len(shapes[0]) - 1 else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
@@ -148,6 +173,10 @@ class Stack:
     def inverse(self) -> "Unstack":
         """Take them apart."""
         return Unstack(self.count)
+
+    def beside(self, shapes: list[Shape], width: int) -> "Stack":
+        """Itself."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +200,10 @@ class Unstack:
         """Stack them again."""
         return Stack(self.count)
 
+    def beside(self, shapes: list[Shape], width: int) -> "Unstack | None":
+        """Itself, where an entry has rows."""
+        return self if len(shapes[0]) > 1 else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Repeat:
@@ -190,6 +223,10 @@ class Repeat:
     def inverse(self) -> "Merge":
         """Back to one, which must be one."""
         return Merge(self.count)
+
+    def beside(self, shapes: list[Shape], width: int) -> "Repeat":
+        """Itself."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +251,10 @@ class Merge:
         """Under many names again."""
         return Repeat(self.count)
 
+    def beside(self, shapes: list[Shape], width: int) -> "Merge":
+        """Itself."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Each:
@@ -232,6 +273,11 @@ class Each:
     def inverse(self) -> "Each":
         """Each step's inverse."""
         return Each(tuple(step and step.inverse() for step in self.steps))
+
+    def beside(self, shapes: list[Shape], width: int) -> "Each | None":
+        """Each step's."""
+        steps = [step and step.beside([shape], width) for step, shape in zip(self.steps, shapes, strict=True)]
+        return Each(tuple(steps)) if all(made or not step for made, step in zip(steps, self.steps, strict=True)) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +300,11 @@ class First:
         """The step's inverse on what it gave."""
         return First(self.gives, self.takes, self.step.inverse())
 
+    def beside(self, shapes: list[Shape], width: int) -> "First | None":
+        """The step's."""
+        step = self.step.beside(shapes[: self.takes], width)
+        return None if step is None else First(self.takes, self.gives, step)
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorMapping:
@@ -266,6 +317,16 @@ class TensorMapping:
     def inverse(self) -> "TensorMapping":
         """From targets to sources."""
         return TensorMapping(self.targets, self.sources, tuple(step.inverse() for step in reversed(self.steps)))
+
+    def beside(self, sources: Sequence[Shape], width: int) -> "TensorMapping | None":
+        """The mapping of what has ``width`` numbers to a row of these sources; None where a step reaches into rows."""
+        steps, shapes = list[Step](), list(sources)
+        for step in self.steps:
+            if (made := step.beside(shapes, width)) is None:
+                return None
+            steps.append(made)
+            shapes = step.shapes(shapes)
+        return TensorMapping(self.sources, self.targets, tuple(steps))
 
     def shapes(self, sources: Sequence[Shape]) -> list[Shape]:
         """Target shapes for these source shapes. Raises CheckpointError naming the tensors where they do not fit."""
@@ -320,24 +381,80 @@ def apply_map(tensor_map: TensorMap, sources: Mapping[str, Weight]) -> dict[str,
     targets: dict[str, Weight] = {}
     for mapping in tensor_map:
         weights = [sources[name] for name in mapping.sources]
-        made = _Targets(mapping, weights)
-        for index, (target, shape) in enumerate(zip(mapping.targets, mapping.shapes([w.shape for w in weights]), strict=True)):
-            targets[target] = Weight(shape, weights[0].dtype, functools.partial(made.load, index))
+        targets.update(zip(mapping.targets, _mapped(mapping, weights), strict=True))
     return targets
+
+
+def _mapped(mapping: TensorMapping, weights: list[Weight]) -> list[Weight]:
+    """The targets; still quantized where all sources are, in the same way, and no step reaches into rows."""
+    shapes = mapping.shapes([weight.shape for weight in weights])
+    stored = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if stored and (quantized := _mapped_quantized(mapping, weights, stored, shapes)) is not None:
+        return quantized
+    made = _Targets(mapping, [weight.load for weight in weights])
+    if not stored and not any(isinstance(weight, DequantizedWeight) for weight in weights):
+        return [Weight(shape, weights[0].dtype, functools.partial(made.load, index)) for index, shape in enumerate(shapes)]
+    form, reason = next(
+        (weight.form, weight.reason if isinstance(weight, DequantizedWeight) else "the map from the checkpoint's tensors reaches into rows")
+        for weight in weights
+        if isinstance(weight, QuantizedWeight | DequantizedWeight)
+    )
+    return [DequantizedWeight(shape, FLOAT32, functools.partial(made.load, index), form, reason) for index, shape in enumerate(shapes)]
+
+
+def _mapped_quantized(
+    mapping: TensorMapping, weights: list[Weight], stored: list[QuantizedWeight], shapes: list[Shape]
+) -> list[Weight] | None:
+    """The targets with their codes and scales; None where they cannot be had so."""
+    first, width = stored[0], stored[0].shape[-1]
+    groups = -(-width // first.form.group) if first.form.group else 1
+    scales = mapping.beside([weight.shape for weight in weights], groups)
+    alike = {(weight.form, weight.activations, weight.shape[-1]) for weight in stored}
+    if scales is None or len(stored) != len(weights) or len(alike) != 1 or any(len(shape) < 2 for shape in shapes):
+        return None
+    made = _QuantizedTargets(mapping, scales, stored)
+    bits = sum(weight.bits * weight.size for weight in stored) / sum(weight.size for weight in stored)
+    return [
+        QuantizedWeight.of(shape, first.form, functools.partial(made.load, index), first.activations, bits)
+        for index, shape in enumerate(shapes)
+    ]
+
+
+class _QuantizedTargets:
+    """The targets of one mapping, as _Targets, with what lies beside their rows."""
+
+    def __init__(self, mapping: TensorMapping, scales: TensorMapping, weights: list[QuantizedWeight]) -> None:
+        self._mapping, self._scales, self._weights = mapping, scales, weights
+        self._lock = threading.Lock()
+        self._made: dict[int, QuantizedLinear] = {}
+
+    def load(self, index: int) -> QuantizedLinear:
+        with self._lock:
+            if index not in self._made:
+                self._made = dict(enumerate(self._make([weight.quantized() for weight in self._weights])))
+            return self._made.pop(index)
+
+    def _make(self, sources: list[QuantizedLinear]) -> list[QuantizedLinear]:
+        group, q = sources[0].group, self._mapping.apply([source.q for source in sources])
+        scales = [source.scales for source in sources if source.scales is not None]
+        zeros = [source.zeros for source in sources if source.zeros is not None]
+        made_scales = self._scales.apply(scales) if scales else [None] * len(q)
+        made_zeros = self._scales.apply(zeros) if zeros else [None] * len(q)
+        return [QuantizedLinear(*each, group) for each in zip(q, made_scales, made_zeros, strict=True)]
 
 
 class _Targets:
     """The targets of one mapping, made together and handed out one by one: a stack of experts is taken apart once, not once an expert."""
 
-    def __init__(self, mapping: TensorMapping, weights: list[Weight]) -> None:
-        self._mapping, self._weights = mapping, weights
+    def __init__(self, mapping: TensorMapping, loads: list[Callable[[], Array]]) -> None:
+        self._mapping, self._loads = mapping, loads
         self._lock = threading.Lock()
         self._made: dict[int, Array] = {}
 
     def load(self, index: int) -> Array:
         with self._lock:
             if index not in self._made:
-                self._made = dict(enumerate(self._mapping.apply([weight.load() for weight in self._weights])))
+                self._made = dict(enumerate(self._mapping.apply([load() for load in self._loads])))
             return self._made.pop(index)  # whoever asked holds it now; the others wait for theirs
 
 

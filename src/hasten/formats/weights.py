@@ -1,4 +1,4 @@
-"""A named weight: its shape and format are known at once, its numbers are mapped or made only when asked for."""
+"""A named weight: its shape and dtype are known at once, its numbers are mapped or made only when asked for."""
 
 import dataclasses
 import os
@@ -26,14 +26,13 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Weight:
-    """One weight. ``format`` is 'dense' for plain numbers of ``dtype``; other formats name how ``load`` must be read.
+    """One weight: an array of ``shape`` in plain numbers of ``dtype``.
 
-    ``load`` returns an array of ``shape``; it is cheap for mapped weights (a view of the file) and may compute for derived ones."""
+    ``load`` returns it; it is cheap for mapped weights (a view of the file) and may compute for derived ones."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     load: Callable[[], Array]
-    format: str = "dense"
 
     @property
     def size(self) -> int:

@@ -1,9 +1,12 @@
 """What a user asks a session to store and feed, and what that makes of each linear layer of a Program."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.formats.linear import LinearFormat
+from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.weights import Weight
 from hasten.program import ops
 from hasten.program.lower import LinearFormats
 from hasten.program.program import Program
@@ -13,34 +16,54 @@ HEAD, BF16 = LinearFormat("int8"), LinearFormat("bf16")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Formats:
-    """By name, None for the backend's own: ``weights`` as in hasten.formats.linear, ``activations`` (bf16 or int8) and ``cache`` (the
-    format of keys and values)."""
+    """By name: ``weights`` as in hasten.formats.linear (None: as they are stored), ``activations`` (bf16 or int8; None: what the weights
+    are meant to be multiplied with) and ``cache`` (the format of keys and values; None: the backend's own)."""
 
     weights: str | None = None
     activations: str | None = None
     cache: str | None = None
 
 
-def linear_formats(program: Program, formats: Formats) -> LinearFormats:
+def linear_formats(
+    program: Program, formats: Formats, weights: Mapping[str, Weight] | None = None, plain: str | None = None
+) -> LinearFormats:
     """Every linear layer as ``formats`` asks, experts too; the head in int8 where that is narrower, routers in no less than bf16, the
-    embedding as it is. Nothing asked for leaves all as they come.
+    embedding as it is.
 
-    Raises UnsupportedError for weights nobody has, or activations they are not multiplied with."""
-    if formats.weights is None and formats.activations is None:
-        return LinearFormats()
-    form = LinearFormat.parse(formats.weights or "bf16")
-    activations = formats.activations or form.activations[0]
-    if activations not in form.activations:
-        raise UnsupportedError(
-            f"activations {one_line(activations)} do not go with weights in {form}; accepted are {', '.join(form.activations)}"
-        )
+    Where no weights are asked for, those of ``weights`` that are stored quantized are played as they are stored, fed what they are to be
+    multiplied with unless activations are asked for; the others in ``plain``, or as they come without it. Raises UnsupportedError for
+    weights nobody has, or activations they are not multiplied with."""
+    kept = {} if formats.weights is not None else _stored(weights or {})
+    asked = formats.weights or plain or ("bf16" if formats.activations is not None else None)
+    form = None if asked is None else LinearFormat.parse(asked)
+    if form is not None and formats.activations is not None:
+        accepted = {each: None for its in (form, *(weight.form for weight in kept.values())) for each in its.activations}
+        if formats.activations not in accepted:
+            raise UnsupportedError(
+                f"activations {one_line(formats.activations)} do not go with weights in {form}; accepted are {', '.join(accepted)}"
+            )
     routers: set[str] = {op.logits for op in program.ops if isinstance(op, ops.Route)}
-    stored, fed = {}, {}
+    stored, fed = dict[str, str](), dict[str, str]()
     for op in program.ops:
-        if isinstance(op, ops.Linear | ops.ExpertLinear):
+        if not isinstance(op, ops.Linear | ops.ExpertLinear):
+            continue
+        if (weight := kept.get(op.weight)) is not None:
+            its, activations = (
+                weight.form,
+                formats.activations or ("f32" if plain is None and weight.activations == "bf16" else weight.activations),
+            )
+        elif form is not None:
             its = HEAD if op.y == "logits" and form.bits < HEAD.bits else BF16 if op.y in routers and form.bits < BF16.bits else form
-            stored[op.weight] = "dense" if its == BF16 else str(its)
-            fed[op.weight] = activations if activations in its.activations else its.activations[0]
+            activations = formats.activations or form.activations[0]
+        else:
+            continue
+        stored[op.weight] = "dense" if its == BF16 else str(its)
+        fed[op.weight] = activations if activations in {*its.activations, "f32"} else its.activations[0]
     return LinearFormats(
         {name: its for name, its in stored.items() if its != "dense"}, {name: each for name, each in fed.items() if each != "f32"}
     )
+
+
+def _stored(weights: Mapping[str, Weight]) -> dict[str, QuantizedWeight]:
+    """Those that are stored in a format that has a name; what has none is played by what it means."""
+    return {name: weight for name, weight in weights.items() if isinstance(weight, QuantizedWeight) and weight.form.has_name}

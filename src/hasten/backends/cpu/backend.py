@@ -1,11 +1,10 @@
 """The native backend as an engine sees it."""
 
-import dataclasses
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from hasten.backends.cpu.rows import format_of
 from hasten.base import hardware
 from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError
 from hasten.formats.cache import cache_format
+from hasten.formats.weights import Weight
 from hasten.model import Model
 from hasten.program import (
     Batch,
@@ -56,12 +56,11 @@ class CpuBackend:
 
     def refusals(self, model: Model) -> tuple[str, ...]:
         """What of ``model`` has no native kernel; empty where it runs here."""
-        formats = sorted({f"weights in {weight.format}" for weight in model.weights.values() if weight.format != "dense"})
-        return (*unsupported_ops(lower(model.spec)), *formats)
+        return unsupported_ops(lower(model.spec))
 
     def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
         """What a session would play."""
-        return native_program(model.spec, context, formats)
+        return native_program(model.spec, context, formats, model.weights)
 
     def weight_bytes(self, program: Program) -> int:
         """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
@@ -85,7 +84,8 @@ class CpuBackend:
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
     ) -> "CpuSession":
-        """The model packed for this machine, for sequences of up to ``context`` tokens; in bf16 unless ``formats`` says otherwise.
+        """The model packed for this machine, for sequences of up to ``context`` tokens; as its weights are stored, in bf16 where that is
+        plainly, unless ``formats`` says otherwise.
 
         ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given; no page costs anything till used."""
         program = self.program(model, context, formats)
@@ -107,10 +107,13 @@ class CpuBackend:
         return self.session(model, len(batch.tokens)).score(batch)
 
 
-def native_program(spec: Spec, context: int | None = None, formats: Formats | None = None) -> Program:
-    """What a session compiles: the Program with formats chosen and ops fused. Raises UnsupportedError for formats nobody has."""
+def native_program(
+    spec: Spec, context: int | None = None, formats: Formats | None = None, weights: Mapping[str, Weight] | None = None
+) -> Program:
+    """What a session compiles: the Program with formats chosen, as ``weights`` are stored unless asked for, and ops fused. Raises
+    UnsupportedError for formats nobody has."""
     formats = formats or Formats()
-    linear = linear_formats(lower(spec, context=context), dataclasses.replace(formats, weights=formats.weights or "bf16"))
+    linear = linear_formats(lower(spec, context=context), formats, weights, plain="bf16")
     return fuse(lower(spec, context=context, formats=linear, cache=cache_format(formats.cache or "bf16")), IN_CHAINS)
 
 

@@ -15,6 +15,7 @@ from hasten.backends.cpu.packed import PackedWeights, Stack
 from hasten.backends.cpu.rows import ELEMENT_BYTES, FEEDS, format_of, padded_width, row_stride
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.cache import CACHE_FORMATS
+from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, LatentGroup, Products, Program, RowChain, Value, ops, unfuse
 from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
@@ -310,7 +311,11 @@ class _Compiler(_Layout):
         key = op.weight, op.weight_format
         if key not in self.packed:
             out, width = self.program.params[op.weight]
-            self.packed[key] = self.store.linear(op.weight, format_of(op), out, width, self.weights[op.weight].load)
+            weight, form = self.weights[op.weight], format_of(op)
+            if isinstance(weight, QuantizedWeight) and weight.form == form:
+                self.packed[key] = self.store.stored(op.weight, form, out, width, weight.quantized)
+            else:
+                self.packed[key] = self.store.linear(op.weight, form, out, width, weight.load)
             self.weight_bytes += self.packed[key].nbytes
         return self.packed[key]
 
@@ -322,8 +327,13 @@ class _Compiler(_Layout):
     def _slices(self, op: ops.HeadLinear | ops.ExpertLinear) -> list[_native.WeightBuffer]:
         """The weights of all heads or experts, which lie stacked in one."""
         count, out, width = self.program.params[op.weight]
-        stack = Stack(self.weights[op.weight].load, count)
-        return [self.store.linear(f"{op.weight}[{i}]", format_of(op), out, width, functools.partial(stack.take, i)) for i in range(count)]
+        weight, form = self.weights[op.weight], format_of(op)
+        names = [f"{op.weight}[{i}]" for i in range(count)]
+        if isinstance(weight, QuantizedWeight) and weight.form == form:
+            codes = Stack(weight.quantized, count)
+            return [self.store.stored(name, form, out, width, functools.partial(codes.take, i)) for i, name in enumerate(names)]
+        stack = Stack(weight.load, count)
+        return [self.store.linear(name, form, out, width, functools.partial(stack.take, i)) for i, name in enumerate(names)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

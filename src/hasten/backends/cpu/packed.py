@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import ml_dtypes
 import msgspec
@@ -35,10 +35,10 @@ from hasten import __version__, _native
 from hasten.backends.cpu.sparse import advice, slower_than_dense
 from hasten.base import settings
 from hasten.base.priority import give_way
-from hasten.formats.linear import LinearFormat
+from hasten.formats.linear import LinearFormat, QuantizedLinear
 from hasten.formats.weights import Array, Origin, Weight
 
-LAYOUT = 2
+LAYOUT = 3
 """Counts up whenever the meaning of a file changes; the extension's build is part of every key besides."""
 
 TABLE = "table"  # the format of rows that are looked up, not multiplied
@@ -54,15 +54,17 @@ _LOG = logging.getLogger("hasten")  # a line on stderr where nobody set it up ot
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 Room = NDArray[np.uint8]
+Stacked = TypeVar("Stacked", bound=Array | QuantizedLinear)
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """A weight [out, in] in the form a kernel reads."""
+    """A weight [out, in] in the form a kernel reads; ``as_stored`` where its codes come from the checkpoint, rather than from rounding."""
 
     name: str
     format: str
     out: int
     in_: int
+    as_stored: bool = False
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -111,13 +113,13 @@ def key_of(origin: Origin, wanted: Sequence[Wanted], isa: str) -> Key:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Request:
-    """Memory that waits for a weight: ``dense`` gives the numbers, ``pack`` fills every part from them, ``lie_in`` takes them from a
+    """Memory that waits for a weight: ``load`` gives the numbers, ``pack`` fills every part from them, ``lie_in`` takes them from a
     file, where the parts begin at these offsets."""
 
     wanted: Wanted
     parts: Sequence[Room]
-    dense: Callable[[], Array]
-    pack: Callable[[Array], None]
+    load: Callable[[], Any]
+    pack: Callable[[Any], None]
     lie_in: Callable[[_native.MappedFile, list[int]], None]
 
 
@@ -153,6 +155,15 @@ class PackedWeights:
             wanted = Wanted(name, str(form), out, in_)
             pack = functools.partial(_pack_bits, buffer, self._pool, bits)
             self._requests.append(_Request(wanted, buffer.parts(), dense, pack, buffer.lie_in))
+        return buffer
+
+    def stored(self, name: str, form: LinearFormat, out: int, in_: int, load: Callable[[], QuantizedLinear]) -> _native.WeightBuffer:
+        """The same for a weight whose checkpoint has it in ``form``: its codes and scales are taken as they are."""
+        if (made := self._made.get((name, str(form)))) is not None:
+            return made
+        buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points)
+        pack = functools.partial(_pack_codes, buffer, self._pool)
+        self._requests.append(_Request(Wanted(name, str(form), out, in_, as_stored=True), buffer.parts(), load, pack, buffer.lie_in))
         return buffer
 
     def table(self, name: str, weight: Weight) -> "Bits | _native.TableBuffer":
@@ -210,21 +221,21 @@ class PackedWeights:
         return self._at_once + packed
 
 
-class Stack:
+class Stack(Generic[Stacked]):
     """Weights that come stacked in one array, taken one by one in any order; the array is loaded for the first and let go with the last."""
 
-    def __init__(self, load: Callable[[], Array], count: int) -> None:
+    def __init__(self, load: Callable[[], Stacked], count: int) -> None:
         self._load, self._left = load, count
-        self._array: Array | None = None
+        self._array: Stacked | None = None
         self._lock = threading.Lock()
 
-    def take(self, index: int) -> Array:
+    def take(self, index: int) -> Stacked:
         """The weight [out, in] of that number; each is taken once."""
         with self._lock:
             array = self._load() if self._array is None else self._array
             self._left -= 1
             self._array = array if self._left else None
-        part: Array = array[index]
+        part: Stacked = array[index]
         return part
 
 
@@ -232,15 +243,22 @@ def _pack_bits(buffer: _native.WeightBuffer, pool: _native.ThreadPool, bits: Cal
     buffer.pack(pool, bits(array))
 
 
+def _pack_codes(buffer: _native.WeightBuffer, pool: _native.ThreadPool, its: QuantizedLinear) -> None:
+    if its.scales is None:
+        raise ValueError(f"weights in {buffer.format} without scales are packed from their numbers")
+    zeros = None if its.zeros is None else np.ascontiguousarray(its.zeros, np.int8)
+    buffer.pack_codes(pool, np.ascontiguousarray(its.q).view(np.int8), np.ascontiguousarray(its.scales, np.float32), zeros)
+
+
 def _pack(requests: Sequence[_Request]) -> int:
-    for request, dense in zip(requests, _ahead([request.dense for request in requests])):
-        request.pack(dense)
+    for request, loaded in zip(requests, _ahead([request.load for request in requests])):
+        request.pack(loaded)
     return len(requests)
 
 
-def _ahead(loads: Sequence[Callable[[], Array]], threads: int = 2) -> Iterator[Array]:
+def _ahead(loads: Sequence[Callable[[], Any]], threads: int = 2) -> Iterator[Any]:
     """What each returns, in order; the next ones are made, or on their way from disk, meanwhile."""
-    waiting: deque[Future[Array]] = deque()
+    waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(threads) as executor:
         for load in loads:
             waiting.append(executor.submit(_fetched, load))
@@ -250,11 +268,12 @@ def _ahead(loads: Sequence[Callable[[], Array]], threads: int = 2) -> Iterator[A
             yield waiting.popleft().result()
 
 
-def _fetched(load: Callable[[], Array]) -> Array:
-    array = load()
+def _fetched(load: Callable[[], Any]) -> Any:
+    loaded = load()
+    array = loaded.q if isinstance(loaded, QuantizedLinear) else loaded
     if array.flags.c_contiguous:  # a transposed one is copied whole later
         _native.will_need(array.reshape(-1).view(np.uint8))
-    return array
+    return loaded
 
 
 def _bf16(array: Array) -> Bits:

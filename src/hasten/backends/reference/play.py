@@ -8,8 +8,9 @@ from torch import Tensor
 from hasten.backends.reference.kernels import compute, stored_name
 from hasten.backends.reference.state import State
 from hasten.backends.reference.step import Adapter, Step
-from hasten.base.errors import ConfigError, UnsupportedError, one_line
+from hasten.base.errors import ConfigError
 from hasten.formats.linear import LinearFormat
+from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
 from hasten.program import Batch, Program, ops, parts_of
 
@@ -49,18 +50,20 @@ def play(
 def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The program's weights as tensors, mapped without a copy where dtype, device and layout allow. Floats become ``dtype`` where given.
 
-    A linear weight that the program has in another format is there a second time, as what the format makes of it (``stored_name``)."""
+    A linear weight that the program has in another format is there a second time, as what the format makes of it (``stored_name``); one
+    that is stored in that format already, as it is."""
     tensors = {}
     stored: dict[str, str] = {
         op.weight: op.weight_format for op in program.ops if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear)
     }
-    for name in program.params:
-        if weights[name].format != "dense":
-            raise UnsupportedError(f"weight {name} is in format {one_line(weights[name].format)}; the reference backend plays dense ones")
     for name, array in weights.arrays(program.params):
         tensor = as_tensor(array).to(device).contiguous()  # rounding must not depend on how a checkpoint lays a weight out
         tensors[str(name)] = tensor if dtype is None else tensor.to(dtype)
         if (form := stored.get(name, "dense")) != "dense":
+            weight = weights[name]
+            if isinstance(weight, QuantizedWeight) and str(weight.form) == form:  # array is what it means
+                tensors[stored_name(name, form)] = tensors[name]
+                continue
             rows = array.reshape(-1, array.shape[-1])  # experts lie one after the other
             meant = as_tensor(LinearFormat.parse(form).quantize(rows).dense().reshape(array.shape)).to(device)
             tensors[stored_name(name, form)] = meant if dtype is None else meant.to(dtype)

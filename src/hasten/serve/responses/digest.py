@@ -16,6 +16,7 @@ import numpy as np
 from hasten import __version__, _native
 from hasten.base.errors import CheckpointError, one_line
 from hasten.base.priority import give_way
+from hasten.formats.quantized import stored_as
 from hasten.formats.weights import FileStamp
 from hasten.model import Model
 from hasten.program import Formats
@@ -120,7 +121,7 @@ def _array_digests(model: Model, stopped: Callable[[], bool]) -> list[bytes]:
     for name, weight in model.weights.items():
         _go_on(stopped)
         array = np.ascontiguousarray(weight.load())
-        parts.append(msgspec.msgpack.encode((name, weight.format, str(array.dtype), array.shape)))
+        parts.append(msgspec.msgpack.encode((name, stored_as(weight), str(array.dtype), array.shape)))
         parts.append(hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest())
     return parts
 

@@ -1,0 +1,241 @@
+"""Reading compressed-tensors: pack-quantized, int-, float- and naive-quantized weights.
+
+Source: https://github.com/vllm-project/compressed-tensors, quantization/quant_args.py, quant_scheme.py and compressors/."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hasten.base.errors import CheckpointError, one_line
+from hasten.checkpoint.quantized.order import in_order, order_of
+from hasten.checkpoint.quantized.patterns import pattern
+from hasten.checkpoint.quantized.tensors import F8, SCALES, Parts, checked_size, gathered
+from hasten.families.config import ConfigReader
+from hasten.formats import bits as bit_packing
+from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
+from hasten.formats.weights import Array, Weight
+
+ENDS = (
+    "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale", "input_zero_point",
+)  # fmt: skip
+CACHE_ENDS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+MIXED = "mixed-precision"
+WHERE = "config.json: quantization_config"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the weights of some modules are stored: packed into words or not. ``block`` is [outputs, inputs] that share a scale, where the
+    strategy is 'block'."""
+
+    targets: tuple[str, ...]
+    packed: bool
+    form: LinearFormat
+    one_scale: bool
+    block: tuple[int, int] | None
+    activations: str
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The checkpoint's tensors, those of each quantized weight as one that is stored so. Raises a UserError naming what is wrong."""
+    schemes = _schemes(ConfigReader(config, WHERE), config.get("config_groups"))
+    modules, others = gathered(tensors, ENDS, ("weight_packed", "weight_scale"))
+    if config.get("kv_cache_scheme"):  # how the cache is kept is the session's choice
+        others = {name: tensor for name, tensor in others.items() if name.rpartition(".")[2] not in CACHE_ENDS}
+    return {**others, **{f"{name}.weight": _weight(_scheme_of(name, schemes), parts) for name, parts in modules.items()}}
+
+
+# --- the config
+
+
+def _schemes(reader: ConfigReader, groups: object) -> list[Scheme]:
+    reader.must_be("quant_method", "compressed-tensors")
+    reader.must_be("quantization_status", "compressed", "frozen")
+    reader.neutral("version", "global_compression_ratio", "kv_cache_scheme", "ignore", "run_compressed", "config_groups")
+    if (sparsity := reader.section("sparsity_config")) is not None:
+        sparsity.must_be("format", "dense")
+    if (transforms := reader.section("transform_config")) is not None:
+        transforms.must_be("config_groups", {})
+    reader.must_be("format", *FORMATS, MIXED)
+    overall = reader.choice("format", {name: name for name in (*FORMATS, MIXED)}, MIXED)
+    reader.finish()
+    if not isinstance(groups, dict) or not groups:
+        raise reader.wrong("config_groups", groups, "an object is needed that says how the weights of each group are stored")
+    found = []
+    for name, value in groups.items():
+        if not isinstance(value, dict):
+            raise reader.wrong("config_groups", value, "its entries are objects")
+        found.append(_scheme(ConfigReader(value, f"{WHERE}: {one_line(name)}"), overall))
+    return found
+
+
+def _scheme(group: ConfigReader, overall: str) -> Scheme:
+    targets = group.names("targets")
+    if not targets:
+        raise group.wrong("targets", None, "a list of module names, classes or re: patterns is needed")
+    for target in targets:
+        if target.startswith("re:"):
+            pattern(target[3:], WHERE)
+    group.must_be("output_activations")
+    group.must_be("format", *FORMATS)
+    layout = group.choice("format", {name: name for name in (*FORMATS, MIXED)}, overall)
+    weights = group.section("weights")
+    if weights is None:
+        raise group.wrong("weights", None, "an object is needed that says how they are stored")
+    form, one_scale, block = _weights(weights)
+    accepted = ("float-quantized", "naive-quantized") if form.number == "fp8" else ("pack-quantized", "int-quantized", "naive-quantized")
+    if layout not in accepted:
+        raise group.wrong("format", layout, f"weights in {form} are stored in {' or '.join(accepted)}")
+    activations = _activations(group.section("input_activations"), form)
+    group.finish()
+    return Scheme(targets, layout == "pack-quantized", form, one_scale, block, activations)
+
+
+def _weights(reader: ConfigReader) -> tuple[LinearFormat, bool, tuple[int, int] | None]:
+    """The format, whether one scale is for the whole weight, and the block that shares one."""
+    integers = reader.choice("type", {"int": True, "float": False}, "int")
+    reader.must_be("num_bits", *((2, 3, 4, 8) if integers else (8,)))
+    width, symmetric = reader.size("num_bits"), reader.flag("symmetric", True)
+    if not integers and not symmetric:
+        raise reader.wrong("symmetric", False, "weights of type float have no zero points")
+    reader.must_be("dynamic", False)
+    reader.must_be("strategy", "tensor", "channel", "group", "block")
+    group_size = reader.signed("group_size", -1)
+    default = "group" if group_size > 0 else "tensor" if group_size < 0 and reader.absent("group_size") else "channel"
+    strategy = reader.choice("strategy", {name: name for name in ("tensor", "channel", "group", "block")}, default)
+    if strategy == "group" and group_size < 1:
+        raise reader.wrong("group_size", group_size, "strategy 'group' needs the number of inputs that share a scale, at least 1")
+    block = reader.whole_numbers("block_structure")
+    if strategy == "block" and (len(block) != 2 or min(block) < 1):
+        raise reader.wrong("block_structure", list(block), "strategy 'block' needs two sizes of at least 1, as in [128, 128]")
+    reader.neutral("observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype")
+    reader.finish()
+    group = group_size if strategy == "group" else block[1] if strategy == "block" else 0
+    form = LinearFormat(f"int{width}" if integers else "fp8", group, not symmetric)
+    return form, strategy == "tensor", (block[0], block[1]) if strategy == "block" else None
+
+
+def _activations(reader: ConfigReader | None, form: LinearFormat) -> str:
+    """What the weights are fed: int8 of each token's own scale, also where the checkpoint has one scale for all (which rounds more); bf16
+    where it says fp8, which holds less."""
+    if reader is None:
+        return "bf16"
+    integers = reader.choice("type", {"int": True, "float": False}, "int")
+    reader.must_be("num_bits", 8)
+    return "int8" if integers and form.is_integer else "bf16"
+
+
+def _scheme_of(name: str, schemes: list[Scheme]) -> Scheme:
+    """Of several targets the module's own name is first, then patterns, then classes."""
+    for scheme in schemes:
+        if name in scheme.targets:
+            return scheme
+    for scheme in schemes:
+        if any(target.startswith("re:") and pattern(target[3:], WHERE).match(name) for target in scheme.targets):
+            return scheme
+    for scheme in schemes:
+        if "Linear" in scheme.targets:
+            return scheme
+    raise CheckpointError(f"{one_line(name)} has quantized tensors, but no group of 'config_groups' targets it")
+
+
+# --- the tensors
+
+
+def _weight(scheme: Scheme, parts: Parts) -> Weight:
+    form = scheme.form
+    shape = _packed_shape(scheme, parts) if scheme.packed else parts.shape("weight", F8 if form.number == "fp8" else "int8")
+    if len(shape) not in {2, 3}:
+        parts.wrong("weight", f"has shape {list(shape)}", "[out, in]")
+    *stack, out, width = shape
+    for size in shape:
+        checked_size(parts.name, "inputs, outputs or experts", size)
+    if form.group >= width:
+        form = dataclasses.replace(form, group=0)
+    groups = -(-width // form.group) if form.group else 1
+    _check_scales(scheme, parts, tuple(stack), out, groups)
+    if form.zero_points:
+        zeros = (*stack, bit_packing.packed_width(out, form.bits), groups) if scheme.packed else (*stack, out, groups)
+        if scheme.one_scale and not scheme.packed:
+            zeros = parts.shape("weight_zero_point", "int8")
+            if int(np.prod(zeros)) != 1:
+                parts.wrong("weight_zero_point", f"has shape {list(zeros)}", "one number")
+        parts.must_be("weight_zero_point", zeros, "int32" if scheme.packed else "int8")
+
+    def quantized() -> QuantizedLinear:
+        scales = _scales(scheme, parts, (*stack, out, groups))
+        zeros = _zeros(scheme, parts, (*stack, out, groups)) if form.zero_points else None
+        return QuantizedLinear(_codes(scheme, parts, width), scales, zeros, form.group or width)
+
+    if "weight_g_idx" in parts and (order := order_of(parts, "weight_g_idx", width, form.group)) is not None:
+        plain = np.dtype(np.float32)
+        return DequantizedWeight(shape, plain, lambda: in_order(quantized(), order), form, "its groups are in activation order")
+    return QuantizedWeight.of(shape, form, quantized, scheme.activations, 8 * parts.nbytes / int(np.prod(shape)))
+
+
+def _packed_shape(scheme: Scheme, parts: Parts) -> tuple[int, ...]:
+    packed = parts.shape("weight_packed", "int32")
+    (rank,) = parts.shape("weight_shape", "int32", "int64") if len(parts.shape("weight_shape", "int32", "int64")) == 1 else (0,)
+    if rank != len(packed) or rank not in {2, 3}:
+        parts.wrong("weight_shape", f"has {rank} numbers for a tensor of shape {list(packed)}", "one number for each axis, 2 or 3")
+    shape = tuple(int(size) for size in parts.load("weight_shape"))
+    bits = scheme.form.bits
+    if (
+        shape[:-1] != packed[:-1]
+        or shape[-1] < 1
+        or packed[-1] not in {bit_packing.packed_width(shape[-1], bits), -(-shape[-1] // (32 // bits))}
+    ):
+        parts.wrong(
+            "weight_packed", f"has shape {list(packed)}", f"what holds {list(shape)} numbers of {bits} bits, as 'weight_shape' says"
+        )
+    return shape
+
+
+def _codes(scheme: Scheme, parts: Parts, width: int) -> Array:
+    """int8 or float8_e4m3fn […, width]."""
+    if not scheme.packed:
+        codes = parts.load("weight")
+        least, most = -(2 ** (scheme.form.bits - 1)), 2 ** (scheme.form.bits - 1) - 1
+        if codes.dtype == np.int8 and scheme.form.bits < 8 and codes.size and (codes.min() < least or codes.max() > most):
+            parts.wrong("weight", f"has numbers from {codes.min()} to {codes.max()}", f"{scheme.form.bits} bits, {least} to {most}")
+        if codes.dtype != np.int8 and bool((codes.view(np.uint8) & 0x7F == 0x7F).any()):
+            parts.wrong("weight", "has a number that is not one (NaN)", "finite numbers; the file is damaged, download it again")
+        return codes
+    words, bits = parts.load("weight_packed"), scheme.form.bits
+    within = words.shape[-1] != bit_packing.packed_width(width, bits)
+    numbers = bit_packing.unpack_within(words, bits, width) if within else bit_packing.unpack(words, bits, width)
+    return (numbers - np.uint8(1 << (bits - 1))).view(np.int8)
+
+
+def _check_scales(scheme: Scheme, parts: Parts, stack: tuple[int, ...], out: int, groups: int) -> None:
+    found = parts.shape("weight_scale", *SCALES)
+    if scheme.one_scale:
+        needed = {stack, (*stack, 1), (*stack, 1, 1)}
+    elif scheme.block is not None:
+        needed = {(*stack, -(-out // scheme.block[0]), groups)}
+    else:
+        needed = {(*stack, out, groups), *([(*stack, out)] if groups == 1 else [])}
+    if found not in needed:
+        parts.wrong("weight_scale", f"has shape {list(found)}", " or ".join(str(list(shape)) for shape in sorted(needed)))
+
+
+def _scales(scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> Array:
+    scales = parts.scales("weight_scale")
+    if scheme.block is not None:
+        return np.ascontiguousarray(np.repeat(scales, scheme.block[0], axis=-2)[..., : shape[-2], :])
+    if scheme.one_scale:
+        return np.ascontiguousarray(np.broadcast_to(scales.reshape(*shape[:-2], 1, 1), shape))
+    return scales.reshape(shape)
+
+
+def _zeros(scheme: Scheme, parts: Parts, shape: tuple[int, ...]) -> Array:
+    """int32 […, out, groups]; packed ones lie along the outputs."""
+    stored, bits = parts.load("weight_zero_point"), scheme.form.bits
+    if not scheme.packed:
+        return np.ascontiguousarray(np.broadcast_to(stored.reshape(1, 1) if scheme.one_scale else stored, shape), np.int32)
+    numbers = bit_packing.unpack(np.swapaxes(stored, -1, -2), bits, shape[-2])
+    return np.ascontiguousarray(np.swapaxes(numbers, -1, -2)).astype(np.int32) - (1 << (bits - 1))

@@ -1,0 +1,133 @@
+"""Writing weights that are stored quantized: as compressed-tensors where that format can say it, as hasten's own reading of it where not.
+
+hasten's own has the same tensors under canonical names, and besides: 3 bits, groups that end before they are full, stacked weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hasten.formats import bits as bit_packing
+from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.weights import Array, Weight
+
+SAID = ("int2", "int4", "int8", "fp8")
+SUFFIX = ".weight"
+
+
+def can_say(name: str, weight: Weight) -> bool:
+    """Whether compressed-tensors has a way to store ``weight`` under ``name``."""
+    if not isinstance(weight, QuantizedWeight):
+        return True
+    whole = not weight.form.group or weight.shape[-1] % weight.form.group == 0
+    return name.endswith(SUFFIX) and len(weight.shape) == 2 and weight.form.number in SAID and whole
+
+
+def stored_tensors(tensors: Mapping[str, Weight]) -> dict[str, Weight]:
+    """What is written for ``tensors``: plain ones as they are, the parts of each quantized one under the names of compressed-tensors."""
+    found: dict[str, Weight] = {}
+    for name, weight in tensors.items():
+        found.update(_parts(name, weight) if isinstance(weight, QuantizedWeight) else {name: weight})
+    return found
+
+
+def quantization_config(tensors: Mapping[str, Weight], tied_head: str | None, by_name: bool = False) -> dict[str, Any]:
+    """What config.json says of them; {} where none is quantized. ``tied_head`` is the head's tensor, where a model has it without storing
+    it; ``by_name`` lists every module, where classes mean nothing."""
+    kinds: dict[tuple[LinearFormat, str], list[str]] = {}
+    for name, weight in tensors.items():
+        if isinstance(weight, QuantizedWeight):
+            kinds.setdefault((weight.form, weight.activations), []).append(name.removesuffix(SUFFIX))
+    if not kinds:
+        return {}
+    plain = [
+        name.removesuffix(SUFFIX) for name, weight in tensors.items() if not isinstance(weight, QuantizedWeight) and len(weight.shape) == 2
+    ]
+    by_class = len(kinds) == 1 and not by_name
+    groups = {
+        f"group_{index}": {
+            "targets": ["Linear"] if by_class else names,
+            "format": _layout(form, activations),
+            "weights": _weights(form),
+            "input_activations": _ACTIVATIONS if activations == "int8" else None,
+            "output_activations": None,
+        }
+        for index, ((form, activations), names) in enumerate(kinds.items())
+    }
+    layouts = {group["format"] for group in groups.values()}
+    tied = [tied_head.removesuffix(SUFFIX)] if tied_head is not None else []
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*plain, *tied] if by_class else [],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+
+
+def _weights(form: LinearFormat) -> dict[str, Any]:
+    return {
+        "num_bits": form.bits,
+        "type": "float" if form.number == "fp8" else "int",
+        "symmetric": not form.zero_points,
+        "strategy": "group" if form.group else "channel",
+        "group_size": form.group or None,
+        "dynamic": False,
+    }
+
+
+def _layout(form: LinearFormat, activations: str) -> str:
+    if form.number == "fp8":
+        return "float-quantized"
+    return "int-quantized" if form.number == "int8" and activations == "int8" else "pack-quantized"
+
+
+def _parts(name: str, weight: QuantizedWeight) -> dict[str, Weight]:
+    stem, form, shape = name.removesuffix(SUFFIX), weight.form, weight.shape
+    *rows, width = shape
+    groups = -(-width // form.group) if form.group else 1
+    packed = _layout(form, weight.activations) == "pack-quantized"
+    found = {f"{stem}.weight_scale": Weight((*rows, groups), np.dtype(np.float32), lambda: _scales(weight.quantized()))}
+    if packed:
+        words = (*rows, bit_packing.packed_width(width, form.bits))
+        found[f"{stem}.weight_packed"] = Weight(words, np.dtype("<i4"), lambda: _words(weight.quantized().q, form.bits))
+        found[f"{stem}.weight_shape"] = Weight((len(shape),), np.dtype("<i8"), lambda: np.array(shape, "<i8"))
+    else:
+        codes = np.dtype(ml_dtypes.float8_e4m3fn if form.number == "fp8" else np.int8)
+        found[f"{stem}.weight"] = Weight(shape, codes, lambda: weight.quantized().q)
+    if form.zero_points:
+        if packed:
+            words = (*rows[:-1], bit_packing.packed_width(rows[-1], form.bits), groups)
+            found[f"{stem}.weight_zero_point"] = Weight(words, np.dtype("<i4"), lambda: _zero_words(weight.quantized(), form.bits))
+        else:
+            found[f"{stem}.weight_zero_point"] = Weight((*rows, groups), np.dtype(np.int8), lambda: _zeros(weight.quantized()))
+    return found
+
+
+def _words(numbers: Array, bits: int) -> Array:
+    """Signed numbers as unsigned ones, 2^(bits − 1) more, in words along the last axis."""
+    return bit_packing.pack((numbers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), bits)
+
+
+def _zero_words(its: QuantizedLinear, bits: int) -> Array:
+    """Zero points in words along the outputs."""
+    return np.swapaxes(_words(np.ascontiguousarray(np.swapaxes(_zeros(its), -1, -2)), bits), -1, -2)
+
+
+def _zeros(its: QuantizedLinear) -> Array:
+    if its.zeros is None:
+        raise ValueError("a format with zero points, and a weight without")
+    return its.zeros.astype(np.int8)
+
+
+def _scales(its: QuantizedLinear) -> Array:
+    if its.scales is None:
+        raise ValueError("a format with scales, and a weight without")
+    return its.scales

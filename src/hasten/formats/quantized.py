@@ -1,0 +1,82 @@
+"""A weight that is stored quantized: its codes and scales to the bit, and what they mean for whoever wants plain numbers."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+
+from hasten.base.errors import ConfigError, one_line
+from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.weights import Array, Weight
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QuantizedWeight(Weight):
+    """A weight [out, in], or weights stacked in one [count, out, in], stored in ``form``. ``load`` gives what it means, float32.
+
+    ``quantized`` gives the stored numbers; ``activations`` (bf16 or int8) are what it is to be multiplied with; ``bits`` are those of
+    a number in the file, its share of scales and zero points counted."""
+
+    form: LinearFormat
+    quantized: Callable[[], QuantizedLinear]
+    activations: str
+    bits: float
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        form: LinearFormat,
+        quantized: Callable[[], QuantizedLinear],
+        activations: str = "bf16",
+        bits: float | None = None,
+    ) -> Self:
+        """``quantized`` is called for every use, so it should make what it can of a mapped file. ``bits`` are counted with scales of
+        float32 unless given. Raises ConfigError for activations that the format is not multiplied with."""
+        if activations not in form.activations:
+            raise ConfigError(
+                f"activations {one_line(activations)} do not go with weights in {form}; accepted: {', '.join(form.activations)}"
+            )
+        if bits is None:
+            groups = -(-shape[-1] // form.group) if form.group else 1
+            bits = form.bits + groups * (32 + form.bits * form.zero_points) / max(1, shape[-1])
+        return cls(shape, _FLOAT32, lambda: quantized().dense(), form, quantized, activations, bits)
+
+    @classmethod
+    def from_array(cls, dense: Array, form: LinearFormat, activations: str = "bf16") -> Self:
+        """``dense`` [out, in] or [count, out, in] rounded to nearest (LinearFormat.quantize), kept in memory."""
+        made = form.quantize(dense.reshape(-1, dense.shape[-1]))
+        rows = (*dense.shape[:-1], -1)
+        scales = None if made.scales is None else made.scales.reshape(rows)
+        zeros = None if made.zeros is None else made.zeros.reshape(rows)
+        whole = QuantizedLinear(made.q.reshape(rows), scales, zeros, made.group)
+        return cls.of(dense.shape, form, lambda: whole, activations)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form, scales and zero points counted."""
+        return math.ceil(self.size * self.bits / 8)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DequantizedWeight(Weight):
+    """What a weight means that was stored in ``form`` and cannot be had so here, for ``reason``."""
+
+    form: LinearFormat
+    reason: str
+
+
+def dequantized(weight: QuantizedWeight, reason: str) -> DequantizedWeight:
+    """The meaning of ``weight`` alone."""
+    return DequantizedWeight(weight.shape, weight.dtype, weight.load, weight.form, reason)
+
+
+def stored_as(weight: Weight) -> str:
+    """How a weight is stored, in words: its dtype, or its format and what that is multiplied with."""
+    if not isinstance(weight, QuantizedWeight):
+        return str(weight.dtype)
+    return f"{weight.form} × {weight.activations}"
