@@ -8,7 +8,7 @@ import torch
 
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.compress.descend import descend, output_loss
-from hasten.compress.gptq import damped, gptq, inverse_factor
+from hasten.compress.gptq import aimed, damped, gptq, inverse_factor
 from hasten.compress.grid import Grid
 from hasten.compress.rtn import round_to_nearest
 from hasten.formats.linear import LinearFormat
@@ -146,3 +146,12 @@ def test_descent_ends_where_no_single_code_can_be_bettered():
         if abs(made.q[row, column] + step) <= 3:
             dense[row, column] += step * spread[row, column]
             assert output_loss(weight, torch.from_numpy(dense), hessian) >= best * (1 - 1e-5)
+
+
+def test_the_aim_is_the_least_squares_solution():
+    weight, u = weight_of(4, 6, 30), inputs_of(4, 500, 30)
+    x = u + 0.1 * torch.from_numpy(np.random.default_rng(9).normal(size=u.shape))
+    made = aimed(weight, x.T @ x, u.T @ x, 1e-9)
+    expected = np.linalg.lstsq(x.numpy(), (u @ weight.T).numpy(), rcond=None)[0].T
+    assert np.allclose(made.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(aimed(weight, u.T @ u, u.T @ u, 0.01), weight, rtol=1e-6, atol=1e-8)  # where nothing differs, itself

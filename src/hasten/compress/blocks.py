@@ -1,6 +1,7 @@
 """A model block by block: each a piece of its Program, with its own weights as float32 tensors and the rows that reach it."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -48,16 +49,14 @@ class Live:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Moments:
-    """Over all ``rows`` a site reads: ``square`` Σ x·xᵀ float64 [in, in]; ``mean`` and ``largest`` of |x|, float32 [in]."""
+    """Over all ``rows`` a site reads: ``square`` Σ x·xᵀ float64 [in, in]; ``mean`` and ``largest`` of |x|, float32 [in]; ``cross``
+    Σ u·xᵀ float64 [in, in], u what the site would read had nothing been rounded, where that was asked for."""
 
     square: Tensor
     mean: Tensor
     largest: Tensor
     rows: int
-
-    def scaled(self, scales: Tensor) -> "Moments":
-        """The same of x / scales."""
-        return Moments(self.square / torch.outer(scales, scales).double(), self.mean / scales, self.largest / scales, self.rows)
+    cross: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,17 +81,30 @@ class Played:
 
         return in_order(one, self.chunks, self.threads)
 
-    def moments(self, weights: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[Site, list[Moments]]:
-        """The moments of what each site reads; sites that read the same value share them. One entry, or one per expert."""
+    def moments(
+        self, weights: Mapping[str, Tensor], sites: Sequence[Site], plain: "tuple[Played, Mapping[str, Tensor]] | None" = None
+    ) -> dict[Site, list[Moments]]:
+        """The moments of what each site reads; sites that read the same value share them. One entry, or one per expert.
+
+        ``plain`` is the same piece with the text that would reach it, and the weights it would have, had nothing been rounded: it gives
+        ``cross``, but for experts, who may be chosen otherwise then."""
         wanted = list(dict.fromkeys((site.x, site.experts, self._experts(site)) for site in sites))
         sums = {key: [_Sum(self.piece.values[key[0]].features[-1], self.threads) for _ in range(key[2])] for key in wanted}
         names = list(dict.fromkeys(name for x, experts, _ in wanted for name in (x, experts) if name is not None))
-        for values in self.outputs(weights, names):
+        others = itertools.repeat(None) if plain is None else plain[0].outputs(plain[1], names)
+        crosses: dict[str, Tensor] = {}
+        for values, other in zip(self.outputs(weights, names), others):
             for key in wanted:
                 x, experts, _ = key
                 for expert, total in enumerate(sums[key]):
                     total.add(values[x].flatten(0, -2) if experts is None else _rows_of(expert, values[x], values[experts]))
-        made = {key: [total.moments() for total in totals] for key, totals in sums.items()}
+                if other is not None and experts is None:
+                    product = (other[x].flatten(0, -2).T @ values[x].flatten(0, -2)).double()
+                    crosses[x] = crosses[x] + product if x in crosses else product
+        made = {
+            key: [dataclasses.replace(total.moments(), cross=crosses.get(key[0]) if key[1] is None else None) for total in totals]
+            for key, totals in sums.items()
+        }
         return {site: made[site.x, site.experts, self._experts(site)] for site in sites}
 
     def _experts(self, site: Site) -> int:

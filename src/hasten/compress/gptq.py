@@ -78,6 +78,15 @@ def damped(moments: Tensor, damp: float) -> Tensor:
     return hessian
 
 
+def aimed(weight: Tensor, moments: Tensor, cross: Tensor, damp: float) -> Tensor:
+    """The weight [out, in] whose outputs on the inputs x that there are come nearest to those of ``weight`` on the inputs u that were
+    meant: weight · (Σ u·xᵀ + d) · (Σ x·xᵀ + d)⁻¹, with ``moments`` Σ x·xᵀ, ``cross`` Σ u·xᵀ, and d what ``damped`` adds."""
+    hessian = damped(moments, damp)
+    wanted = cross + (hessian - moments.double())
+    solved: Tensor = torch.linalg.solve(hessian, (weight.double() @ wanted).T).T
+    return solved.to(weight.dtype).contiguous()
+
+
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with UᵀU = hessian⁻¹, so that its rows from i on factor the inverse of hessian[i:, i:].
 

@@ -63,12 +63,14 @@ class Treated:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
-    """A block to be treated: its piece of the Program, its ``weights`` as float32 tensors, and the text that reaches it, if any is used."""
+    """A block to be treated: its piece of the Program, its ``weights`` as float32 tensors, and the text that reaches it, if any is used:
+    ``played`` as the treated blocks before it give it, ``plain`` as the blocks before it gave it untreated."""
 
     index: int
     piece: Program
     weights: Mapping[str, Tensor]
     played: Played | None
+    plain: Played | None
     threads: int
 
     def text(self) -> Played:
@@ -86,8 +88,11 @@ class Walked:
     facts: Mapping[str, Any]
 
 
-def walk(model: Model, settings: msgspec.Struct, text: Text | None, run: Run, treat: Callable[[Block], Treated]) -> Walked:
-    """``treat`` every block in order, each fed what the treated blocks before it made of ``text``.
+def walk(
+    model: Model, settings: msgspec.Struct, text: Text | None, run: Run, treat: Callable[[Block], Treated], *, plain: bool = False
+) -> Walked:
+    """``treat`` every block in order, each fed what the treated blocks before it made of ``text``; with ``plain``, beside that what they
+    made of it untreated.
 
     Kept in ``run.work``: what was made of each block, and what reaches the next. A later call with the same model, ``settings`` and text
     goes on behind the last block that was finished, and comes to the same bits. Raises UserError where the folder is another run's."""
@@ -98,20 +103,25 @@ def walk(model: Model, settings: msgspec.Struct, text: Text | None, run: Run, tr
     count = len(parts) - 1
     files = [run.work / f"block-{index:04d}.safetensors" for index in range(count)]
     first = next((index for index, file in enumerate(files) if not file.is_file()), count)
+    ways = ("live", "plain") if plain else ("live",)
     with one_torch_thread(), torch.no_grad():
-        live = _live(model.weights, parts, text, run, first) if text is not None and first < count else None
+        lives = {way: _live(model.weights, parts, text, run, first, way) for way in ways} if text is not None and first < count else {}
         for index in range(first, count):
             run.report(f"block {index}", index, count)
             piece, weights = parts[index + 1], weights_for(parts[index + 1], model.weights)
-            played = None if live is None or text is None else Played(piece, live, chunks_of(text.windows), run.threads)
-            made = treat(Block(index, piece, weights, played, run.threads))
-            if played is not None and index + 1 < count:
-                live = _carry_on(played, made.weights, run.work, index + 1)
+            chunks = () if text is None else chunks_of(text.windows)
+            played = {way: Played(piece, live, chunks, run.threads) for way, live in lives.items()}
+            made = treat(Block(index, piece, weights, played.get("live"), played.get("plain"), run.threads))
+            if index + 1 < count:
+                after = {"live": made.weights, "plain": weights}
+                lives = {way: _carry_on(each, after[way], _path(run.work, way, index + 1)) for way, each in played.items()}
             arrays = {name: np.ascontiguousarray(array) for name, array in made.arrays.items()}
             write(files[index], layout_of(arrays), arrays.__getitem__, {"facts": json.dumps(made.facts)})
-            shutil.rmtree(_live_path(run.work, index), ignore_errors=True)
+            for way in ways:
+                shutil.rmtree(_path(run.work, way, index), ignore_errors=True)
     run.report("done", count, count)
-    shutil.rmtree(_live_path(run.work, count - 1), ignore_errors=True)
+    for way in ways:
+        shutil.rmtree(_path(run.work, way, count - 1), ignore_errors=True)
     kept = [SafetensorsFile.open(file) for file in files]
     return Walked(kept, {name: fact for file in kept for name, fact in json.loads(file.metadata["facts"]).items()})
 
@@ -142,24 +152,23 @@ def _claim(work: Path, key: str) -> None:
     partial.rename(file)
 
 
-def _live(weights: Weights, parts: Sequence[Program], text: Text, run: Run, first: int) -> Live:
+def _live(weights: Weights, parts: Sequence[Program], text: Text, run: Run, first: int, way: str) -> Live:
     """What reaches block ``first``: kept from before, or, for the first of all, made of the embedding."""
-    directory = _live_path(run.work, first)
+    directory = _path(run.work, way, first)
     if directory.is_dir():
         return opened(directory, parts[first])
     if first:
         raise UserError(f"{run.work} lacks what block {first} is to be fed, so the run cannot go on; remove it and begin anew")
     run.report("embedding", 0, len(parts) - 1)
     played = Played(parts[0], Live({}), chunks_of(text.windows), run.threads)
-    return _carry_on(played, weights_for(parts[0], weights), run.work, 0)
+    return _carry_on(played, weights_for(parts[0], weights), directory)
 
 
-def _carry_on(played: Played, weights: Mapping[str, Tensor], work: Path, index: int) -> Live:
-    directory = _live_path(work, index)
+def _carry_on(played: Played, weights: Mapping[str, Tensor], directory: Path) -> Live:
     for left in (directory, directory.with_name(f".{directory.name}.partial")):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     return keep(played.outputs(weights, played.piece.outputs), played.piece, played.chunks[-1][2], directory)
 
 
-def _live_path(work: Path, index: int) -> Path:
-    return work / f"live-{index:04d}"
+def _path(work: Path, way: str, index: int) -> Path:
+    return work / f"{way}-{index:04d}"
