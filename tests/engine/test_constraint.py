@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -441,6 +442,36 @@ def test_limits_hold_and_closing_ends_processes():
     processes = [made._taster._process, made._follower._process]
     made.close()
     assert all(process.returncode is not None for process in processes)
+
+
+def test_what_compiles_for_long_ends_with_who_asked(constraints):
+    """A fork that is held up while its parent is killed would be there for ever."""
+    constraints.start(Grammar.regex("a"))
+    assert constraints.wait(10)
+    constraints.start(HOSTILE["crossed patterns"])
+    children = Path(f"/proc/{(taster := constraints._taster._process.pid)}/task/{taster}/children")
+    while not (forks := children.read_text().split()):
+        constraints.poll()
+    constraints.close()
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{fork}").exists() and "Z (" not in Path(f"/proc/{fork}/status").read_text() for fork in forks):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_waits_where_many_files_are_open(constraints):
+    """Descriptors beyond 1,023 are none for select(2)."""
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        state = constraints.start(Grammar.regex("[ab]"))
+        assert constraints.wait(10, [state])
+        assert constraints._taster._out > 1023
+    finally:
+        for one in opened:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
 
 # --- what a grammar may be

@@ -73,7 +73,6 @@ def same(one, other):
                 if x is not None:
                     assert x.dtype == y.dtype
                     np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
-            assert abs(found.nbytes - weight.nbytes) <= 64
         np.testing.assert_array_equal(found.load(), weight.load())
 
 
@@ -102,6 +101,7 @@ def test_what_is_saved_loads_to_the_bit(name, tmp_path):
     assert (config["model_type"], config["quantization_config"]["format"]) == (MODEL.source.config["model_type"], layout)
     first = load(tmp_path / "one")
     same(model, first)
+    assert first.weights.nbytes == pytest.approx(model.weights.nbytes, rel=1e-3)
     assert "quantization_config" not in first.source.config
     save(first, tmp_path / "two")
     same(model, load(tmp_path / "two"))

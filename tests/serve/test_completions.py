@@ -87,6 +87,22 @@ def test_whole_and_streamed_are_what_llm_gives(name, client, llm):
     assert usage == whole.usage
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_comes_with_every_event_where_that_is_asked(path, server):
+    asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    body = {**asked, "max_tokens": 9, "n": 2, "seed": 1, "return_token_ids": True, "stream": True}
+    found = events(server.post(path, {**body, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}).text)
+    seen = 0
+    for event in found[:-1]:
+        seen += sum(len(choice.get("token_ids", ())) for choice in event["choices"])
+        assert seen <= event["usage"]["completion_tokens"]
+        assert event["usage"]["total_tokens"] == event["usage"]["prompt_tokens"] + event["usage"]["completion_tokens"]
+    assert seen == found[-2]["usage"]["completion_tokens"] == found[-1]["usage"]["completion_tokens"] == 18
+    assert found[-1]["choices"] == []
+    for options in ({"continuous_usage_stats": True}, {"include_usage": False}):
+        assert not any("usage" in event for event in events(server.post(path, {**body, "stream_options": options}).text))
+
+
 def test_many_prompts_in_order_as_text_and_as_ids(client, llm):
     prompts = ["import os\n", "class A:\n", "x = ["]
     wanted = llm.generate(prompts, SamplingParams(max_tokens=6, n=2, seed=4, temperature=1.0))

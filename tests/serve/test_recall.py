@@ -113,6 +113,60 @@ def test_a_hit_is_what_is_computed(path, body, server, cached):
         assert again[1] <= streaming[1]
 
 
+OF_OTHERS = [
+    ("/v1/messages", {"max_tokens": 16, "temperature": 0, "messages": [{"role": "user", "content": "add three numbers"}]}),
+    ("/v1/messages", {"max_tokens": 50, "temperature": 0, "stop_sequences": ["e"], "messages": [{"role": "user", "content": "a list"}]}),
+    (
+        "/v1/messages",
+        {
+            "max_tokens": 60, "temperature": 0, "messages": [{"role": "user", "content": "add 1"}], "tool_choice": {"type": "any"},
+            "tools": [{"name": "add", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}],
+        },
+    ),
+    ("/v1/responses", {"input": "add four numbers", "max_output_tokens": 16, "temperature": 0}),
+    (
+        "/v1/responses",
+        {
+            "input": "a", "max_output_tokens": 40, "temperature": 0,
+            "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+        },
+    ),
+]  # fmt: skip
+EACH_TIME = re.compile(r'"(id|item_id|call_id|created_at|completed_at|sequence_number)":("[^"]*"|[0-9.]+),?')
+
+
+@pytest.mark.parametrize(("path", "body"), OF_OTHERS, ids=[f"{path[4:]} {i}" for i, (path, _) in enumerate(OF_OTHERS)])
+def test_a_hit_is_what_is_computed_under_other_apis_too(path, body, server, cached):
+    def told(on, **more) -> tuple[str | None, str]:
+        answer = CLIENT.post(on.url + path, json={**body, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.headers.get(HEADER), EACH_TIME.sub("", answer.text)
+
+    header, computed = told(server)
+    assert header is None
+    assert told(cached) == (None, computed)
+    end = time.monotonic() + 2
+    while (second := told(cached))[0] is None:
+        assert time.monotonic() < end
+    assert second == ("exact", computed)
+    streaming, again = told(server, stream=True), told(cached, stream=True)
+    assert (streaming[0], again[0]) == (None, "exact")
+    assert spoken(again[1]) == spoken(streaming[1])
+    assert spoken(again[1])[0]
+
+
+def spoken(stream: str) -> tuple[str, dict]:
+    """What a stream's pieces come to, and its last event that holds everything or how it ended."""
+    found = [
+        json.loads(line.removeprefix("data: ").replace("{,", "{").replace(",}", "}")) for line in stream.splitlines() if "data: {" in line
+    ]
+    deltas = [event["delta"] for event in found if "delta" in event]
+    pieces = [delta if isinstance(delta, str) else delta.get("text", "") + delta.get("partial_json", "") for delta in deltas]
+    return "".join(pieces), next(
+        event for event in reversed(found) if event["type"] in {"message_delta", "response.completed", "response.incomplete"}
+    )
+
+
 def until_hit(server, path: str, body: dict, seconds: float = 2.0, **settings) -> tuple[str | None, bytes]:
     """Nobody waits for an answer to be kept, so it may take a moment."""
     end = time.monotonic() + seconds

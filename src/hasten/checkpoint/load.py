@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 import msgspec
 
 from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError, one_line
+from hasten.checkpoint.gguf import SUFFIX, gguf_tensors
 from hasten.checkpoint.locate import locate
 from hasten.checkpoint.quantized import read_quantized
 from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
+from hasten.formats.gguf import GgufFile
 from hasten.formats.safetensors import SafetensorsFile
 from hasten.formats.tensor_map import TensorMap, apply_map, rename
 from hasten.formats.weights import DTYPES, Origin, Weight, Weights
@@ -37,11 +39,13 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def load(model: str | Path) -> Model:
-    """The model that ``model`` names: a directory, a bundled name, a Hub id, or ``random:SHAPE``. Weights are mapped, not read.
+    """The model that ``model`` names: a directory, a .gguf, a bundled name, a Hub id, or ``random:SHAPE``. Weights are mapped, not read.
 
     Raises a UserError in one line for everything that can be wrong with it."""
     if isinstance(model, str) and model.startswith(PREFIX):
         return random_model(model.removeprefix(PREFIX))
+    if str(model).endswith(SUFFIX) and Path(model).expanduser().is_file():
+        return load_gguf(Path(model).expanduser(), str(model))
     directory = locate(str(model))
     try:
         if directory == Path(model).expanduser():  # what the Hub client fetched has no code
@@ -78,6 +82,25 @@ def load_directory(directory: Path, name: str) -> Model:
         generation=_read_optional(directory / "generation_config.json"),
         provenance=sidecar.provenance,
         source=None if family is None else Source(family.name, config),
+    )
+
+
+def load_gguf(path: Path, name: str) -> Model:
+    """The model in a GGUF file. Its tokenizer is the tokenizer.json beside it."""
+    file = GgufFile.open(path)
+    config, tensors = gguf_tensors(file)
+    family = _family(config)
+    spec = family.spec(config)
+    tensor_map = family.tensors(spec, config)
+    _refuse_extra(tensors, {source for mapping in tensor_map for source in mapping.sources}, (), family)
+    tokenizer, tokenizer_error = find_tokenizer(path.parent)
+    return Model(
+        name=name,
+        spec=spec,
+        weights=_checked(spec, apply_map(tensor_map, tensors), Origin(_recipe(tensor_map, "gguf"), (file.stamp,))),
+        tokenizer=tokenizer,
+        tokenizer_error=tokenizer_error,
+        source=Source(family.name, config),
     )
 
 
@@ -179,7 +202,7 @@ def _refuse_code(directory: Path) -> None:
 # --- tensors
 
 
-def _recipe(tensor_map: TensorMap, quantization: object) -> str:
+def _recipe(tensor_map: TensorMap, quantization: object = None) -> str:
     """A name of what the map does: config.json and the family decide it, and the same files can be read in two ways."""
     said = json.dumps(quantization, sort_keys=True) if quantization else ""
     return hashlib.blake2b(f"{tensor_map!r}{said}".encode(), digest_size=16).hexdigest()

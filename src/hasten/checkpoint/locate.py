@@ -31,8 +31,9 @@ def locate(model: str) -> Path:
     if model and is_directory:
         return path
     if is_file:
-        kind = "GGUF files cannot be read yet" if path.suffix == ".gguf" else "a single file is not a model"
-        raise UnsupportedError(f"{model}: {kind}; give the directory that holds config.json and *.safetensors")
+        raise UnsupportedError(
+            f"{model}: a single file is not a model, unless it is a .gguf; give the directory that holds config.json and *.safetensors"
+        )
     if model in BUNDLED:
         return bundled_directory(model)
     if HUB_ID.fullmatch(model) and not model.startswith((".", "/", "~")):

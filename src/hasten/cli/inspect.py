@@ -110,7 +110,7 @@ def _dequantized(model: "Model") -> dict[str, str]:
     found = {}
     for name, weight in model.weights.items():
         if isinstance(weight, DequantizedWeight):
-            found[name] = f"stored in {weight.form}, played in bf16: {weight.reason}"
+            found[name] = f"stored in {weight.stored}, played in bf16: {weight.reason}"
         elif isinstance(weight, QuantizedWeight) and not weight.form.has_name:
             found[name] = f"stored in {weight.form}, played in bf16: no kernel has that format"
     return found

@@ -154,8 +154,10 @@ class Constraints:
             left = end - time.monotonic()
             if not waiting or left <= 0:
                 return not waiting
-            readers = [worker for worker in (self._taster, self._follower) if worker.running]
-            select.select(readers, [worker for worker in readers if worker.unsent], [], min(left, 0.05))
+            poller = select.poll()
+            for worker in (self._taster, self._follower):
+                worker.watch(poller)
+            poller.poll(min(left, 0.05) * 1000)
 
     def close(self) -> None:
         """End the processes. Sequences still there fail."""
@@ -292,9 +294,13 @@ class _Worker:
     def running(self) -> bool:
         return self._process is not None
 
-    def fileno(self) -> int:
-        """For select: what is read. A writer's is another; sending is tried whenever answers are."""
-        return self._out
+    def watch(self, poller: select.poll) -> None:
+        """Have ``poller`` tell when an answer can be read, or what is unsent be sent."""
+        if self._process is None:
+            return
+        poller.register(self._out, select.POLLIN)
+        if self.unsent:
+            poller.register(self._in, select.POLLOUT)
 
     def ask(self, operation: list[Any], who: Any) -> None:
         """Send an operation; ``who`` comes back with its answer, None if it has none.

@@ -15,6 +15,7 @@ bytes: in, a JSON list of operations; out, a byte that says how things stand and
 | ["drop", id] | none |
 """
 
+import ctypes
 import json
 import os
 import resource
@@ -32,15 +33,14 @@ WALK = 16
 """Tokens that a taste follows: what a grammar costs may show only behind its first."""
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 """Between the parts of JSON: bounded, for a model that repeats itself would never come to an end in an endless one."""
-STARVED_SECONDS = 0.1
-"""A taste that has used less of the processor than this has not had its chance: the machine is busy, which is no fault of the grammar."""
-FREE_SECONDS = 0.1
-"""After so long a taste rests half of the time: even an idle processor shares its memory, and often its core, with one that is not."""
+FREE_SECONDS = 0.03
+"""After so long a taste is held up again and again: all processors compute, and what it takes is taken from a step."""
 PULSE_SECONDS = 0.01
-IDLE_SECONDS = 0.4
-"""How long a taste waits for idle processors to have its chance."""
-NICE = 10
-"""What a taste is then: a tenth of a processor beside one who wants it whole."""
+RESTS = 11
+"""Pulses of rest after each one of work."""
+STARVED_SECONDS = 0.05
+"""A taste that has used less of the processor than this has not had its chance: the machine is busy, which is no fault of the grammar."""
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 KEPT = 32
 """Compiled grammars kept for the next request, the latest used."""
 
@@ -171,35 +171,23 @@ def without_nul(pattern: str) -> str:
 def tasted(follower: Follower, operation: list[Any], settings: dict[str, Any]) -> bytes:
     """The answer to a taste, from a fork of this process that ends with it, so that none has to be started for the next one.
 
-    It runs when a processor is idle, at length half of that time; where none ever is, from the beginning again beside the others, as a
-    nice process does."""
-
-    def fork(nicely: bool) -> tuple[int, int]:
-        source, target = os.pipe()
-        if child := os.fork():
-            os.close(target)
-            return child, source
+    What does not come at once (a large schema takes some 5 ms) is computed in pulses, a twelfth of the time, so that its neighbours
+    lose no more than that, though each of their steps waits for whichever thread the pulse took the processor from."""
+    source, target = os.pipe()
+    child, began, body = os.fork(), time.monotonic(), b""
+    if not child:
         try:
-            if nicely:
-                os.nice(NICE)
-            else:
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a nice process makes woken threads wait, this one does not
+            ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)  # a parent that is killed could not end it, nor let it go on
             os.write(target, played(follower, operation, settings["compile_seconds"]) or FAILED)
         finally:
             os._exit(0)
-
-    began, body, nicely = time.monotonic(), b"", False
-    child, source = fork(nicely)
+    os.close(target)
     while (late := time.monotonic() - began) < settings["start_seconds"]:
-        starved = used(child) < STARVED_SECONDS
-        if late > settings["answer_seconds"] and not starved:
+        if late > settings["answer_seconds"] and used(child) >= STARVED_SECONDS:
             break
-        if late > IDLE_SECONDS and starved and not nicely:
-            end(child, source)
-            child, source = fork(nicely := True)
-        if late > FREE_SECONDS and not nicely:
+        if late > FREE_SECONDS:
             os.kill(child, signal.SIGSTOP)
-            time.sleep(PULSE_SECONDS)
+            time.sleep(RESTS * PULSE_SECONDS)
             os.kill(child, signal.SIGCONT)
         if select.select([source], [], [], PULSE_SECONDS)[0]:
             body = os.read(source, 1 << 16)

@@ -42,14 +42,19 @@ def read_lines(path: Path, params: SamplingParams) -> list[Line]:
     return [_line(path, number, raw, params) for number, raw in enumerate(lines) if raw.strip()]
 
 
-def _line(path: Path, number: int, raw: bytes, params: SamplingParams) -> Line:
-    where = f"{path}: line {number + 1}"
+def parse_line(raw: bytes, where: str) -> Any:
+    """What a line of a file says. Raises UserError, naming ``where``, for one that is too long or no JSON."""
     if len(raw) > LONGEST_LINE:
         raise UserError(f"{where} has {len(raw):,} bytes; at most {LONGEST_LINE:,} are read")
     try:
-        fields = json.loads(raw)
+        return json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {one_line(str(error))}") from None
+
+
+def _line(path: Path, number: int, raw: bytes, params: SamplingParams) -> Line:
+    where = f"{path}: line {number + 1}"
+    fields = parse_line(raw, where)
     if not isinstance(fields, dict):
         raise UserError(f"{where} is not an object with a prompt")
     given, id = {name: fields.pop(name) for name in ("prompt", "token_ids") if name in fields}, fields.pop("id", None)

@@ -21,7 +21,7 @@ def unpack(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
         return octets[..., :count]
     if bits == 3:
         each = np.unpackbits(octets, axis=-1, count=3 * count, bitorder="little").reshape(*octets.shape[:-1], count, 3)
-        threes: NDArray[np.uint8] = each[..., 0] | each[..., 1] << 1 | each[..., 2] << 2
+        threes: NDArray[np.uint8] = np.asarray(each[..., 0] | each[..., 1] << 1 | each[..., 2] << 2, np.uint8)
         return threes
     per = 8 // bits
     numbers = np.empty((*octets.shape[:-1], octets.shape[-1] * per), np.uint8)

@@ -64,19 +64,34 @@ class QuantizedWeight(Weight):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DequantizedWeight(Weight):
-    """What a weight means that was stored in ``form`` and cannot be had so here, for ``reason``."""
+    """What a weight means, float32, that is ``stored`` in a format it cannot be had in, for ``reason``; ``bits`` are those of a number."""
 
-    form: LinearFormat
+    stored: str
     reason: str
+    bits: float
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], load: Callable[[], Array], stored: str, reason: str, bits: float) -> Self:
+        """``load`` gives float32."""
+        return cls(shape, _FLOAT32, load, stored, reason, bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form."""
+        return math.ceil(self.size * self.bits / 8)
 
 
 def dequantized(weight: QuantizedWeight, reason: str) -> DequantizedWeight:
     """The meaning of ``weight`` alone."""
-    return DequantizedWeight(weight.shape, weight.dtype, weight.load, weight.form, reason)
+    return DequantizedWeight.of(weight.shape, weight.load, str(weight.form), reason, weight.bits)
 
 
 def stored_as(weight: Weight) -> str:
     """How a weight is stored, in words: its dtype, or its format and what that is multiplied with."""
-    if not isinstance(weight, QuantizedWeight):
-        return str(weight.dtype)
-    return f"{weight.form} × {weight.activations}"
+    match weight:
+        case QuantizedWeight():
+            return f"{weight.form} × {weight.activations}"
+        case DequantizedWeight():
+            return weight.stored
+        case _:
+            return str(weight.dtype)

@@ -15,11 +15,10 @@ import numpy as np
 
 from hasten.base.errors import CheckpointError
 from hasten.formats.linear import QuantizedLinear
-from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, dequantized
 from hasten.formats.weights import Array, Weight
 
 Shape = tuple[int, ...]
-FLOAT32 = np.dtype(np.float32)
 
 
 class Step(Protocol):
@@ -394,12 +393,13 @@ def _mapped(mapping: TensorMapping, weights: list[Weight]) -> list[Weight]:
     made = _Targets(mapping, [weight.load for weight in weights])
     if not stored and not any(isinstance(weight, DequantizedWeight) for weight in weights):
         return [Weight(shape, weights[0].dtype, functools.partial(made.load, index)) for index, shape in enumerate(shapes)]
-    form, reason = next(
-        (weight.form, weight.reason if isinstance(weight, DequantizedWeight) else "the map from the checkpoint's tensors reaches into rows")
-        for weight in weights
-        if isinstance(weight, QuantizedWeight | DequantizedWeight)
-    )
-    return [DequantizedWeight(shape, FLOAT32, functools.partial(made.load, index), form, reason) for index, shape in enumerate(shapes)]
+    first = next(weight for weight in weights if isinstance(weight, QuantizedWeight | DequantizedWeight))
+    known = first if isinstance(first, DequantizedWeight) else dequantized(first, "the map from the checkpoint's tensors reaches into rows")
+    bits = 8 * sum(weight.nbytes for weight in weights) / max(1, sum(weight.size for weight in weights))
+    return [
+        DequantizedWeight.of(shape, functools.partial(made.load, index), known.stored, known.reason, bits)
+        for index, shape in enumerate(shapes)
+    ]
 
 
 def _mapped_quantized(

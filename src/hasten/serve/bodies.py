@@ -29,6 +29,8 @@ class StreamOptions(Strict):
     """OpenAI's, for streams."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """The usage so far with every event, of those who include it: vLLM's."""
     include_obfuscation: bool | None = None
     """Accepted."""
 
@@ -187,7 +189,7 @@ class FunctionSpec(Strict):
     description: str | None = Field(default=None, max_length=65536)
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-    """Accepted."""
+    """Accepted: the arguments of a call that must come always follow the schema."""
 
 
 class Tool(Strict):

@@ -12,7 +12,7 @@ from hasten.serve.conversation import Conversation, converse, stops_of
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
-from hasten.serve.outputs import Output, collect, usage, written
+from hasten.serve.outputs import Output, StreamUsage, collect, usage, written
 from hasten.serve.reply import DONE, Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
 from hasten.serve.tools import Call, Offer, Voice, offer_of, plain_messages
@@ -80,17 +80,16 @@ class _View:
 
     async def stream(self, generation: Generation, sender: Sender) -> None:
         body = self._body
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        used = StreamUsage(body.stream_options, generation)
         named = self._head("chat.completion.chunk")
         head = b"data: " + encoded(named)[:-1] + b',"choices":[{"index":'
-        tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
         begun = [False] * generation.params.n
         voices = [self._voice() for _ in begun]
-        count = 0
         async for told in generation.pieces():
             frames = []
             for index, piece in told:
-                count += len(piece.token_ids)
+                used.tokens += len(piece.token_ids)
+                tail = used.tail()
                 place = head + str(index).encode()
                 if not begun[index]:
                     begun[index] = True
@@ -108,8 +107,8 @@ class _View:
                     frames.append(place + b',"delta":{},"logprobs":null,"finish_reason":"' + reason.encode() + b'"' + tail)
             if frames:
                 await sender.events(b"".join(frames))
-        if with_usage:
-            await sender.events(b"data: " + encoded({**named, "choices": [], "usage": usage(generation, count)}) + b"\n\n")
+        if last := used.last(named):
+            await sender.events(last)
         await sender.end(DONE)
 
     def _delta(self, text: str, piece: Piece) -> bytes:

@@ -13,7 +13,7 @@ from hasten.serve.entries import check_entries
 from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
-from hasten.serve.outputs import Output, collect, usage, written
+from hasten.serve.outputs import Output, StreamUsage, collect, usage, written
 from hasten.serve.reply import DONE, Reply, Sender, encoded
 from hasten.serve.service import Generation, Service
 
@@ -93,24 +93,23 @@ class _View:
 
     async def stream(self, generation: Generation, sender: Sender) -> None:
         body, n = self._body, generation.params.n
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        used = StreamUsage(body.stream_options, generation)
         head = b"data: " + encoded(self._head)[:-1] + b',"choices":[{"index":'
-        tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
         offsets = [0] * (len(generation.prompts) * n)
         fresh = [True] * len(offsets)
-        count = 0
         async for told in generation.pieces():
             frames = []
             for index, piece in told:
-                count += len(piece.token_ids)
+                used.tokens += len(piece.token_ids)
+                tail = used.tail()
                 if piece.text or piece.logprobs or self._with_ids or piece.finish_reason is not None:
                     prompt = generation.prompts[index // n] if body.echo and fresh[index] else []
                     fresh[index] = False
                     frames.append(head + self._part(index, piece, prompt, offsets) + tail)
             if frames:
                 await sender.events(b"".join(frames))
-        if with_usage:
-            await sender.events(b"data: " + encoded({**self._head, "choices": [], "usage": usage(generation, count)}) + b"\n\n")
+        if last := used.last(self._head):
+            await sender.events(last)
         await sender.end(DONE)
 
     def _part(self, index: int, piece: Piece, prompt: list[int], offsets: list[int]) -> bytes:

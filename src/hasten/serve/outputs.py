@@ -1,10 +1,11 @@
 """Outputs: what came of the choices of one HTTP request, whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hasten.engine import TokenLogprob
+from hasten.serve.bodies import StreamOptions
 from hasten.serve.messages import Piece
 from hasten.serve.reply import encoded
 from hasten.serve.service import Generation, Service
@@ -60,3 +61,25 @@ def usage(generation: Generation, output_tokens: int) -> dict[str, int]:
     """As OpenAI counts."""
     prompt = sum(map(len, generation.prompts))
     return {"prompt_tokens": prompt, "completion_tokens": output_tokens, "total_tokens": prompt + output_tokens}
+
+
+class StreamUsage:
+    """How the events of one stream end, and what its last one says of usage: nothing, all at the end, or with each so far."""
+
+    def __init__(self, options: StreamOptions | None, generation: Generation) -> None:
+        self._options, self._generation = options or StreamOptions(), generation
+        self.tokens = 0
+        """Of all outputs, so far."""
+
+    def tail(self) -> bytes:
+        """The end of an event of one choice."""
+        if not self._options.include_usage:
+            return b"}]}\n\n"
+        so_far = encoded(usage(self._generation, self.tokens)) if self._options.continuous_usage_stats else b"null"
+        return b'}],"usage":' + so_far + b"}\n\n"
+
+    def last(self, head: Mapping[str, Any]) -> bytes:
+        """The event after all others, if there is one."""
+        if not self._options.include_usage:
+            return b""
+        return b"data: " + encoded({**head, "choices": [], "usage": usage(self._generation, self.tokens)}) + b"\n\n"

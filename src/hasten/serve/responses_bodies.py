@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hasten.serve.bodies import FUNCTION_NAME, MAX_MESSAGES, MAX_TOOLS, Strict
+from hasten.serve.bodies import MAX_MESSAGES, MAX_TOOLS, FunctionSpec, NamedFunction, Strict
 
 
 class ContentPart(Strict):
@@ -55,22 +55,16 @@ class CallOutputItem(Strict):
 Item = MessageItem | CallItem | CallOutputItem
 
 
-class FunctionTool(Strict):
-    """A function that may be called."""
+class FunctionTool(FunctionSpec):
+    """The same with its kind beside its fields, where chats have it around them."""
 
     type: Literal["function"]
-    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
-    description: str | None = Field(default=None, max_length=65536)
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    """Accepted: the arguments of a call that must come always follow the schema."""
 
 
-class NamedFunctionTool(Strict):
+class NamedFunctionTool(NamedFunction):
     """The function that must be called."""
 
     type: Literal["function"]
-    name: str = Field(max_length=256)
 
 
 class TextFormat(Strict):

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 import ml_dtypes
 import msgspec
@@ -235,8 +235,7 @@ class Stack(Generic[Stacked]):
             array = self._load() if self._array is None else self._array
             self._left -= 1
             self._array = array if self._left else None
-        part: Stacked = array[index]
-        return part
+        return cast(Stacked, array[index])
 
 
 def _pack_bits(buffer: _native.WeightBuffer, pool: _native.ThreadPool, bits: Callable[[Array], Bits | Floats], array: Array) -> None:

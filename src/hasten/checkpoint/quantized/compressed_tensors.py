@@ -166,15 +166,16 @@ def _weight(scheme: Scheme, parts: Parts) -> Weight:
                 parts.wrong("weight_zero_point", f"has shape {list(zeros)}", "one number")
         parts.must_be("weight_zero_point", zeros, "int32" if scheme.packed else "int8")
 
+    bits = 8 * parts.nbytes / int(np.prod(shape))
+
     def quantized() -> QuantizedLinear:
         scales = _scales(scheme, parts, (*stack, out, groups))
         zeros = _zeros(scheme, parts, (*stack, out, groups)) if form.zero_points else None
         return QuantizedLinear(_codes(scheme, parts, width), scales, zeros, form.group or width)
 
     if "weight_g_idx" in parts and (order := order_of(parts, "weight_g_idx", width, form.group)) is not None:
-        plain = np.dtype(np.float32)
-        return DequantizedWeight(shape, plain, lambda: in_order(quantized(), order), form, "its groups are in activation order")
-    return QuantizedWeight.of(shape, form, quantized, scheme.activations, 8 * parts.nbytes / int(np.prod(shape)))
+        return DequantizedWeight.of(shape, lambda: in_order(quantized(), order), str(form), "its groups are in activation order", bits)
+    return QuantizedWeight.of(shape, form, quantized, scheme.activations, bits)
 
 
 def _packed_shape(scheme: Scheme, parts: Parts) -> tuple[int, ...]:

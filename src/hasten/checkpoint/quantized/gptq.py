@@ -93,6 +93,7 @@ def _weight(settings: Settings, parts: Parts) -> Weight:
     parts.must_be("qzeros", (groups, bit_packing.packed_width(out, bits)), "int32")
     symmetric = settings.symmetric and _is_centred(parts, bits, out)
     form = LinearFormat(f"int{bits}", group, not symmetric)
+    held = 8 * parts.nbytes / (out * width)  # bits, all tensors counted
 
     def quantized() -> QuantizedLinear:
         q = (bit_packing.unpack(parts.load("qweight").T, bits, width) - np.uint8(1 << (bits - 1))).view(np.int8)
@@ -103,9 +104,10 @@ def _weight(settings: Settings, parts: Parts) -> Weight:
         return np.ascontiguousarray(stored & np.uint8((1 << bits) - 1)).astype(np.int32) - (1 << (bits - 1))
 
     if "g_idx" in parts and (order := order_of(parts, "g_idx", width, group)) is not None:
-        plain = np.dtype(np.float32)
-        return DequantizedWeight((out, width), plain, lambda: in_order(quantized(), order), form, "its groups are in activation order")
-    return QuantizedWeight.of((out, width), form, quantized, "bf16", 8 * parts.nbytes / (out * width))
+        return DequantizedWeight.of(
+            (out, width), lambda: in_order(quantized(), order), str(form), "its groups are in activation order", held
+        )
+    return QuantizedWeight.of((out, width), form, quantized, "bf16", held)
 
 
 def _is_centred(parts: Parts, bits: int, out: int) -> bool:

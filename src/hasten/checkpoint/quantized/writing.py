@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hasten.base.errors import UnsupportedError
 from hasten.formats import bits as bit_packing
 from hasten.formats.linear import LinearFormat, QuantizedLinear
 from hasten.formats.quantized import QuantizedWeight
@@ -128,6 +129,9 @@ def _zeros(its: QuantizedLinear) -> Array:
 
 
 def _scales(its: QuantizedLinear) -> Array:
+    """Raises UnsupportedError for scales that no reader of compressed-tensors expects, as GGUF's Q4_0 has them."""
     if its.scales is None:
         raise ValueError("a format with scales, and a weight without")
+    if its.scales.size and not (float(its.scales.min()) > 0 and float(its.scales.max()) < np.inf):
+        raise UnsupportedError("a weight has scales that are not positive numbers, which compressed-tensors cannot say; quantize it anew")
     return its.scales

@@ -3,16 +3,13 @@
 Whatever the cache holds already costs a hit, so a run that was stopped is begun again from the start."""
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.base.errors import UserError, one_line
-
-LONGEST_LINE = 16 << 20
-"""Bytes of a line that are read."""
+from hasten.base.errors import UserError
+from hasten.engine.jsonl import parse_line
 
 ROUTES = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 """By the field that only its requests have."""
@@ -81,12 +78,7 @@ async def warm(requests: Sequence[WarmRequest], ask: Ask, concurrency: int, told
 
 def _request(path: Path, number: int, raw: bytes) -> WarmRequest:
     where = f"{path}: line {number}"
-    if len(raw) > LONGEST_LINE:
-        raise UserError(f"{where} has {len(raw):,} bytes; at most {LONGEST_LINE:,} are read")
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {one_line(str(error))}") from None
+    line = parse_line(raw, where)
     url, body = (line.get("url"), line["body"]) if isinstance(line, dict) and "body" in line else (None, line)
     if isinstance(body, dict):
         found = [field for field in ROUTES if field in body]
