@@ -226,6 +226,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.row("chat templates", "sandbox and caps")
 @pytest.mark.parametrize("name", FAILURES)
 def test_every_failure_is_one_line(name):
     template, words = FAILURES[name]
@@ -235,6 +236,7 @@ def test_every_failure_is_one_line(name):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.row("chat templates", "sandbox and caps")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_fail_in_bounded_time_and_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

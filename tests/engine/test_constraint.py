@@ -184,6 +184,7 @@ def of_forks(taster):
     return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.row("failing open", "no grammar, no answer")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_compile_fails_its_request_and_never_runs_free(engine, name):
     engine.engine()
@@ -200,6 +201,7 @@ def test_what_does_not_compile_fails_its_request_and_never_runs_free(engine, nam
     assert len(good.token_ids) == 5
 
 
+@pytest.mark.row("regex and grammars", "compiled apart, with a deadline")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_fails_alone(constraints, name):
     harmless = Grammar.regex("[a-z]{300}")
@@ -228,6 +230,7 @@ def test_a_hostile_grammar_fails_alone(constraints, name):
     assert beside.error is None
 
 
+@pytest.mark.row("regex and grammars", "compiled apart, with a deadline")
 @pytest.mark.parametrize("pattern", CATASTROPHES)
 def test_patterns_that_hang_backtracking_matchers_are_harmless(constraints, pattern):
     began = time.monotonic()
@@ -239,6 +242,7 @@ def test_patterns_that_hang_backtracking_matchers_are_harmless(constraints, patt
     assert tokens
 
 
+@pytest.mark.row("regex and grammars", "compiled apart, with a deadline")
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_one_that_hangs_or_crashes_its_process_later_fails_alone(fault):
     """The library's own limits have let no grammar through that does, so the fault is planted: while one sequence's token is read."""
@@ -505,6 +509,7 @@ def test_only_patterns_of_a_schema_are_rewritten():
     assert json.dumps(made) == json.dumps(expected)
 
 
+@pytest.mark.row("regex and grammars", "depth and size")
 def test_grammars_are_checked_when_they_are_made():
     deep = {"type": "integer"}
     for _ in range(MAX_DEPTH + 1):

@@ -19,11 +19,13 @@ from tests.soak.models import CONTEXT, model_of
 FEW = 12
 
 
+@pytest.mark.row("nondeterminism", "the same tokens however played")
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_the_same_tokens_however_they_are_played(cell):
     assert run_cell(cell, FEW, seed=3)["tokens"] > 30 * FEW
 
 
+@pytest.mark.row("nondeterminism", "the same tokens however played")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_hang_on_nothing_but_the_request(kind):
     same = Same(kind, FEWEST)

@@ -131,6 +131,7 @@ def texts(rng):
     return rng.choice(["", " ", "  "]).join(pieces)
 
 
+@pytest.mark.row("detokenizer", "any split")
 def test_every_split_of_multilingual_text_joins_to_the_full_decode(tokenizer):
     rng = random.Random(0)
     for _ in range(1500):  # 7 tokenizers: 10,500 strings
@@ -163,6 +164,7 @@ def test_ids_without_text_need_not_be_told_where_no_byte_tokens_are(tokenizer):
         stream(detokenizer, portions(rng, ids), tokenizer.decode(ids))
 
 
+@pytest.mark.row("detokenizer", "any split")
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback, strip", "byte-fallback"])
 def test_every_split_of_random_bytes_joins_to_the_full_decode(kind):
     tokenizer = MAKERS[kind]()

@@ -5,6 +5,7 @@ import pytest
 from hasten import LLM, SamplingParams
 from hasten.base.errors import TokenizerError
 from hasten.engine.detokenize import Detokenizer
+from hasten.engine.embedder import Embedder
 from hasten.engine.sampling import BeamSearch
 
 PROMPTS = ["def f(", "class A:", "import os"]
@@ -40,6 +41,7 @@ def spoil(output, good, error):
     output._detokenizer = Failing(output._detokenizer, good, error)
 
 
+@pytest.mark.row("one fault for all", "the offender alone")
 @pytest.mark.parametrize("error", [UNDECODED, BUG])
 @pytest.mark.parametrize("good", [0, 3])
 def test_one_that_cannot_be_decoded_fails_alone(llm, good, error):
@@ -55,6 +57,7 @@ def test_one_that_cannot_be_decoded_fails_alone(llm, good, error):
     assert llm.generate(PROMPTS, params) == wanted  # nothing is left behind
 
 
+@pytest.mark.row("detokenizer", "a failure is one output's")
 @pytest.mark.parametrize("error", [UNDECODED, BUG])
 def test_other_outputs_of_its_prompt_go_on(llm, error):
     params = SamplingParams(max_tokens=12, ignore_eos=True, n=3, temperature=1.0, seed=1)
@@ -91,6 +94,26 @@ def test_pages_that_were_not_moved_are_never_gone_on_from(monkeypatch):
         with pytest.raises(OSError, match="no"):
             llm.generate(PROMPTS[0], params)
     with pytest.raises(RuntimeError, match="moving pages of the cache failed before.*make the LLM again"):
+        llm.generate(PROMPTS[0], params)
+
+
+def test_nor_where_it_was_a_text_to_embed_that_had_them_moved(monkeypatch):
+    """A request's pages may be waiting to be copied when the embedder takes its step."""
+    llm = LLM("code-8m", max_sequences=4)
+    engine, params = llm.engine(), SamplingParams(max_tokens=12, ignore_eos=True, n=2, temperature=1.0)
+    embedder, waiting = Embedder(engine, llm.model.spec.width), [("a copy",)]
+
+    def fails(moves):
+        if moves:
+            raise OSError("no")
+
+    embedder.submit([5, 6, 7])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "session", Wrapped(engine.session, fails))
+        patch.setattr(engine.cache, "take_moves", lambda: waiting)
+        with pytest.raises(OSError, match="no"):
+            embedder.step()
+    with pytest.raises(RuntimeError, match="moving pages of the cache failed before"):
         llm.generate(PROMPTS[0], params)
 
 

@@ -220,6 +220,7 @@ def test_echo_begins_with_the_prompt(llm):
         assert echoed.token_ids == plain.token_ids
 
 
+@pytest.mark.row("one fault for all", "the offender alone")
 def test_a_row_that_overflows_fails_its_request_alone(llm, monkeypatch):
     (good, expected) = llm.generate([PROMPTS[0], PROMPTS[1]], SamplingParams(max_tokens=5))
     session = llm.engine().session

@@ -199,6 +199,7 @@ def test_penalties_do_not_overflow():
     assert draw([-high, -np.inf], SamplingParams(repetition_penalty=100), prompt=[0, 1]) == 0
 
 
+@pytest.mark.row("foreign token ids", "at the tokenizer's length and the logits' width")
 def test_ids_outside_the_vocabulary_touch_nobody():
     params = SamplingParams(**WARM, repetition_penalty=1.5, frequency_penalty=1.0)
     logits = [1.0, 2.0, 3.0]

@@ -98,6 +98,7 @@ def test_the_corpus_is_what_it_says():
         assert any(script[0] <= character <= script[1] for character in everything)
 
 
+@pytest.mark.row("detokenizer", "any split")
 @pytest.mark.parametrize(("kind", "strings"), [("byte-level", STRINGS), ("byte-fallback", STRINGS // 4)])  # which holds all to the end
 def test_every_byte_split_joins_to_the_full_decode_and_stops_where_the_text_does(kind, strings):
     tokens, rng, splits, within, stopped = Bytes(kind), random.Random(1), 0, 0, 0

@@ -58,6 +58,7 @@ def test_formats_cost_what_they_should(weights):
     assert (logits.argmax(-1) == plain.argmax(-1)).mean() >= {"bf16": 0.97, "int8": 0.93, "int4": 0.7}[weights]
 
 
+@pytest.mark.row("nondeterminism", "the same tokens however played")
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_the_same_bits_however_the_batch_is_cut(weights):
     sessions = [CpuBackend(threads=threads).session(MODEL, 256, Formats(weights)) for threads in (1, 2)]

@@ -182,6 +182,7 @@ def test_pages_run_out_and_come_back():
     assert np.isfinite(here.score(Batch.of([[1] * 64]))).all()
 
 
+@pytest.mark.row("memory safety", "native code refuses what does not fit")
 def test_page_tables_that_point_outside_are_refused():
     here = session("awkward", "bf16", fused=True)
     batch, logits = Batch.of([[1] * 17]), np.empty((17, here.session.vocab), np.float32)

@@ -111,6 +111,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.row("memory safety", "native code refuses what does not fit")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_step_is_refused(case, session):
     expected = Step.good().run(session).copy()

@@ -382,6 +382,7 @@ def many_blocks(count):
     return json.dumps(data).replace('"HERE"', "[" + ",".join([json.dumps(block, separators=(",", ":"))] * count) + "]")
 
 
+@pytest.mark.row("model files", "damaged checkpoints")
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_bad_checkpoint(case, copy, monkeypatch, capsys):
     mutate, fragments = CHECKPOINTS[case]
@@ -389,6 +390,7 @@ def test_bad_checkpoint(case, copy, monkeypatch, capsys):
     assert_refused(main(monkeypatch, capsys, "inspect", copy), *fragments)
 
 
+@pytest.mark.row("model files", "damaged checkpoints")
 @pytest.mark.parametrize("case", DANGERS)
 def test_dangerous_checkpoint(case, copy, usual_peak):
     mutate, fragments = DANGERS[case]
@@ -401,6 +403,7 @@ def test_dangerous_checkpoint(case, copy, usual_peak):
     assert not (copy / "canary").exists()
 
 
+@pytest.mark.row("remote code", "canaries, under -O too")
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
 @pytest.mark.parametrize("command", [["generate", "--token-ids", "1,2"], ["eval"], ["chat"]], ids=lambda command: command[0])
 def test_no_command_runs_code_of_a_checkpoint(model_type, command, copy):

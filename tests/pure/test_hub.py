@@ -75,6 +75,7 @@ def inspect(model, cache, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.row("model files", "no pickles")
 def test_a_hub_id_is_downloaded_once_without_code_or_pickles(hub, tmp_path):
     endpoint, asked = hub
     first = inspect("org/code", tmp_path, HF_ENDPOINT=endpoint)

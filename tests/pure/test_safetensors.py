@@ -195,12 +195,14 @@ DAMAGED = {
 }
 
 
+@pytest.mark.row("model files", "damaged headers")
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_file_is_refused_with_its_reason(tmp_path, case):
     content, reason = DAMAGED[case]
     assert reason in refusal(tmp_path / "x.safetensors", content)
 
 
+@pytest.mark.row("model files", "no pickles")
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_pickle_is_named_and_not_loaded(tmp_path, protocol):
     class Canary:
@@ -247,6 +249,7 @@ def test_an_unknown_name_is_refused(tmp_path):
         SafetensorsFile.open(tmp_path / "x.safetensors").read("unknown")
 
 
+@pytest.mark.row("model files", "many entries")
 def test_too_many_tensors_are_refused_in_bounded_time(tmp_path, monkeypatch):
     monkeypatch.setattr("hasten.formats.safetensors.TENSOR_LIMIT", 10)
     header = {str(i): entry(shape=[0], offsets=[0, 0]) for i in range(11)}
@@ -256,6 +259,7 @@ def test_too_many_tensors_are_refused_in_bounded_time(tmp_path, monkeypatch):
         write(tmp_path / "y.safetensors", dict.fromkeys(header, (DTYPES["U8"], (0,))), lambda name: np.empty(0, np.uint8))
 
 
+@pytest.mark.row("model files", "many entries")
 def test_a_hundred_thousand_tensors_open_in_seconds(tmp_path):
     header = {f"model.layers.{i}.weight": entry("U8", [1], [i, i + 1]) for i in range(100_000)}
     (tmp_path / "x.safetensors").write_bytes(file_of(header, bytes(100_000)))
@@ -264,6 +268,7 @@ def test_a_hundred_thousand_tensors_open_in_seconds(tmp_path):
     assert time.monotonic() - begun < 10
 
 
+@pytest.mark.row("model files", "fuzzed headers")
 def test_mutated_headers_open_or_are_refused_and_nothing_else(tmp_path):
     tensors = {f"layer.{i}.é": np.arange(6, dtype=np.float32).reshape(2, 3) for i in range(4)}
     tensors |= {"flag": np.array([True]), "scalar": np.float64(1).reshape(()), "none": np.empty((0, 3), np.int8)}
@@ -310,6 +315,7 @@ def test_mutated_headers_open_or_are_refused_and_nothing_else(tmp_path):
     assert slowest < 2
 
 
+@pytest.mark.row("model files", "damaged headers")
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     header=st.dictionaries(

@@ -71,6 +71,7 @@ def test_who_decodes_does_not_give_way_while_a_step_is_timed():
     assert scheduler.counters.recomputed == 0
 
 
+@pytest.mark.row("deadlock", "what never fits is refused")
 def test_what_never_fits_is_refused_at_once_and_blocks_nobody():
     scheduler = make(pages=8)
     with pytest.raises(NeverFitsError, match=r"30 tokens and 10 more, 1 times, need 10 pages of kv, and the cache has 8"):
@@ -91,6 +92,7 @@ def test_a_step_must_hold_a_token_of_each():
         Settings(output_share=2)
 
 
+@pytest.mark.row("prefix cache", "no hit across tenants")
 def test_a_prefix_is_computed_once_and_only_for_its_tenant():
     scheduler = make(settings=Settings(64, Continuous(4)))
     prompt = tuple(range(20))

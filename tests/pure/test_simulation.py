@@ -16,6 +16,8 @@ FIRED = (
 )  # fmt: skip
 
 
+@pytest.mark.row("leaked pages", "every page counted after every step")
+@pytest.mark.row("deadlock", "progress while there is work")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_invariant_holds_after_every_step(part):
     seen = collections.Counter()
@@ -86,6 +88,7 @@ def lost_token(monkeypatch):
     monkeypatch.setattr(Cache, "fork", short)
 
 
+@pytest.mark.row("leaked pages", "every page counted after every step")
 @pytest.mark.parametrize("plant", [leak, starvation, copy_forgotten, tenants_mixed, window_too_short, lost_token])
 def test_a_planted_fault_is_found(monkeypatch, plant):
     plant(monkeypatch)

@@ -463,6 +463,9 @@ class C:
 """
 
 
+@pytest.mark.row("pickles on sockets", "no import")
+@pytest.mark.row("remote code", "no switch", "no assert")
+@pytest.mark.row("eval", "none in the source")
 @pytest.mark.parametrize("ban", BANS, ids=lambda ban: ban.__name__)
 def test_no_module_says(ban):
     found = []

@@ -144,6 +144,7 @@ WRONG = {
 COUNTED = {"messages", "system", "tools", "tool_choice", "mcp_servers", "model"}
 
 
+@pytest.mark.row("numbers and lists", "boundary table")
 def test_every_field_is_bounded_and_named_in_anthropics_shape(server):
     good = {"model": "code-8m", "max_tokens": 1, "messages": TURNS}
     with httpx.Client(base_url=server.url, timeout=30) as client:

@@ -61,6 +61,7 @@ MUST_FAIL = [
 ]  # fmt: skip
 
 
+@pytest.mark.row("numbers and lists", "boundary table")
 @pytest.mark.parametrize("route", GOOD)
 def test_every_field_is_bounded_and_named(route, server):
     asked = [(field, value) for where, field, value in MUST_FAIL if where == route]
@@ -113,6 +114,7 @@ RAW = {
 }  # fmt: skip
 
 
+@pytest.mark.row("payloads and cancels", "compressed, deep and chunked")
 @pytest.mark.parametrize("path", [*GOOD, "/tokenize", "/detokenize", "/v1/responses", "/v1/embeddings"])
 def test_bodies_that_are_none(path, server):
     with httpx.Client(base_url=server.url, timeout=30) as client:
@@ -145,12 +147,14 @@ def test_paths_that_are_none(method, path, status, server):
     assert json.loads(answer.read())["error"]["message"]
 
 
+@pytest.mark.row("http and keys", "headers are bounded")
 def test_headers_are_bounded(server):
     with contextlib.suppress(httpx.TransportError):  # cut off while it was being sent
         assert httpx.get(f"{server.url}/health", headers={"x": "y" * (1 << 20)}).status_code in {400, 431}
     assert httpx.get(f"{server.url}/health", headers=[(f"x{i}", "y") for i in range(200)]).status_code == 431
 
 
+@pytest.mark.row("http and keys", "names of the host")
 def test_a_name_of_somebody_elses_is_refused(server):
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
         assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == 403, host
@@ -158,6 +162,7 @@ def test_a_name_of_somebody_elses_is_refused(server):
         assert httpx.get(f"{server.url}/v1/models", headers={"host": host}).status_code == 200, host
 
 
+@pytest.mark.row("request ids and state", "server-made ids")
 def test_a_clients_request_id_is_not_taken(server):
     for id in ("x\r\ny: z", "a" * 200, "1"):
         with socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port), timeout=5) as client:
@@ -177,6 +182,7 @@ def test_a_hundred_idle_sockets_change_nothing(server):
         one.close()
 
 
+@pytest.mark.row("http and keys", "headers are bounded")
 def test_half_a_head_is_not_waited_for_for_ever():
     """By a clock of the test's own making: the protocol without a network."""
 

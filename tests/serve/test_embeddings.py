@@ -47,6 +47,7 @@ def test_alone_in_a_batch_and_beside_streams_they_are_the_same(vectors, client, 
     assert set(asyncio.run(busy())) == {plain.choices[0].text}
 
 
+@pytest.mark.row("disconnects", "at every point")
 def test_who_goes_away_leaves_nothing_behind(server, client):
     for _ in range(3):
         with pytest.raises(httpx.ReadTimeout):
@@ -60,6 +61,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.row("numbers and lists", "boundary table")
 def test_every_field_is_bounded_and_named(server):
     with httpx.Client(base_url=server.url, timeout=30) as http:
         for field, values in WRONG.items():

@@ -21,6 +21,7 @@ TOO_MANY = [
 ]
 
 
+@pytest.mark.row("numbers and lists", "answers too large to hold")
 @pytest.mark.parametrize(("path", "field", "body"), TOO_MANY)
 def test_more_than_the_server_holds_is_refused_by_name(path, field, body, server):
     answer = server.post(path, body)

@@ -34,6 +34,8 @@ def client_of(server, **settings) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None), **settings)
 
 
+@pytest.mark.row("exit code of a dead engine", "replaced")
+@pytest.mark.row("one fault for all", "everyone is told")
 def test_a_killed_engine_ends_every_stream_within_a_second_and_comes_back():
     with serving("code-8m", "--max-sequences", "8") as server:
 
@@ -67,6 +69,7 @@ def test_a_killed_engine_ends_every_stream_within_a_second_and_comes_back():
         assert server.stop() == 0
 
 
+@pytest.mark.row("lying health", "a stopped engine")
 def test_a_stopped_engine_is_noticed_and_replaced():
     with serving("code-8m", "--replace-after", "6") as server:
         before = server.engine_pid()
@@ -80,6 +83,7 @@ def test_a_stopped_engine_is_noticed_and_replaced():
         assert server.stop() == 0
 
 
+@pytest.mark.row("disconnects", "within a second")
 def test_who_goes_away_frees_the_engine(server):
     """Eight that would take the engine for seconds leave; the ninth does not wait for them."""
 
@@ -103,6 +107,7 @@ def test_who_goes_away_frees_the_engine(server):
     assert cpu_seconds(pid) - before < 0.1  # nothing goes on for nobody
 
 
+@pytest.mark.row("overload", "bounded unless told otherwise")
 def test_too_much_is_refused_at_once_and_the_rest_is_served():
     with serving("code-8m", "--max-sequences", "2", "--max-waiting", "4") as server:
 
@@ -128,6 +133,7 @@ def test_too_much_is_refused_at_once_and_the_rest_is_served():
         assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.row("shutdown", "drains unless told otherwise")
 def test_told_to_stop_it_ends_its_streams_and_takes_no_new_ones():
     with serving("code-8m", "--max-sequences", "8") as server:
         engine = server.engine_pid()
@@ -152,6 +158,7 @@ def test_told_to_stop_it_ends_its_streams_and_takes_no_new_ones():
         assert not os.path.exists(f"/proc/{engine}")
 
 
+@pytest.mark.row("shutdown", "grace ends")
 def test_grace_ends():
     with serving("code-8m", "--grace", "0.3") as server:
 
@@ -170,6 +177,7 @@ def test_grace_ends():
         assert time.monotonic() - began < 8
 
 
+@pytest.mark.row("shutdown", "nothing is left")
 def test_the_engine_dies_with_its_server():
     with serving("code-8m") as server:
         engine = server.engine_pid()
@@ -181,6 +189,7 @@ def test_the_engine_dies_with_its_server():
             time.sleep(0.02)
 
 
+@pytest.mark.row("http and keys", "every route, deny by default")
 def test_keys_are_asked_for_everywhere_but_where_nothing_is_said(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# ours\nalpha-1\nbeta-2\n")
@@ -211,6 +220,7 @@ def test_keys_are_asked_for_everywhere_but_where_nothing_is_said(tmp_path):
         assert "beta-2" not in log
 
 
+@pytest.mark.row("pickles on sockets", "loopback alone")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -225,6 +235,7 @@ def test_what_cannot_be_served(arguments, said):
     assert_refused(run("serve", *arguments), *said)
 
 
+@pytest.mark.row("exit code of a dead engine", "never could live")
 def test_what_the_engine_cannot_load_is_one_line_and_exit_code_2():
     outcome = run("serve", "code-8m", "--memory", "1MB", "--port", "0")
     assert outcome.code == 2

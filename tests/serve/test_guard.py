@@ -1,12 +1,16 @@
 """What is read of a request before anything is known of it: nothing without a key, and so much of all bodies together."""
 
 import asyncio
+import hmac
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
+from starlette.routing import Route
 
-from hasten.serve.guard import Guard, Limits
+from hasten.serve.app import make_app
+from hasten.serve.guard import PUBLIC, Guard, Limits
 from hasten.serve.keys import Keys
 from hasten.serve.log import Log
 
@@ -55,6 +59,7 @@ async def served(scope, receive, send) -> None:
         await asyncio.sleep(3600)
 
 
+@pytest.mark.row("payloads and cancels", "compressed, deep and chunked")
 def test_bodies_of_all_requests_are_bounded_together(log):
     async def run() -> None:
         guard = Guard(served, log, keys=Keys([]), hosts=None, limits=Limits(body_bytes=900, all_bytes=1000))
@@ -97,6 +102,7 @@ def test_bodies_of_all_requests_are_bounded_together(log):
     asyncio.run(run())
 
 
+@pytest.mark.row("http and keys", "every route, deny by default")
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_public_paths_are_public_to_be_got_alone(path, log):
     async def run() -> None:
@@ -111,3 +117,62 @@ def test_public_paths_are_public_to_be_got_alone(path, log):
             assert (client.status, client.reads) == (200, 0)
 
     asyncio.run(run())
+
+
+TRICKS = [
+    "{}/", "/{}", "/.{}", "{}?x=/health", "{}#/health", "{}/../health", "/health/..{}", "/health%2f..{}", "{}%00", "{};/health",
+    "/%2e{}", "{}\\..",
+    "http://localhost/health{}",
+]  # fmt: skip
+HOSTS = [[b"localhost"], [b"evil.example"], [b"localhost/health?"], [b"localhost:80@evil"], [b""], [], [b"localhost", b"evil.example"]]
+WRONG = [
+    {}, {b"authorization": b""}, {b"authorization": b"Bearer"}, {b"authorization": b"Bearer "}, {b"authorization": b"Bearer x"},
+    {b"authorization": b"Bearer " + b"k" * 31}, {b"authorization": b"Bearer " + b"k" * 33}, {b"authorization": b"Basic " + b"k" * 32},
+    {b"authorization": b"Bearer " + b"k" * 32 + b"\x00"}, {b"x-api-key": b""}, {b"x-api-key": b"K" * 32}, {b"api-key": b"k" * 32},
+    {b"cookie": b"key=" + b"k" * 32}, {b"x-forwarded-for": b"127.0.0.1"}, {b"x-original-url": b"/health"}, {b"x-rewrite-url": b"/health"},
+    {b"authorization": b"Bearer x", b"x-api-key": b"k" * 32},
+]  # fmt: skip
+
+
+@pytest.mark.row("http and keys", "every route, deny by default")
+def test_every_route_wants_a_key_whatever_its_path_and_host_look_like(log):
+    """Routes are read off the application, so that a new one is asked for by itself. The application behind the guard answers anything."""
+
+    async def run() -> int:
+        guard, asked = Guard(served, log, keys=Keys(["k" * 32]), hosts={"localhost"}), 0
+        routes = [route for route in make_app(SimpleNamespace(), SimpleNamespace()).routes if isinstance(route, Route)]
+        assert len(routes) > 12
+        for route in routes:
+            for method in {"GET", "POST", "HEAD", "OPTIONS", "TRACE"}:
+                plain = route.path.replace("{name:path}", "x")
+                for path in (plain, *(trick.format(plain) for trick in TRICKS)):
+                    if plain == path and plain in PUBLIC and method in {"GET", "HEAD"}:
+                        continue
+                    for wrong in WRONG:
+                        for hosts in HOSTS if path == plain else HOSTS[:1]:
+                            headers = [(b"content-type", b"application/json"), *((b"host", host) for host in hosts), *wrong.items()]
+                            client = Client(guard, path, method, headers)
+                            await client.task
+                            assert (client.status, client.reads) == (401, 0), (method, path, headers)
+                            asked += 1
+            client = Client(guard, route.path, "GET", [(b"x-api-key", b"k" * 32), (b"host", b"any.example")])
+            await client.task
+            assert client.status == 200
+        return asked
+
+    assert asyncio.run(run()) > 10_000
+
+
+@pytest.mark.row("http and keys", "compared in constant time")
+def test_every_key_is_compared_whichever_is_given(monkeypatch):
+    keys, compared, real = Keys(["a" * 20, "b" * 20, "c" * 20]), [], hmac.compare_digest
+
+    def watched(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return real(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", watched)
+    for given, known in ((b"a" * 20, True), (b"c" * 20, True), (b"", False), (b"a", False), (b"a" * 10**6, False), (b"\xff\x00", False)):
+        compared.clear()
+        assert (keys.tenant(given) is not None) is known
+        assert compared == [(32, 32)] * 3

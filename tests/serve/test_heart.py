@@ -23,6 +23,7 @@ def felt(seconds: float, beats) -> tuple[Pulse, float]:
     return pulse, now
 
 
+@pytest.mark.row("lying health", "a step while work waits")
 @pytest.mark.parametrize(
     ("seconds", "beats", "well", "lost"),
     [
@@ -90,6 +91,7 @@ def test_messages_come_through_any_portions():
     assert list(Frames[Report](Report).feed(frame(news))) == [news]
 
 
+@pytest.mark.row("pickles on sockets", "a canary at every socket")
 @pytest.mark.parametrize(
     "body",
     [b"\x80\x04\x95.", b"cposix\nsystem\n(S'id'\ntR.", b"\xc1", msgspec.msgpack.encode({"type": "Eval", "code": "1"}), b"\x91" * 5000],

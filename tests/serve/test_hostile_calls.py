@@ -51,6 +51,7 @@ def check(text: str, portions) -> list[Call]:
     return calls
 
 
+@pytest.mark.row("eval", "hostile calls")
 def test_what_is_put_together_at_random():
     chance, called = random.Random(3), 0
     for _ in range(20_000):
@@ -60,6 +61,7 @@ def test_what_is_put_together_at_random():
     assert called > 300
 
 
+@pytest.mark.row("eval", "hostile calls")
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_is_made_to_hurt(name):
     calls = check(WHOLE[name], [WHOLE[name][at : at + 997] for at in range(0, len(WHOLE[name]), 997)])

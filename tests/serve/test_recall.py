@@ -274,6 +274,7 @@ def test_the_log_and_metrics_say_so(cached):
     assert 0 < found["first_token_seconds"] <= found["seconds"] < 0.1
 
 
+@pytest.mark.row("prefix cache", "no hit across tenants")
 def test_tenants_share_nothing_and_the_environment_names_the_cache(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first-key-of-two\nsecond-key-of-two\n")

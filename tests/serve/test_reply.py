@@ -51,6 +51,7 @@ def test_an_error_is_the_answer_or_the_last_event(begun):
     assert note.said == "too much"
 
 
+@pytest.mark.row("disconnects", "at every point")
 def test_work_ends_when_the_client_goes_or_does_not_read(monkeypatch):
     monkeypatch.setattr(reply, "STALLED_S", 0.2)
     ended = []

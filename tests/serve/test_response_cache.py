@@ -111,6 +111,7 @@ def changed(rng: np.random.Generator, params: SamplingParams, field: str) -> Sam
     return dataclasses.replace(params, **{field: value, **without})
 
 
+@pytest.mark.row("prefix cache", "keys of typed fields")
 def test_every_field_of_the_parameters_is_part_of_the_key():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(SamplingParams)}, "say how to change the new field"
     rng = np.random.default_rng(0)
@@ -145,6 +146,7 @@ def test_a_field_that_parameters_gain_is_part_of_the_key_by_itself():
     assert key_of(MODEL, Asked("", (1,), Later())) != key_of(MODEL, Asked("", (1,), SamplingParams()))
 
 
+@pytest.mark.row("prefix cache", "keys of typed fields")
 def test_fields_do_not_run_into_each_other():
     params = SamplingParams()
     asked = [Asked("a", (1, 2), params), Asked("", (97, 1, 2), params), Asked("a\0", (1, 2), params), Asked("a", (1,), params)]

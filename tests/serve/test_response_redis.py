@@ -236,6 +236,7 @@ def test_answers_that_come_too_late_answer_nothing_else(server):
     asyncio.run(run())
 
 
+@pytest.mark.row("pickles on sockets", "a canary at every socket")
 def test_damaged_long_and_foreign_entries_are_misses(server):
     async def run() -> None:
         limits = Limits(value_bytes=2000)

@@ -136,6 +136,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.row("numbers and lists", "boundary table")
 def test_every_field_is_bounded_and_named(server):
     with httpx.Client(base_url=server.url, timeout=30) as http:
         for field, values in WRONG.items():

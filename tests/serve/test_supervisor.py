@@ -54,6 +54,7 @@ def test_a_users_mistake_ends_it_with_2():
     assert "1,000,000 bytes of memory are not enough" in told[-1]
 
 
+@pytest.mark.row("exit code of a dead engine", "never could live")
 def test_a_process_that_cannot_run_ends_it_with_1(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     told, codes = supervised(BEGIN, gives_up, Restarts(first_s=0.01))

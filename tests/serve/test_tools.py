@@ -81,6 +81,7 @@ DEEP_ROUTES = {
 }  # fmt: skip
 
 
+@pytest.mark.row("regex and grammars", "depth and size")
 @pytest.mark.parametrize("path", DEEP_ROUTES)
 @pytest.mark.parametrize("depth", [70, 500, 600, 800])
 def test_parameters_nested_too_deep_are_refused_by_name(path, depth, server):

@@ -61,6 +61,10 @@ def test_outputs_are_those_of_llm(llm):
     assert nothing_is_held(work)
 
 
+@pytest.mark.row("request ids and state", "canaries beside")
+@pytest.mark.row("disconnects", "at every point")
+@pytest.mark.row("leaked pages", "after aborts")
+@pytest.mark.row("payloads and cancels", "cancelled at each stage")
 def test_aborts_at_any_point_free_everything_and_change_nothing_beside_them(llm):
     work, rng = Work(llm), random.Random(5)
     canary = Submit(10**6, PROMPTS[0], SamplingParams(max_tokens=120, ignore_eos=True), "")
@@ -83,6 +87,7 @@ def test_aborts_at_any_point_free_everything_and_change_nothing_beside_them(llm)
     assert all(piece.error is None for piece in pieces)
 
 
+@pytest.mark.row("prefix cache", "no hit across tenants")
 def test_tenants_share_nothing(llm):
     work, prompt = Work(LLM("code-8m", max_sequences=2)), list(range(200, 328))
     hits = []
@@ -96,6 +101,7 @@ def test_tenants_share_nothing(llm):
     assert hits[4] == 2 * hits[2]
 
 
+@pytest.mark.row("one fault for all", "the offender alone")
 @pytest.mark.parametrize(
     ("prompt", "params", "said"),
     [
@@ -120,6 +126,7 @@ def test_what_is_refused_is_the_requests_own_fault(prompt, params, said, llm):
     assert nothing_is_held(work)
 
 
+@pytest.mark.row("one fault for all", "the offender alone")
 def test_what_fails_inside_is_the_engines(llm, monkeypatch):
     work = Work(llm)
 

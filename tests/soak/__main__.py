@@ -12,10 +12,14 @@ from hasten import _native
 from hasten.base import hardware
 from tests.soak.determinism import CACHES, CELLS, WEIGHTS, Cell, Difference, run_cell
 from tests.soak.determinism import PARTS as KINDS
+from tests.soak.fuzz import fuzz
 from tests.soak.kill import SLOTS, STREAMS, Served, run_round
 from tests.soak.mechanisms import FEWEST, WAYS, Same
 from tests.soak.mechanisms import KINDS as PLAYED
+from tests.soak.requests import PER_CHUNK, requests
+from tests.soak.tenants import PER_ROUND, tenants
 
+REQUESTS, PAIRS, SECONDS = 10_000, 1000, 3600
 PROMPTS = {"determinism": 200, "engine": 1000}
 ROUNDS = 50
 LEAST = {"determinism": 12, "engine": FEWEST}
@@ -100,7 +104,7 @@ def kill(ledger: Ledger, digest: str, rounds: int, seed: int) -> None:
     print(f"{sum(each['refusals'] for each in results):,} requests sent away meanwhile, each with Retry-After")
 
 
-PARTS = {"determinism": determinism, "engine": engine, "kill": kill}
+PARTS = {"determinism": determinism, "engine": engine, "kill": kill, "requests": requests, "fuzz": fuzz, "tenants": tenants}
 
 
 def main() -> int:
@@ -108,6 +112,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"which of {', '.join(PARTS)}; all unless given")
     parser.add_argument("--prompts", type=int, help=f"for each cell; unless given {PROMPTS}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of kill; {ROUNDS} unless given")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help=f"malformed ones, in chunks of {PER_CHUNK}; {REQUESTS} unless given")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of fuzz, for each target; {SECONDS} unless given")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"of tenants, in rounds of {PER_ROUND}; {PAIRS} unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, default=ROOT / ".soak" / "ledger.jsonl", help="where finished pieces are noted")
     given = parser.parse_args()
@@ -118,10 +125,13 @@ def main() -> int:
         parser.error(f"{given.prompts} prompts are too few to share batches; {least} or more")
     if given.rounds < 1:
         parser.error(f"{given.rounds} rounds; 1 or more")
+    if min(given.requests, given.seconds, given.pairs) < 1:
+        parser.error("--requests, --seconds and --pairs are 1 or more")
     ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak", ROOT / "tests" / "serve" / "server.py")
+    sizes = {"kill": given.rounds, "requests": given.requests, "fuzz": given.seconds, "tenants": given.pairs}
     for part in parts:
         try:
-            PARTS[part](ledger, digest, given.rounds if part == "kill" else given.prompts or PROMPTS[part], given.seed)
+            PARTS[part](ledger, digest, sizes[part] if part in sizes else given.prompts or PROMPTS[part], given.seed)
         except Difference as error:
             print(f"{part}: {error}", file=sys.stderr)
             return 1

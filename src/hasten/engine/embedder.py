@@ -95,8 +95,8 @@ class Embedder:
         texts = [self._texts[number] for number, _ in planned]
         starts = [text.pages.length for text in texts]
         parts = [list(text.tokens[start : start + count]) for text, start, (_, count) in zip(texts, starts, planned)]
+        self._engine.move(cache.take_moves())  # others' pages among them, so a failure is not this text's
         try:
-            session.carry_out(cache.take_moves())
             rows = session.hidden(Batch.of(parts, starts), [text.pages.tables for text in texts])
         except Exception as error:
             if len(planned) == 1:

@@ -11,7 +11,7 @@ from hasten.engine.following import Following
 from hasten.engine.forward import Rows, compute
 from hasten.engine.live import Live, Step
 from hasten.engine.pace import Pace
-from hasten.engine.plan import Costs, Counters, Entry, Job, NeverFitsError, Settings
+from hasten.engine.plan import Costs, Counters, Entry, Job, Settings
 from hasten.engine.request import Chunk, Request
 from hasten.engine.sampling import SamplingParams
 from hasten.engine.scheduler import Scheduler
@@ -69,21 +69,21 @@ class Engine:
         scored = params.prompt_logprobs if first.choice == 0 else None
         states, search, scores = self._states(params, len(sequences)), None, None
         try:
+            if beam is not None:
+                search = Search(params, beam, max_tokens=first.most, end_ids=first.end_ids, constraint=states[0] if states else None)
+            if scored is not None:
+                from hasten.engine.scoring import PromptScores  # late, as the sampler
+
+                scores = PromptScores(first.prompt, scored)
             job = Job(sequences[0], first.prompt, most, together, priority, key if scored is None else None, scored is not None)
-            self.scheduler.submit(job, sequences[0], self._clock())
-        except NeverFitsError:
+            self.scheduler.submit(job, sequences[0], self._clock())  # last: whatever fails leaves nothing there
+        except Exception:
             for state in states:
                 state.close()
             raise
-        if beam is not None:
-            search = Search(params, beam, max_tokens=first.most, end_ids=first.end_ids, constraint=states[0] if states else None)
-        else:
+        if beam is None:
             for output, state in zip(outputs, states):
                 output.constraint = state
-        if scored is not None:
-            from hasten.engine.scoring import PromptScores  # late, as the sampler
-
-            scores = PromptScores(first.prompt, scored)
         live.add(sequences, outputs, search, scores)
         return sequences[0]
 
@@ -98,7 +98,7 @@ class Engine:
         held = self._follow(step) if live.constrained else ()
         began = self._clock()
         plan = self.scheduler.plan(began, held, self._pace.costs)
-        self._move(plan.moves)
+        self.move(plan.moves)
         if not plan.entries:
             self._wait(held, step)
             return step.chunks
@@ -121,7 +121,8 @@ class Engine:
             self._pace.note_step(plan.entries, self._clock() - began)
         return chunks
 
-    def _move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[Move]) -> None:
+        """Carry out what the cache has decided; whoever computes on these pages does so before. What it raises ends the engine."""
         if not self._whole:
             raise RuntimeError("moving pages of the cache failed before, and what they hold is not known; make the LLM again")
         if moves:

@@ -60,13 +60,18 @@ class Prepared:
     def submit(self, engine: Engine) -> list[int]:
         """Hand it to ``engine``, once; the numbers under which ``engine.abort`` knows it. More outputs than run together come in turns.
 
-        Raises NeverFitsError, with nothing handed in, for what could not run even alone."""
+        Raises NeverFitsError for what could not run even alone. Whatever it raises, nothing stays handed in."""
         slots = engine.scheduler.settings.batching.slots
         together = len(self.outputs) if self.outputs[0].params.beam is not None else slots
-        return [
-            engine.submit(self.outputs[begin : begin + together], priority=self.priority, key=self.key)
-            for begin in range(0, len(self.outputs), together)  # the first is the largest, so none but it can be refused
-        ]
+        numbers = list[int]()
+        try:
+            for begin in range(0, len(self.outputs), together):
+                numbers.append(engine.submit(self.outputs[begin : begin + together], priority=self.priority, key=self.key))
+        except Exception:
+            for number in numbers:
+                engine.abort(number)
+            raise
+        return numbers
 
     def refused(self, error: str) -> list[Chunk]:
         """The last chunk of each output, for a request that no engine takes."""

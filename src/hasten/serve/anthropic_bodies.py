@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hasten.serve.bodies import FUNCTION_NAME, MAX_MESSAGES, Strict
+from hasten.serve.bodies import FUNCTION_NAME, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Strict
 
 Cache = dict[str, Any] | None
 """Accepted: prefixes are found again without being told."""
@@ -18,6 +18,9 @@ class TextBlock(Strict):
     text: str
     cache_control: Cache = None
     citations: list[None] | None = Field(default=None, max_length=0)
+
+
+Texts = Annotated[list[TextBlock], Field(max_length=MAX_PARTS)]
 
 
 class ToolUseBlock(Strict):
@@ -37,7 +40,7 @@ class ToolResultBlock(Strict):
 
     type: Literal["tool_result"]
     tool_use_id: str = Field(max_length=256)
-    content: str | list[TextBlock] | None = None
+    content: str | Texts | None = None
     is_error: bool | None = None
     cache_control: Cache = None
 
@@ -49,7 +52,7 @@ class Turn(Strict):
     """One message."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(max_length=MAX_PARTS)]
 
 
 class InputSchema(Strict):
@@ -105,8 +108,8 @@ class CountBody(Strict):
     model: str | None = Field(default=None, max_length=1024)
     """The served model's name; may be left out."""
     messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
-    system: str | list[TextBlock] | None = None
-    tools: list[AnthropicTool] | None = Field(default=None, max_length=128)
+    system: str | Texts | None = None
+    tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

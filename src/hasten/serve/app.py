@@ -11,7 +11,7 @@ from hasten import __version__
 from hasten.base.errors import UserError
 from hasten.serve.anthropic_bodies import CountBody, MessagesBody
 from hasten.serve.anthropic_messages import count_tokens, messages
-from hasten.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, schema_of
+from hasten.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse, schema_of, schemas_of
 from hasten.serve.chat import chat
 from hasten.serve.completions import completion
 from hasten.serve.embeddings import EmbeddingsBody, embeddings
@@ -29,9 +29,22 @@ QUICK = 64 << 10
 """Bytes of a body that is read at once; what is longer is read beside the event loop."""
 
 
+BODIES = (CompletionBody, ChatBody, MessagesBody, CountBody, EmbeddingsBody, ResponsesBody, TokenizeBody, DetokenizeBody)
+
+
+class Api(FastAPI):
+    """FastAPI that describes bodies, which it does not read by itself."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description under ``/openapi.json``."""
+        if self.openapi_schema is None:
+            super().openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas_of(BODIES))
+        return super().openapi()
+
+
 def make_app(service: Service, metrics: Metrics) -> FastAPI:
     """Of the API, without what guards it. Requests come with what `hasten.serve.guard` found: body, tenant and note."""
-    app = FastAPI(title="hasten", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = Api(title="hasten", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     async def parsed(kind: type[Body], request: Request) -> Body:
         raw: bytes = request.state.body
@@ -49,27 +62,27 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
         note_of(request).said = found.message
         return answer(error_body(request.scope["path"], found), found.status, dict(error.headers or {}))
 
-    @app.post("/v1/completions", openapi_extra=dict(schema_of(CompletionBody)))
+    @app.post("/v1/completions", openapi_extra=schema_of(CompletionBody))
     async def completions(request: Request) -> Response:
         return completion(service, await parsed(CompletionBody, request), request.state.tenant, note_of(request))
 
-    @app.post("/v1/chat/completions", openapi_extra=dict(schema_of(ChatBody)))
+    @app.post("/v1/chat/completions", openapi_extra=schema_of(ChatBody))
     async def chat_completions(request: Request) -> Response:
         return chat(service, await parsed(ChatBody, request), request.state.tenant, note_of(request))
 
-    @app.post("/v1/messages", openapi_extra=dict(schema_of(MessagesBody)))
+    @app.post("/v1/messages", openapi_extra=schema_of(MessagesBody))
     async def anthropic_messages(request: Request) -> Response:
         return messages(service, await parsed(MessagesBody, request), request.state.tenant, note_of(request))
 
-    @app.post("/v1/messages/count_tokens", openapi_extra=dict(schema_of(CountBody)))
+    @app.post("/v1/messages/count_tokens", openapi_extra=schema_of(CountBody))
     async def anthropic_count(request: Request) -> Response:
         return answer(await count_tokens(service, await parsed(CountBody, request)))
 
-    @app.post("/v1/embeddings", openapi_extra=dict(schema_of(EmbeddingsBody)))
+    @app.post("/v1/embeddings", openapi_extra=schema_of(EmbeddingsBody))
     async def embed(request: Request) -> Response:
         return embeddings(service, await parsed(EmbeddingsBody, request), note_of(request))
 
-    @app.post("/v1/responses", openapi_extra=dict(schema_of(ResponsesBody)))
+    @app.post("/v1/responses", openapi_extra=schema_of(ResponsesBody))
     async def responses(request: Request) -> Response:
         return respond(service, await parsed(ResponsesBody, request), request.state.tenant, note_of(request))
 
@@ -82,7 +95,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
         service.check_model(name)
         return answer(_card(service))
 
-    @app.post("/tokenize", openapi_extra=dict(schema_of(TokenizeBody)))
+    @app.post("/tokenize", openapi_extra=schema_of(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = await parsed(TokenizeBody, request)
         service.check_model(body.model)
@@ -97,7 +110,7 @@ def make_app(service: Service, metrics: Metrics) -> FastAPI:
         ids = await mended(tokens)
         return answer({"tokens": ids, "count": len(ids), "max_model_len": service.texts.context})
 
-    @app.post("/detokenize", openapi_extra=dict(schema_of(DetokenizeBody)))
+    @app.post("/detokenize", openapi_extra=schema_of(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = await parsed(DetokenizeBody, request)
         service.check_model(body.model)

@@ -7,6 +7,9 @@ from hasten.engine import BeamSearch, Grammar, SamplingParams
 from hasten.engine.sampling import MAX_INT
 from hasten.serve.bodies import ChatBody, CompletionBody, Sampled
 
+NAMES = {"json_schema": "response_format.json_schema.schema"}
+"""What OpenAI's API calls fields of `hasten.engine`."""
+
 
 def of_completion(body: CompletionBody) -> SamplingParams:
     """For ``/v1/completions``. ``max_tokens`` 0, which OpenAI's API has for scoring a prompt, asks for one that is not shown."""
@@ -21,10 +24,8 @@ def of_chat(body: ChatBody, calls: Grammar | None) -> SamplingParams:
     """For ``/v1/chat/completions``, whose answer goes on to the end of the context unless bounded. ``calls`` is the grammar of an answer
     that must be the call of a tool."""
     most = body.max_tokens
-    if body.max_completion_tokens is not None:
-        if (most := body.max_completion_tokens) < 1:
-            raise ConfigError(f"max_completion_tokens is {one_line(most)}: ask for at least one token")
-        most = min(most, MAX_INT)
+    if body.max_completion_tokens is not None and not 1 <= (most := body.max_completion_tokens) <= MAX_INT:
+        raise ConfigError(f"max_completion_tokens is {one_line(most)}: give a whole number from 1 to {MAX_INT}")
     if body.top_logprobs is not None and not body.logprobs:
         raise ConfigError("top_logprobs is given without logprobs; set logprobs to true")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None

@@ -8,14 +8,21 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import models_json_schema
 
 from hasten.serve.errors import ApiError
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+"""Pieces of a message."""
+MAX_IDS = 1 << 18
+"""Token ids to be made text of at a time."""
 MAX_CHOICES = 1024
 """Texts that ``choices`` may name."""
 MAX_TOOLS = 128
+SCHEMAS = "#/components/schemas/"
+"""Where an OpenAPI description has its types."""
 FUNCTION_NAME = "^[a-zA-Z0-9_.-]{1,64}$"
 
 
@@ -98,7 +105,7 @@ class Sampled(Strict):
     choices: list[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
     """The output is one of these texts."""
     beam_width: int | None = None
-    length_penalty: float = 1.0
+    length_penalty: float = Field(default=1.0, ge=-10, le=10)
     early_stopping: bool | Literal["never"] = False
     return_token_ids: bool = False
     """Choices have ``token_ids``, and the answer the prompt's. A model without a tokenizer always gives them."""
@@ -157,7 +164,7 @@ class CalledTool(Strict):
     id: str = Field(max_length=256)
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
+    index: int | None = Field(default=None, ge=0, le=65535)
     """Accepted."""
 
 
@@ -165,7 +172,7 @@ class Message(Strict):
     """One message of a chat."""
 
     role: Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
     """May be left out where there are ``tool_calls``."""
     tool_calls: list[CalledTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(default=None, max_length=256)
@@ -229,13 +236,13 @@ class ChatBody(Sampled):
     """Accepted."""
     verbosity: str | None = None
     """Accepted."""
-    modalities: list[Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, max_length=16)
 
 
 class TokenizeBody(Strict):
     """``POST /tokenize``: a text, or a chat."""
 
-    model: str | None = None
+    model: str | None = Field(default=None, max_length=1024)
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = True
@@ -245,8 +252,8 @@ class TokenizeBody(Strict):
 class DetokenizeBody(Strict):
     """``POST /detokenize``."""
 
-    model: str | None = None
-    tokens: Annotated[list[int], BeforeValidator(lambda given: _ids(given) if given != [] else given)]
+    model: str | None = Field(default=None, max_length=1024)
+    tokens: Annotated[list[int], BeforeValidator(lambda given: _ids(given) if given != [] else given), Field(max_length=MAX_IDS)]
     skip_special_tokens: bool = False
 
 
@@ -295,7 +302,13 @@ def _named(kind: type[BaseModel], place: Sequence[str | int]) -> list[str | int]
     return kept
 
 
-def schema_of(kind: type[BaseModel]) -> Mapping[str, Any]:
-    """Of a body, for OpenAPI."""
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """Of a route that takes such a body, for OpenAPI; what it refers to is in `schemas_of`."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": f"{SCHEMAS}{kind.__name__}"}}}}}
+
+
+def schemas_of(kinds: Sequence[type[BaseModel]]) -> Mapping[str, Any]:
+    """Of these bodies and all that they are made of, by name."""
+    _, found = models_json_schema([(kind, "validation") for kind in kinds], ref_template=SCHEMAS + "{model}")
+    schemas: Mapping[str, Any] = found["$defs"]
+    return schemas

@@ -4,12 +4,10 @@ import secrets
 import time
 from typing import Any
 
-from hasten.base.errors import ConfigError
 from hasten.serve import logprobs
-from hasten.serve.asked import grammar_field, of_chat
+from hasten.serve.asked import NAMES, grammar_field, of_chat
 from hasten.serve.bodies import ChatBody
-from hasten.serve.conversation import Conversation, converse, stops_of
-from hasten.serve.errors import refused
+from hasten.serve.conversation import Conversation, called, converse, stops_of
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
 from hasten.serve.outputs import Output, StreamUsage, collect, usage, written
@@ -23,12 +21,10 @@ def chat(service: Service, body: ChatBody, tenant: str, note: Note) -> Reply:
     service.check_model(body.model)
     if body.stop is None and body.beam_width is None:
         body = body.model_copy(update={"stop": stops_of(service)})
-    try:
+    with called(NAMES):
         offer = offer_of(body)
         params = of_chat(body, offer.grammar())
         messages = plain_messages(body.messages)
-    except ConfigError as error:
-        raise refused(error) from None
     view = _View(service, body, offer)
     conversation = Conversation(
         messages=messages, params=params, offer=offer, timeout_s=body.timeout_s, add_generation_prompt=body.add_generation_prompt,

@@ -4,13 +4,12 @@ import secrets
 import time
 from typing import Any
 
-from hasten.base.errors import ConfigError
 from hasten.engine import TokenLogprob
 from hasten.serve import logprobs
-from hasten.serve.asked import grammar_field, of_completion
+from hasten.serve.asked import NAMES, grammar_field, of_completion
 from hasten.serve.bodies import CompletionBody
+from hasten.serve.conversation import called
 from hasten.serve.entries import check_entries
-from hasten.serve.errors import refused
 from hasten.serve.log import Note
 from hasten.serve.messages import Piece
 from hasten.serve.outputs import Output, StreamUsage, collect, usage, written
@@ -21,10 +20,8 @@ from hasten.serve.service import Generation, Service
 def completion(service: Service, body: CompletionBody, tenant: str, note: Note) -> Reply:
     """Answer it. Raises ApiError for what can be told at once."""
     service.check_model(body.model)
-    try:
+    with called(NAMES):
         params = of_completion(body)
-    except ConfigError as error:
-        raise refused(error) from None
     view = _View(service, body)
 
     async def work(sender: Sender) -> None:

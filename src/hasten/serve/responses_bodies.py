@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hasten.serve.bodies import MAX_MESSAGES, MAX_TOOLS, FunctionSpec, NamedFunction, Strict
+from hasten.serve.bodies import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionSpec, NamedFunction, Strict
 
 
 class ContentPart(Strict):
@@ -19,12 +19,15 @@ class ContentPart(Strict):
     """Accepted."""
 
 
+Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
+
+
 class MessageItem(Strict):
     """One message."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[ContentPart]
+    content: str | Parts
     id: str | None = Field(default=None, max_length=256)
     """Accepted, as is the next."""
     status: str | None = Field(default=None, max_length=64)
@@ -47,7 +50,7 @@ class CallOutputItem(Strict):
 
     type: Literal["function_call_output"]
     call_id: str = Field(max_length=256)
-    output: str | list[ContentPart]
+    output: str | Parts
     id: str | None = Field(default=None, max_length=256)
     status: str | None = Field(default=None, max_length=64)
 

@@ -102,22 +102,13 @@ class Work:
         for chunk in chunks:
             if (live := self._by_index.get(chunk.index)) is None:
                 continue
-            for one in live.answer.take(chunk):
-                fault: Fault = "" if one.error is None else "request" if live.grammatical and not _INSIDE.match(one.error) else "engine"
-                pieces.append(
-                    Piece(
-                        live.id,
-                        one.choice,
-                        one.text,
-                        one.token_ids,
-                        one.finish_reason,
-                        one.error,
-                        fault,
-                        one.logprobs,
-                        one.prompt_logprobs,
-                        one.stop,
-                    )  # fmt: skip
-                )
+            try:
+                pieces += [_piece(live, one) for one in live.answer.take(chunk)]
+            except Exception as error:  # ends the request, which one piece is enough to tell
+                traceback.print_exc()
+                pieces.append(_ended(live.id, chunk.choice, _said(error), "engine"))
+                self.abort(live.id)
+                continue
             if live.answer.done:
                 self._forget(live)
         return pieces
@@ -126,6 +117,13 @@ class Work:
         del self._live[live.id], self._by_index[self._index.pop(live.id)]
         for number in live.numbers:
             del self._ids[live.engine, number]
+
+
+def _piece(live: _Live, one: Chunk) -> Piece:
+    fault: Fault = "" if one.error is None else "request" if live.grammatical and not _INSIDE.match(one.error) else "engine"
+    return Piece(
+        live.id, one.choice, one.text, one.token_ids, one.finish_reason, one.error, fault, one.logprobs, one.prompt_logprobs, one.stop
+    )  # fmt: skip
 
 
 def _ended(id: int, choice: int, error: str, fault: Fault) -> Piece:
