@@ -40,7 +40,15 @@ def test_lines_of_json_are_documents(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"{", "line 1: not JSON"), (b'{"text": "a"}\n["b"]', "line 2"), (b'{"txt": "a"}', "line 1"), (b"", "no lines"), (b"\xff", "UTF-8")],
+    [
+        (b"{", "line 1 is not JSON"),
+        (b'{"text": "a"}\n["b"]', "line 2"),
+        (b'{"txt": "a"}', "line 1"),
+        (b"", "no lines"),
+        (b"\xff", "line 1 is not JSON"),
+        (b'{"text": "a"}\n"' + b"a" * (17 << 20), "line 2 has"),
+    ],
+    ids=["cut", "list", "other", "empty", "bytes", "long"],
 )
 def test_bad_lines_are_named(content, said, tmp_path):
     file = tmp_path / "text.jsonl"

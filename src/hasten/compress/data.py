@@ -1,23 +1,21 @@
 """Text to calibrate on: what documents come from, and the windows cut of them. None of it is in the held-out set."""
 
 import dataclasses
+import functools
 import hashlib
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from hasten.base.errors import ConfigError, UserError, one_line
+from hasten.engine.jsonl import LONGEST_LINE, parse_line
 from hasten.measure.text import Corpus, held_out, read_corpus, standard_library
 from hasten.model import Model
 
 FROM_ONE = 4
 """Most windows of one document while others have some left."""
-
-LONGEST_LINE = 64 << 20
-"""Characters of a line of JSON that are read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,31 +100,21 @@ def _held_out_documents() -> tuple[str, ...]:
 
 def _jsonl(path: Path) -> Corpus:
     digest, documents = hashlib.sha256(), []
-    for number, line in _lines(path):
-        digest.update(line.encode())
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}, line {number}: not JSON; each line is an object with a text") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UserError(f'{path}, line {number}: {one_line(record)}; an object such as {{"text": "…"}} is needed')
-        documents.append(record["text"])
+    try:
+        with open(path, "rb") as file:
+            for number, raw in enumerate(iter(functools.partial(file.readline, LONGEST_LINE + 1), b""), 1):
+                if raw.strip():
+                    digest.update(raw)
+                    documents.append(_text_of(parse_line(raw, f"{path}: line {number}"), f"{path}: line {number}"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; name text that can be") from None
     if not documents:
         raise UserError(f"{path} has no lines; each line is an object with a text")
     return Corpus(str(path), tuple(documents), digest.hexdigest())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE:,} characters; split it")
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; name text that can be") from None
+def _text_of(record: object, where: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f'{where}: {one_line(record)}; an object such as {{"text": "…"}} is needed')
+    text: str = record["text"]
+    return text
