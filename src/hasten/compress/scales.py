@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hasten.compress.grid import Clip
-from hasten.compress.rtn import round_to_nearest
+from hasten.compress.grid import Clip, Grid
 from hasten.compress.threads import in_order
 from hasten.formats.linear import LinearFormat
 
@@ -29,8 +28,10 @@ def awq_scales(
     bases = [(exponent, base) for exponent in exponents for base in (ones, shares.clamp(min=LEAST) ** (1 - exponent))]
     tried = [ones, *(balanced(magnitudes.clamp(min=LEAST) ** exponent / base, tie) for exponent, base in bases)]
 
+    narrow = [(weight, moments.to(weight.dtype)) for weight, moments in readers]
+
     def loss(scales: Tensor) -> float:
-        return sum(_loss(weight, scales, moments, form, clip) for weight, moments in readers)
+        return sum(_loss(weight, scales, moments, form, clip) for weight, moments in narrow)
 
     losses = list(in_order(loss, tried, threads))
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -71,7 +72,7 @@ def _shares(weight: Tensor, group: int) -> Tensor:
 
 
 def _loss(weight: Tensor, scales: Tensor, moments: Tensor, form: LinearFormat, clip: Clip) -> float:
-    inside = moments / torch.outer(scales, scales).to(moments.dtype)
-    rounded = round_to_nearest(weight * scales, form, clip=clip, moments=inside)
-    error = weight - torch.from_numpy(rounded.dense()) / scales
+    grid = Grid.fit(scaled := weight * scales, form, clip=clip, moments=moments / torch.outer(scales, scales).to(moments.dtype))
+    inputs = torch.arange(weight.shape[1])
+    error = weight - grid.dense(grid.codes(scaled, inputs), inputs) / scales
     return float(((error @ moments.to(error.dtype)) * error).sum(dtype=torch.float64))
