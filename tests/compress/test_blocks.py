@@ -130,6 +130,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop_at, tmp_path):
 def test_another_run_is_not_gone_on_with(tmp_path):
     model = small()
     text = windows_for(model)
+    (tmp_path / ".run.json.partial").write_text("")  # killed before it had begun
     watch(model, text, tmp_path)
     with pytest.raises(UserError, match="another model, recipe or text"):
         watch(model, windows_for(model, seed=1), tmp_path)

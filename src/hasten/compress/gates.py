@@ -1,5 +1,6 @@
 """What must hold of a compressed model before it is kept."""
 
+import glob
 import secrets
 import shutil
 from pathlib import Path
@@ -57,6 +58,8 @@ def save_checked(model: Model, directory: Path, *, overwrite: bool = False) -> N
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise CheckpointError(f"{directory} exists and is not empty; choose another directory, or overwrite it on purpose")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.trial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     trial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.trial")
     try:
         save(model, trial)

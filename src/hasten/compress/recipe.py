@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -155,14 +156,16 @@ def _refuse_twice(model: Model, earlier: Step, later: Step) -> None:
 
 
 def carry_out(model: Model, recipe: Sequence[Step], text: Text | None, run: Run) -> Model:
-    """``model`` through every step in order, each in a folder of its own below ``run.work``. Raises ConfigError as check_recipe does,
-    and where a step needs text and there is none."""
+    """``model`` through every step in order, each in a folder of its own below ``run.work``, other steps in other folders. Raises
+    ConfigError as check_recipe does, and where a step needs text and there is none."""
     check_recipe(model, recipe)
     if text is None and (needing := [step.transform.name for step in recipe if step.needs_text]):
         raise ConfigError(f"{needing[0]} looks at activations, so it needs text to calibrate on")
-    original = model
+    original, digest = model, hashlib.sha256(f"{model.name} {text and text.sha256}".encode())
     for number, step in enumerate(recipe):
-        model = step.transform.apply(model, step.settings, text if step.needs_text else None, run.part(f"{number}-{step.transform.name}"))
+        digest.update(step.transform.name.encode() + msgspec.json.encode(step.settings))
+        part = run.part(f"{number}-{step.transform.name}-{digest.hexdigest()[:8]}")
+        model = step.transform.apply(model, step.settings, text if step.needs_text else None, part)
     return settled(model, original)
 
 

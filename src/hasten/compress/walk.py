@@ -145,9 +145,9 @@ def _claim(work: Path, key: str) -> None:
         if json.loads(file.read_text("utf-8")).get("key") != key:
             raise UserError(f"{work} holds an unfinished run of another model, recipe or text; remove it, or name another folder")
         return
-    if any(work.iterdir()):
-        raise UserError(f"{work} is not empty and holds no run to go on with; name another folder")
     partial = work / ".run.json.partial"
+    if any(path != partial for path in work.iterdir()):
+        raise UserError(f"{work} is not empty and holds no run to go on with; name another folder")
     partial.write_text(json.dumps({"key": key}) + "\n", "utf-8")
     partial.rename(file)
 
