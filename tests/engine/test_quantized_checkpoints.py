@@ -1,69 +1,17 @@
-"""Quantized checkpoints at the command line, for every family, and before the judges: transformers with compressed-tensors."""
+"""Quantized checkpoints at the command line."""
 
-import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from safetensors.torch import load_file
 
 from hasten import load, save
-from hasten.backends.cpu import CpuBackend
-from hasten.backends.reference import ReferenceBackend
 from hasten.checkpoint import bundled_directory
-from hasten.families import all_families
-from hasten.formats.linear import LinearFormat
-from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.safetensors import SafetensorsFile, layout_of, write
-from hasten.formats.weights import Weight, Weights
-from hasten.program import lower, ops
 from tests.cli import assert_refused, main
-from tests.families.oracles import make_checkpoint
-from tests.pure.test_compressed_tensors import CASES, F, quantized, same
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-IDS = np.random.default_rng(0).integers(0, 8192, 48).tolist()
-
-
-def relative(a, b):
-    return np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2))
-
-
-def logits_of(model, ids):
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float().numpy()
-
-
-def judged(directory, ids=IDS):
-    """Logits of transformers with compressed-tensors, in float32."""
-    return logits_of(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), ids)
-
-
-def decompressed(directory):
-    """Logits of the bundled model with the weights that compressed-tensors makes of those in ``directory``; activations are left alone."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-
-    config = json.loads((directory / "config.json").read_text())["quantization_config"]
-    plain, marked = (
-        transformers.AutoModelForCausalLM.from_pretrained(bundled_directory("code-8m"), dtype=torch.float32).eval() for _ in range(2)
-    )
-    apply_quantization_config(marked, QuantizationConfig(**config))
-    stored = load_file(directory / "model.safetensors")
-    modules = {name: module for name, module in marked.named_modules() if getattr(module, "quantization_scheme", None) is not None}
-    for name, module in modules.items():
-        local = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
-        scheme = module.quantization_scheme
-        compressor = BaseCompressor.get_value_from_registry(scheme.format or config["format"])
-        plain.get_submodule(name).weight.data = compressor.decompress(local, scheme)["weight"].float()
-    assert modules
-    return logits_of(plain, IDS)
-
-
-# --- the command line
+from tests.pure.test_compressed_tensors import MODEL, F, quantized
+from tests.pure.test_gguf import SIZES, gguf, model_tensors
 
 
 def test_inspect_and_generate(tmp_path, monkeypatch, capsys):
@@ -84,6 +32,17 @@ def test_inspect_and_generate(tmp_path, monkeypatch, capsys):
     assert done.out.strip()
 
 
+def test_a_gguf_file_beside_its_tokenizer(tmp_path, monkeypatch, capsys):
+    tensors, _ = model_tensors(["BF16"])
+    (tmp_path / "m.gguf").write_bytes(gguf({**SIZES, "tokenizer.ggml.eos_token_id": MODEL.eos_token_ids[0]}, tensors))
+    asked = ("-p", "import json\n", "-n", "12")
+    assert_refused(main(monkeypatch, capsys, "generate", tmp_path / "m.gguf", *asked), "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(bundled_directory("code-8m") / name, tmp_path / name)
+    done = main(monkeypatch, capsys, "generate", tmp_path / "m.gguf", *asked)
+    assert (done.code, done.out) == (0, main(monkeypatch, capsys, "generate", "code-8m", *asked).out)
+
+
 @pytest.mark.parametrize("bad", [np.nan, 0.0, -1.0])
 def test_a_damaged_scale_is_one_line(bad, tmp_path, monkeypatch, capsys):
     save(quantized([F("int4", 64)]), tmp_path / "m")
@@ -94,124 +53,3 @@ def test_a_damaged_scale_is_one_line(bad, tmp_path, monkeypatch, capsys):
     arrays[name][0, 0] = bad
     write(path, layout_of(arrays), arrays.__getitem__)
     assert_refused(main(monkeypatch, capsys, "generate", tmp_path / "m", "-p", "import ", "-n", "8"), name, "scale of")
-
-
-# --- every family: what is joined, split and stacked comes apart again
-
-
-def with_products_in(model, form, activations):
-    weights = dict(model.weights)
-    products = {op.weight for op in lower(model.spec).ops if isinstance(op, ops.Linear | ops.ExpertLinear)}
-    for name in products - {"embedding.weight"}:
-        weights[name] = QuantizedWeight.from_array(weights[name].load(), form, activations)
-    return dataclasses.replace(model, weights=Weights(weights))
-
-
-@pytest.mark.parametrize("family", [family for family in all_families() if family.name != "transformer_xl"], ids=lambda family: family.name)
-def test_every_family_is_written_and_read_to_the_bit(family, tmp_path):
-    make_checkpoint(family.examples[0], tmp_path / "plain")
-    model = with_products_in(load(tmp_path / "plain"), LinearFormat("int4", 0, True), "int8")
-    save(model, tmp_path / "m")
-    again = load(tmp_path / "m")
-    same(model, again)
-    ids = np.random.default_rng(1).integers(0, model.spec.vocab, 12).tolist()
-    np.testing.assert_array_equal(ReferenceBackend().logits(model, ids), ReferenceBackend().logits(again, ids))
-    if not CpuBackend().refusals(model):
-        np.testing.assert_array_equal(CpuBackend().logits(model, ids), CpuBackend().logits(again, ids))
-
-
-# --- the judges
-
-
-@pytest.fixture
-def judges():
-    return pytest.importorskip("compressed_tensors")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_written_loads_in_transformers(name, tmp_path, judges):
-    forms, activations, _ = CASES[name]
-    model = quantized(forms, activations)
-    save(model, tmp_path / "m")
-    agrees(model, tmp_path / "m")
-
-
-def agrees(model, directory):
-    """With the judge: by the meaning of all weights; and as it plays them, whose int8 rows are rounded to max / 127.5, ours to max / 127.
-    What has packed zero points it does not load itself: transformers 5.23 makes room for unpacked ones."""
-    stored = [weight for weight in model.weights.values() if isinstance(weight, QuantizedWeight)]
-    fed = {weight.activations for weight in stored}
-    plain = dataclasses.replace(model, weights=Weights({n: Weight(w.shape, w.dtype, w.load) for n, w in model.weights.items()}))
-    meant = decompressed(directory)
-    assert relative(plain.logits(IDS), meant) <= 1e-5
-    assert relative(model.logits(IDS, "cpu"), meant) <= (4e-2 if "int8" in fed else 1e-2)
-    if not any(weight.form.zero_points for weight in stored):
-        assert relative(model.logits(IDS), judged(directory)) <= (4e-2 if "int8" in fed else 1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3", "gemma2"])
-def test_weights_that_are_fused_in_the_file_load_in_transformers(name, tmp_path, judges):
-    family = next(family for family in all_families() if family.name == name)
-    make_checkpoint(family.examples[0], tmp_path / "plain")
-    model = with_products_in(load(tmp_path / "plain"), LinearFormat("int8", 0), "bf16")
-    save(model, tmp_path / "m")
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == model.source.config["model_type"]
-    ids = np.random.default_rng(1).integers(0, model.spec.vocab, 12).tolist()
-    assert relative(model.logits(ids), judged(tmp_path / "m", ids)) <= 1e-2
-
-
-THEIRS = {
-    "int4 group": {"num_bits": 4, "strategy": "group", "group_size": 64},
-    "int4 group asymmetric": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
-    "int8 channel": {"num_bits": 8, "strategy": "channel"},
-    "int3 group": {"num_bits": 3, "strategy": "group", "group_size": 64},
-    "fp8 channel": {"num_bits": 8, "type": "float", "strategy": "channel"},
-    "fp8 tensor": {"num_bits": 8, "type": "float", "strategy": "tensor"},
-    "fp8 block": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 64]},
-    "w8a8": {"num_bits": 8, "strategy": "channel"},
-}
-
-
-@pytest.mark.parametrize("name", THEIRS)
-def test_what_compressed_tensors_writes_loads_here(name, tmp_path, judges):
-    inputs = {"num_bits": 8, "strategy": "token", "dynamic": True} if name == "w8a8" else None
-    write_with_theirs(tmp_path / "m", THEIRS[name], inputs)
-    model = load(tmp_path / "m")
-    stored = [weight for weight in model.weights.values() if isinstance(weight, QuantizedWeight)]
-    assert len(stored) == 7 * len(model.spec.blocks)
-    assert {weight.activations for weight in stored} == {"int8" if name == "w8a8" else "bf16"}
-    agrees(model, tmp_path / "m")
-    assert relative(load("code-8m").logits(IDS), model.logits(IDS)) > 1e-3  # it was quantized
-    save(model, tmp_path / "again")
-    same(model, load(tmp_path / "again"))
-
-
-def write_with_theirs(directory, weights, inputs):
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(bundled_directory("code-8m"), dtype=torch.float32).eval()
-    groups = {"g": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"], quantization_status="frozen"))
-    for module in model.modules():
-        if (scheme := getattr(module, "quantization_scheme", None)) is None:
-            continue
-        weight, args = module.weight.data, scheme.weights
-        match args.strategy:
-            case "tensor":
-                rows = weight.reshape(1, -1)
-            case "channel":
-                rows = weight[:, None]
-            case "group":
-                rows = weight.unflatten(-1, (-1, args.group_size))
-            case _:
-                rows = weight.unflatten(-1, (-1, 64)).unflatten(0, (-1, 64)).movedim(1, 2).flatten(-2)
-        scale, zero = calculate_qparams(rows.amin(-1), rows.amax(-1), args)
-        module.weight_scale.data = scale.reshape(module.weight_scale.shape)
-        if hasattr(module, "weight_zero_point"):
-            module.weight_zero_point.data = zero.reshape(module.weight_zero_point.shape).to(module.weight_zero_point.dtype)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(directory)
-    compressor.update_config(directory)

@@ -389,6 +389,7 @@ BAD_CONFIGS = {
     "a repeated group": (whole({"g": group(["re:(a+)+$"])}), "pattern"),
     "too many repetitions": (whole({"g": group(["re:.*.*.*.*.*x"])}), "pattern"),
     "a malformed pattern": (whole({"g": group(["re:[a"])}), "pattern"),
+    "many patterns": (whole({"g": group([f"re:{i}" for i in range(1000)])}), "too many"),
     "nobody's": (whole({"g": group(["re:z.*"])}), "no group"),
 }  # fmt: skip
 

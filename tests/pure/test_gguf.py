@@ -87,6 +87,8 @@ def entry(key, value):
         return text(key) + struct.pack("<II", 4, value)
     if isinstance(value, float):
         return text(key) + struct.pack("<If", 6, value)
+    if isinstance(value, np.ndarray):
+        return text(key) + struct.pack("<IIQ", 9, 5, len(value)) + value.astype("<i4").tobytes()
     if isinstance(value, list):
         return text(key) + struct.pack("<IIQ", 9, 8, len(value)) + b"".join(text(each) for each in value)
     return text(key) + struct.pack("<I", 8) + text(value)

@@ -141,7 +141,7 @@ def test_awq(width, out, size):
 # --- a whole checkpoint of the bundled model
 
 
-def checkpoint(directory, method, config, beside=False):
+def checkpoint(directory, method, config, beside=False, bias=0):
     """The bundled model with every product quantized in loops; the meaning by canonical name of block 0's feed-forward."""
     file = SafetensorsFile.open(next(iter((bundled() / "model.safetensors",))))
     arrays, meant = {}, {}
@@ -154,6 +154,7 @@ def checkpoint(directory, method, config, beside=False):
             found["scales"] = found["scales"] * shrink
             module = name.removesuffix(".weight")
             arrays.update({f"{module}.{end}": each for end, each in found.items()})
+            arrays.update({f"{module}.bias": np.full(out, bias, np.float16)})
         else:
             arrays[name] = array
     directory.mkdir()
@@ -192,6 +193,11 @@ def test_a_whole_checkpoint(method, config, beside, tmp_path):
     assert all(name.startswith("blocks.0.") for name in stored)
     assert {str(weight.form) for weight in stored.values()} == {"int4-g32-zp"}
     assert {name for name in MODEL.weights if name.startswith("blocks.0.") and len(MODEL.weights[name].shape) == 2} == set(stored)
+
+
+def test_a_bias_that_the_model_has_not_is_refused_unless_it_is_zero(tmp_path):
+    with pytest.raises(UserError, match="bias.*not part of this model"):
+        load(checkpoint(tmp_path / "m", "gptq", gptq_config(4, 32, 1, sym=False), bias=1))
 
 
 # --- what is wrong with it

@@ -11,8 +11,9 @@ import msgspec
 
 from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError, one_line
 from hasten.checkpoint.gguf import SUFFIX, gguf_tensors
+from hasten.checkpoint.gguf_tokenizer import gguf_tokenizer
 from hasten.checkpoint.locate import locate
-from hasten.checkpoint.quantized import read_quantized
+from hasten.checkpoint.quantized import is_empty_bias, read_quantized
 from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
 from hasten.formats.gguf import GgufFile
@@ -86,14 +87,14 @@ def load_directory(directory: Path, name: str) -> Model:
 
 
 def load_gguf(path: Path, name: str) -> Model:
-    """The model in a GGUF file. Its tokenizer is the tokenizer.json beside it."""
+    """The model in a GGUF file, with the file's own tokenizer or the tokenizer.json beside it."""
     file = GgufFile.open(path)
     config, tensors = gguf_tensors(file)
     family = _family(config)
     spec = family.spec(config)
     tensor_map = family.tensors(spec, config)
     _refuse_extra(tensors, {source for mapping in tensor_map for source in mapping.sources}, (), family)
-    tokenizer, tokenizer_error = find_tokenizer(path.parent)
+    tokenizer, tokenizer_error = gguf_tokenizer(file)
     return Model(
         name=name,
         spec=spec,
@@ -218,9 +219,10 @@ def _sources(
             if name in found:
                 raise CheckpointError(f"{file.path}: tensor {one_line(name)} is in another shard too; every tensor belongs in one")
             found[name] = Weight(entry.shape, entry.dtype, lambda file=file, name=name: file.read(name))  # type: ignore[misc]
+    expected = {name for mapping in tensor_map for name in mapping.sources}
     if quantization:
         found = read_quantized(quantization, found)
-    expected = {name for mapping in tensor_map for name in mapping.sources}
+        found = {name: weight for name, weight in found.items() if name in expected or not is_empty_bias(name, weight, found)}
     if family is not None and family.base_prefix and not any(name.startswith(family.base_prefix) for name in found):
         # The bare decoder was saved: the same names without the full model's prefix.
         found = {family.base_prefix + name if family.base_prefix + name in expected else name: weight for name, weight in found.items()}

@@ -17,17 +17,24 @@ if TYPE_CHECKING:
     from hasten.engine import LLM, Grammar, SamplingParams
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A directory, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
+    str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model: cpu (native), reference (torch), or auto.")]
 WeightsOption = Annotated[
     str | None,
-    typer.Option("--weights", help="How linear layers are stored: bf16, int8, int4, int3, int2, fp8, f16, f32, or a variant: int4-g64."),
+    typer.Option(
+        "--weights",
+        help="How linear layers are stored: bf16, int8, int4, int3, int2, fp8, f16, f32, or a variant: int4-g64. "
+        "[default: as in the checkpoint; bf16 where that is in plain numbers]",
+    ),
 ]
 ActivationsOption = Annotated[
     str | None,
-    typer.Option("--activations", help="What linear layers are fed: bf16, or int8 per token; int8 for weights of integers unless given."),
+    typer.Option(
+        "--activations",
+        help="What linear layers are fed: bf16, or int8 per token. [default: as the checkpoint says; int8 for --weights of integers]",
+    ),
 ]
 CacheOption = Annotated[
     str | None, typer.Option("--cache", help="How keys and values are kept: bf16, int8 or fp8. [default: bf16 natively]")

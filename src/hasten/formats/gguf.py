@@ -105,7 +105,7 @@ def _map(path: Path) -> tuple[mmap.mmap, FileStamp]:
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode) and status.st_size >= 24:
             with open(path, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), FileStamp.of(path, os.fstat(file.fileno()))
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), FileStamp.of(path, os.fstat(file.fileno()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be opened ({one_line(str(error), 100)}); check the path and its permissions") from None
     raise CheckpointError(f"{path} is no file of at least 24 bytes, which a GGUF header takes; download it again")

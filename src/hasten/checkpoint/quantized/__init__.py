@@ -5,6 +5,8 @@ from typing import Any
 
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.checkpoint.quantized import awq, compressed_tensors, gptq
+from hasten.checkpoint.quantized.tensors import IN_LIMIT
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.weights import Weight
 
 READERS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Weight]], dict[str, Weight]]] = {
@@ -26,3 +28,10 @@ def read_quantized(config: object, tensors: Mapping[str, Weight]) -> dict[str, W
             f"{', '.join(READERS)}; otherwise take the model it was made from"
         )
     return READERS[method](config, tensors)
+
+
+def is_empty_bias(name: str, weight: Weight, tensors: Mapping[str, Weight]) -> bool:
+    """Whether it is a bias of zeros beside a quantized weight, which tools for GPTQ stored for layers that have none."""
+    stem, _, end = name.rpartition(".")
+    beside = tensors.get(f"{stem}.weight")
+    return end == "bias" and isinstance(beside, QuantizedWeight | DequantizedWeight) and weight.size <= IN_LIMIT and not weight.load().any()

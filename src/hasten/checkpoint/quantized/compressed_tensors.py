@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hasten.base.errors import CheckpointError, one_line
+from hasten.base.errors import CheckpointError, UnsupportedError, one_line
 from hasten.checkpoint.quantized.order import in_order, order_of
-from hasten.checkpoint.quantized.patterns import pattern
+from hasten.checkpoint.quantized.patterns import MOST_PATTERNS, pattern
 from hasten.checkpoint.quantized.tensors import F8, SCALES, Parts, checked_size, gathered
 from hasten.families.config import ConfigReader
 from hasten.formats import bits as bit_packing
@@ -42,11 +42,11 @@ class Scheme:
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Weight]) -> dict[str, Weight]:
     """The checkpoint's tensors, those of each quantized weight as one that is stored so. Raises a UserError naming what is wrong."""
-    schemes = _schemes(ConfigReader(config, WHERE), config.get("config_groups"))
+    targets = _Targets(_schemes(ConfigReader(config, WHERE), config.get("config_groups")))
     modules, others = gathered(tensors, ENDS, ("weight_packed", "weight_scale"))
     if config.get("kv_cache_scheme"):  # how the cache is kept is the session's choice
         others = {name: tensor for name, tensor in others.items() if name.rpartition(".")[2] not in CACHE_ENDS}
-    return {**others, **{f"{name}.weight": _weight(_scheme_of(name, schemes), parts) for name, parts in modules.items()}}
+    return {**others, **{f"{name}.weight": _weight(targets.scheme_of(name), parts) for name, parts in modules.items()}}
 
 
 # --- the config
@@ -77,9 +77,6 @@ def _scheme(group: ConfigReader, overall: str) -> Scheme:
     targets = group.names("targets")
     if not targets:
         raise group.wrong("targets", None, "a list of module names, classes or re: patterns is needed")
-    for target in targets:
-        if target.startswith("re:"):
-            pattern(target[3:], WHERE)
     group.must_be("output_activations")
     group.must_be("format", *FORMATS)
     layout = group.choice("format", {name: name for name in (*FORMATS, MIXED)}, overall)
@@ -129,18 +126,26 @@ def _activations(reader: ConfigReader | None, form: LinearFormat) -> str:
     return "int8" if integers and form.is_integer else "bf16"
 
 
-def _scheme_of(name: str, schemes: list[Scheme]) -> Scheme:
-    """Of several targets the module's own name is first, then patterns, then classes."""
-    for scheme in schemes:
-        if name in scheme.targets:
-            return scheme
-    for scheme in schemes:
-        if any(target.startswith("re:") and pattern(target[3:], WHERE).match(name) for target in scheme.targets):
-            return scheme
-    for scheme in schemes:
-        if "Linear" in scheme.targets:
-            return scheme
-    raise CheckpointError(f"{one_line(name)} has quantized tensors, but no group of 'config_groups' targets it")
+class _Targets:
+    """Which scheme a module has: of several targets its own name is first, then patterns, then classes."""
+
+    def __init__(self, schemes: list[Scheme]) -> None:
+        all_targets = [(target, scheme) for scheme in reversed(schemes) for target in scheme.targets]  # of equal ones the first counts
+        self._named = dict(all_targets)
+        self._patterns = [(pattern(text[3:], WHERE), its) for text, its in reversed(all_targets) if text.startswith("re:")]
+        if len(self._patterns) > MOST_PATTERNS:
+            raise UnsupportedError(f"{WHERE}: {len(self._patterns)} patterns are too many; at most {MOST_PATTERNS} are matched")
+
+    def scheme_of(self, name: str) -> Scheme:
+        """Raises CheckpointError for a module that is no target."""
+        if name in self._named:
+            return self._named[name]
+        for compiled, scheme in self._patterns:
+            if compiled.match(name):
+                return scheme
+        if "Linear" in self._named:
+            return self._named["Linear"]
+        raise CheckpointError(f"{one_line(name)} has quantized tensors, but no group of 'config_groups' targets it")
 
 
 # --- the tensors

@@ -12,7 +12,7 @@ import numpy as np
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.checkpoint.quantized.order import in_order, order_of
-from hasten.checkpoint.quantized.patterns import pattern
+from hasten.checkpoint.quantized.patterns import MOST_PATTERNS, pattern
 from hasten.checkpoint.quantized.tensors import SCALES, Parts, checked_size, gathered
 from hasten.families.config import ConfigReader
 from hasten.formats import bits as bit_packing
@@ -67,6 +67,8 @@ def _overrides(dynamic: object) -> list[tuple[Any, Mapping[str, Any]]]:
         return []
     if not isinstance(dynamic, dict) or not all(isinstance(each, dict) for each in dynamic.values()):
         raise UnsupportedError(f"{WHERE}: 'dynamic' is {one_line(dynamic)}; an object of patterns with settings is needed")
+    if len(dynamic) > MOST_PATTERNS:
+        raise UnsupportedError(f"{WHERE}: {len(dynamic)} patterns in 'dynamic' are too many; at most {MOST_PATTERNS} are matched")
     return [(pattern(text.removeprefix("+:"), WHERE), its) for text, its in dynamic.items() if not text.startswith("-:")]
 
 

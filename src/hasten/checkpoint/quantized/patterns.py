@@ -7,6 +7,8 @@ from hasten.base.errors import ConfigError, UnsupportedError, one_line
 MOST_REPEATS = 4
 """Of one expression: what more can take a name is no pattern of module names."""
 LONGEST = 500
+MOST_PATTERNS = 256
+"""Of one config."""
 
 
 def pattern(text: str, where: str) -> re.Pattern[str]:
