@@ -38,7 +38,7 @@ def slow_gptq(weight, hessian, form: LinearFormat, scales, zeros, columns):
         at = left.index(q)
         scale, column = scales[:, q // group], weight[:, q]
         if zeros is None:
-            code = np.clip(np.rint(column / scale), -limit, limit)
+            code = np.clip(np.rint(column / scale), -limit - (form.bits < 8), limit)
             meant = code * scale
         else:
             least = -(2 ** (form.bits - 1))

@@ -50,6 +50,7 @@ def test_a_search_never_does_worse_by_its_own_measure(name, seed):
     assert output_error(weighed) <= output_error(plain) * (1 + 1e-6)
     if form.bits < 5:
         assert plain_error(searched) < plain_error(plain)
+        assert searched.q.min() == -(2 ** (form.bits - 1)) < plain.q.min() or form.zero_points  # the number that a whole range cannot use
         assert output_error(weighed) < output_error(plain)
 
 
@@ -119,9 +120,9 @@ def test_the_factors_rows_factor_what_is_left():
         assert torch.allclose(left.T @ left, torch.linalg.inv(hessian[begin:, begin:]), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("name", "start", "seed"), itertools.product(["int4-g32", "int4-g64-zp", "int3-channel"], ["rtn", "gptq"], range(2))
-)
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g64-zp", "int3-channel"])
+@pytest.mark.parametrize("start", ["rtn", "gptq"])
+@pytest.mark.parametrize("seed", range(2))
 def test_descent_only_goes_down(name, start, seed):
     form, weight, x = LinearFormat.parse(name), weight_of(seed, 16, 150).float(), inputs_of(seed, 400, 150)
     moments = x.T @ x
@@ -129,7 +130,7 @@ def test_descent_only_goes_down(name, start, seed):
     made = descend(weight, begun, moments, form)
     before, after = (output_loss(weight, torch.from_numpy(each.dense()), damped(moments, 0.01)) for each in (begun, made))
     assert after < before
-    limits = (-8, 7) if form.zero_points else (-7, 7) if form.bits == 4 else (-3, 3)
+    limits = (-8, 7) if form.bits == 4 else (-4, 3)
     assert limits[0] <= made.q.min() <= made.q.max() <= limits[1]
     assert np.array_equal(made.q, np.rint(made.q))
     assert (made.scales > 0).all()

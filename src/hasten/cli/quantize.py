@@ -109,7 +109,7 @@ def short_form(method: str, weights: str | None, activations: str | None, skip: 
         case "rtn":
             return [{"rtn": rounding}]
         case "gptq":
-            return [{"gptq": rounding}]
+            return [{"gptq": {**rounding, "clip": "outputs"}}]
         case "awq":
             return [{"awq": {"weights": stored, **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
         case "smoothquant":

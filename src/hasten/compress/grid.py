@@ -99,10 +99,11 @@ def _codes(values: Tensor, scales: Tensor, zeros: Tensor | None, form: LinearFor
     steps, limit = values / _beside(scales, values), NUMBERS[form.number][1]
     if form.number == "fp8":
         return steps.clamp(-limit, limit).to(torch.float8_e4m3fn).to(values.dtype)
+    least = -(2 ** (form.bits - 1))
     if zeros is not None:
-        least = -(2 ** (form.bits - 1))
         return (torch.round(steps) + _beside(zeros, values)).clamp(least, -least - 1)
-    return torch.round(steps).clamp(-limit, limit)
+    # The one number more below zero is stored and played as any other; a range that holds every weight has no use for it.
+    return torch.round(steps).clamp(least if form.bits < 8 else -limit, limit)
 
 
 def _dense(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
