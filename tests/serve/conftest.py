@@ -9,7 +9,7 @@ from tests.serve.server import serving
 
 @pytest.fixture(scope="session")
 def server():
-    with serving("code-8m", "--max-sequences", "8") as running:
+    with serving("code-8m", "--max-sequences", "8", "--max-waiting", "256") as running:
         yield running
         assert running.stop() == 0
 

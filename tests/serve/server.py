@@ -1,5 +1,6 @@
 """A real server for tests: `hasten serve` as a process, on a port of its own."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -88,6 +89,25 @@ def events(text: str) -> list[dict]:
     assert frames[-2] == "data: [DONE]"
     assert all(frame.startswith("data: {") for frame in frames[:-2])
     return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+
+
+def client_of(server: Server, **settings) -> httpx.AsyncClient:
+    """One with as many connections as are asked for."""
+    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None), **settings)
+
+
+async def read(client: httpx.AsyncClient, body: dict, begun: asyncio.Event | None = None) -> tuple[int, list[dict], float]:
+    """A completion's status, the events of its stream, and when its last one came. ``begun`` is set with the first."""
+    found = []
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            return answer.status_code, [json.loads(await answer.aread())], time.monotonic()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                found.append(json.loads(line.removeprefix("data: ")))
+                if begun is not None:
+                    begun.set()
+    return 200, found, time.monotonic()
 
 
 def cpu_seconds(pid: int) -> float:

@@ -1,7 +1,6 @@
 """What is malformed, out of range or too large: 4xx that names the field, on every route, and a server that goes on as before."""
 
 import asyncio
-import contextlib
 import gzip
 import http.client
 import json
@@ -16,6 +15,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from hasten.serve.http import Http
+from tests.serve.scrape import scrape
 
 GOOD = {
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
@@ -29,7 +29,7 @@ LONG = list(range(500_000))
 FIELDS = {
     "max_tokens": [*INTS, 0], "n": [*INTS, 0, 65], "temperature": REALS, "top_p": [*REALS, 1.01], "min_p": [*REALS, 1.01],
     "top_k": [*INTS, None], "seed": INTS, "presence_penalty": [*REALS, 2.01], "frequency_penalty": [*REALS, -2.01],
-    "repetition_penalty": [*REALS, 0, None], "min_tokens": [*INTS, 2], "stop": [1, True, {}, [1], [""], "", ["x"] * 65, "x" * 1025],
+    "repetition_penalty": [*REALS, 0, None], "min_tokens": [*INTS, 2], "stop": [1, True, {}, [1], [""], "", ["x"] * 65, "x" * 1025, LONG],
     "stop_token_ids": [1, "1", [-1], [HUGE], [1.5], ["1"], [2**31], LONG, [10**6]],
     "logit_bias": [1, [1], {"x": 1}, {"1": "1"}, {"-1": 1}, {"1": 101}, {str(HUGE): 1}, {"1": True}, {"1000000": 1}],
     "stream": [1, "true", []], "stream_options": [1, [], {"include_usage": 1}, {"what": True}],
@@ -38,6 +38,7 @@ FIELDS = {
     "choices": ["x", [], [1], [""], ["x"] * 1025],
     "beam_width": [*INTS, 0, 65, 9], "ignore_eos": [1, "x", None], "prompt_logprobs": [*INTS, 129], "timeout_s": [0, -1, "1", True, 1e9],
     "no_such_field": [None, 1],
+    "metadata": [1, ["x"], {"a": 1}, {str(place): "x" for place in range(1025)}],
 }  # fmt: skip
 OWN = {
     "/v1/completions": {
@@ -109,6 +110,8 @@ RAW = {
     "a list": b"[]", "a text": b'"x"',
     "NaN": b'{"prompt": "x", "temperature": NaN}', "infinity": b'{"prompt": "x", "temperature": 1e999}', "deep": b"[" * 100_000,
     "deep inside": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "many objects": b'{"prompt": "x", "metadata": [' + b"{}," * 100_000 + b"{}]}",
+    "many names": b"{" + b",".join(b'"%x":1' % place for place in range(200_000)) + b"}",
     "deep objects": b'{"response_format":' * 3000 + b"1" + b"}" * 3000,
     "a pickle": b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x02id\x94\x85\x94R\x94.",
 }  # fmt: skip
@@ -130,6 +133,13 @@ def test_bodies_that_are_none(path, server):
         assert client.post(path, content=pieces, headers={"content-type": "application/json"}).status_code == 413
 
 
+def test_texts_may_be_full_of_brackets(server):
+    for text in ('{"a": [' * 40_000, '\\"{' * 60_000, "\\\\" + '"[:' * 60_000):
+        answer = server.post("/tokenize", {"prompt": text})
+        assert answer.status_code == 200, answer.text[:200]
+        assert server.post("/detokenize", {"tokens": answer.json()["tokens"], "skip_special_tokens": True}).json()["prompt"] == text
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -149,9 +159,51 @@ def test_paths_that_are_none(method, path, status, server):
 
 @pytest.mark.row("http and keys", "headers are bounded")
 def test_headers_are_bounded(server):
-    with contextlib.suppress(httpx.TransportError):  # cut off while it was being sent
-        assert httpx.get(f"{server.url}/health", headers={"x": "y" * (1 << 20)}).status_code in {400, 431}
+    answer = httpx.get(f"{server.url}/health", headers={"x": "y" * (1 << 20)})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (431, "invalid_request_error")
     assert httpx.get(f"{server.url}/health", headers=[(f"x{i}", "y") for i in range(200)]).status_code == 431
+
+
+@pytest.mark.parametrize(("path", "outer"), [("/v1/messages", {"type", "error"}), ("/v1/completions", {"error"})])
+def test_what_is_no_request_is_told_so_in_the_words_of_its_api(path, outer, server):
+    place = urlsplit(server.url)
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n".encode()
+    for sent, status in (
+        (head + b"no header\r\n\r\n", 400),
+        (head + b"x: " + b"y" * (1 << 20), 431),
+        (head + b"content-length: x\r\n\r\n", 400),
+    ):
+        with socket.create_connection((place.hostname, place.port), timeout=10) as client:
+            client.sendall(sent)
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert (answer.status, set(json.loads(answer.read()))) == (status, outer)
+
+
+def test_who_sends_the_next_request_early_and_goes_is_noticed(server):
+    place = urlsplit(server.url)
+    body = json.dumps({"prompt": [5, 6], "max_tokens": 1900, "ignore_eos": True, "n": 8}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    for together in (True, False):
+        with socket.create_connection((place.hostname, place.port), timeout=10) as client:
+            client.sendall(head + body + b"GET /health HTTP/1.1\r\n" * together)
+            server.until(lambda: scrape(server.url)["hasten_num_requests_running"], 10)
+            client.sendall(b"host: localhost\r\n\r\n")
+        began = time.monotonic()
+        server.until(lambda: not scrape(server.url)["hasten_num_requests_running"], 10)
+        assert time.monotonic() - began < 1.0
+
+
+def test_who_sends_the_next_request_early_gets_one_answer(server):
+    place = urlsplit(server.url)
+    body = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with socket.create_connection((place.hostname, place.port), timeout=10) as client:
+        client.sendall(2 * (head + body))
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert (answer.status, len(json.loads(answer.read())["choices"])) == (200, 1)
+        assert client.recv(1) == b""
 
 
 @pytest.mark.row("http and keys", "names of the host")

@@ -1,7 +1,6 @@
 """Engines that die, hang or are stopped, clients that go away, too much work, and the end of a server."""
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -10,34 +9,16 @@ import httpx
 import pytest
 
 from tests.cli import assert_refused, run
-from tests.serve.server import cpu_seconds, events, serving
+from tests.serve.server import client_of, cpu_seconds, events, read, serving
 
 LONG = {"prompt": [5, 6, 7], "max_tokens": 1900, "ignore_eos": True, "stream": True}
 STREAMS = 16
 
 
-async def read(client: httpx.AsyncClient, body: dict, begun: asyncio.Event | None = None) -> tuple[int, list[dict], float]:
-    """A stream's status, its events, and when its last one came."""
-    found = []
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            return answer.status_code, [json.loads(await answer.aread())], time.monotonic()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                found.append(json.loads(line.removeprefix("data: ")))
-                if begun is not None:
-                    begun.set()
-    return 200, found, time.monotonic()
-
-
-def client_of(server, **settings) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=None), **settings)
-
-
 @pytest.mark.row("exit code of a dead engine", "replaced")
 @pytest.mark.row("one fault for all", "everyone is told")
 def test_a_killed_engine_ends_every_stream_within_a_second_and_comes_back():
-    with serving("code-8m", "--max-sequences", "8") as server:
+    with serving("code-8m", "--max-sequences", "8", "--max-waiting", "64") as server:
 
         async def rounds() -> None:
             async with client_of(server) as client:
@@ -126,7 +107,9 @@ def test_too_much_is_refused_at_once_and_the_rest_is_served():
         for one in refused:
             assert int(one.headers["retry-after"]) >= 1
             assert one.json()["error"]["type"] == "rate_limit_error"
-        too_many = server.post("/v1/completions", {"prompt": "x", "n": 7, "seed": 1})
+        alone = server.post("/v1/completions", {"prompt": "x", "n": 7, "seed": 1})  # more than may wait, while nobody does
+        assert len(alone.json()["choices"]) == 7
+        too_many = server.post("/v1/completions", {"prompt": ["x"] * 5, "n": 64, "seed": 1})
         assert too_many.status_code == 400
         late = server.post("/v1/completions", {**LONG, "stream": False, "timeout_s": 0.05})
         assert late.status_code == 504
@@ -135,7 +118,7 @@ def test_too_much_is_refused_at_once_and_the_rest_is_served():
 
 @pytest.mark.row("shutdown", "drains unless told otherwise")
 def test_told_to_stop_it_ends_its_streams_and_takes_no_new_ones():
-    with serving("code-8m", "--max-sequences", "8") as server:
+    with serving("code-8m", "--max-sequences", "8", "--max-waiting", "64") as server:
         engine = server.engine_pid()
 
         async def drain() -> None:

@@ -117,7 +117,7 @@ def test_shares_are_there_while_it_works_and_none_after(server):
 
 
 def test_who_waits_and_who_leaves_are_counted():
-    with serving("code-8m", "--max-sequences", "1", "--read-rate", "20GB") as server:
+    with serving("code-8m", "--max-sequences", "1", "--max-waiting", "8", "--read-rate", "20GB") as server:
         assert scrape(server.url)["hasten_streaming_read_bytes_per_second"] == 20e9
 
         async def crowd() -> None:

@@ -51,7 +51,7 @@ ASKED += [
 
 @pytest.fixture(scope="module")
 def cached():
-    with serving("code-8m", "--max-sequences", "4", "--response-cache", "memory", "--log-json") as running:
+    with serving("code-8m", "--max-sequences", "4", "--max-waiting", "64", "--response-cache", "memory", "--log-json") as running:
         is_open(running)
         yield running
         assert running.stop() == 0

@@ -25,6 +25,7 @@ def served():
 def test_some_hundred_malformed_requests(served):
     found = requests.run_chunk(served, 0, 240, 0)
     assert found["requests"] > 200
+    assert {path for path, _ in requests.VALID} | {"/health", "/metrics", "/v1/models"} <= {*found["paths"]}
     assert not any(int(status) >= 500 and int(status) not in {503, 504} for status in found["statuses"])
 
 
@@ -47,9 +48,7 @@ def test_what_must_not_be_answered_is_found(served, monkeypatch):
         requests.run_chunk(served, 1, 20, 0)
 
 
-def test_every_operation_is_asked_wrongly(served):
-    asked = requests.made_by_schemathesis(served.document, 60, 5)
-    assert {one.path.partition("?")[0] for one in asked} >= {path for path, _ in requests.VALID}
+def test_bodies_are_changed_in_many_ways():
     changed = [requests.mutated(random.Random(seed)) for seed in range(300)]
     assert {one.path for one in changed} == {path for path, _ in requests.VALID}
     assert len({one.body for one in changed}) > 280

@@ -3,7 +3,10 @@
 Parts are functions in PARTS; each notes what it finished and raises with the first thing that is wrong."""
 
 import argparse
+import functools
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tests.soak.determinism import CACHES, CELLS, WEIGHTS, Cell, Difference, run
 from tests.soak.determinism import PARTS as KINDS
 from tests.soak.fuzz import fuzz
 from tests.soak.kill import SLOTS, STREAMS, Served, run_round
+from tests.soak.load import CHECKS
 from tests.soak.mechanisms import FEWEST, WAYS, Same
 from tests.soak.mechanisms import KINDS as PLAYED
 from tests.soak.requests import PER_CHUNK, requests
@@ -21,7 +25,7 @@ from tests.soak.tenants import PER_ROUND, tenants
 
 REQUESTS, PAIRS, SECONDS = 10_000, 1000, 3600
 PROMPTS = {"determinism": 200, "engine": 1000}
-ROUNDS = 50
+ROUNDED = {"kill": 50, **{name: check.rounds for name, check in CHECKS.items()}}
 LEAST = {"determinism": 12, "engine": FEWEST}
 
 
@@ -104,14 +108,30 @@ def kill(ledger: Ledger, digest: str, rounds: int, seed: int) -> None:
     print(f"{sum(each['refusals'] for each in results):,} requests sent away meanwhile, each with Retry-After")
 
 
-PARTS = {"determinism": determinism, "engine": engine, "kill": kill, "requests": requests, "fuzz": fuzz, "tenants": tenants}
+def load(name: str, ledger: Ledger, digest: str, rounds: int, seed: int) -> None:
+    """One of the load and fault checks, round after round; raises Difference."""
+    brand, check = hardware.detect().cpu.brand, CHECKS[name]
+    with tempfile.TemporaryDirectory() as kept:
+        os.environ["HASTEN_CACHE"] = kept  # nothing of the user's
+        for number in range(rounds):
+            key = (name, digest, brand, number, seed)
+            if (found := ledger.get(*key)) is None:
+                found = check.round(seed + number)
+                ledger.note(*key, value=found)
+            print(check.told(found), flush=True)
+
+
+PARTS = {
+    "determinism": determinism, "engine": engine, "kill": kill, "requests": requests, "fuzz": fuzz, "tenants": tenants,
+    **{name: functools.partial(load, name) for name in CHECKS},
+}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"which of {', '.join(PARTS)}; all unless given")
     parser.add_argument("--prompts", type=int, help=f"for each cell; unless given {PROMPTS}")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of kill; {ROUNDS} unless given")
+    parser.add_argument("--rounds", type=int, help=f"of kill and what follows it; unless given {ROUNDED}")
     parser.add_argument("--requests", type=int, default=REQUESTS, help=f"malformed ones, in chunks of {PER_CHUNK}; {REQUESTS} unless given")
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of fuzz, for each target; {SECONDS} unless given")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"of tenants, in rounds of {PER_ROUND}; {PAIRS} unless given")
@@ -123,12 +143,13 @@ def main() -> int:
     parts = given.parts or list(PARTS)
     if given.prompts is not None and given.prompts < (least := max(LEAST.get(part, 0) for part in parts)):
         parser.error(f"{given.prompts} prompts are too few to share batches; {least} or more")
-    if given.rounds < 1:
+    if given.rounds is not None and given.rounds < 1:
         parser.error(f"{given.rounds} rounds; 1 or more")
     if min(given.requests, given.seconds, given.pairs) < 1:
         parser.error("--requests, --seconds and --pairs are 1 or more")
     ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak", ROOT / "tests" / "serve" / "server.py")
-    sizes = {"kill": given.rounds, "requests": given.requests, "fuzz": given.seconds, "tenants": given.pairs}
+    rounds = {part: given.rounds or count for part, count in ROUNDED.items()}
+    sizes = {**rounds, "requests": given.requests, "fuzz": given.seconds, "tenants": given.pairs}
     for part in parts:
         try:
             PARTS[part](ledger, digest, sizes[part] if part in sizes else given.prompts or PROMPTS[part], given.seed)

@@ -2,7 +2,6 @@
 as the last one did."""
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -11,8 +10,9 @@ import time
 
 import httpx
 
-from tests.serve.server import Server
+from tests.serve.server import Server, client_of, read
 from tests.soak.determinism import Difference
+from tests.soak.watch import require
 
 STREAMS, SLOTS = 64, 32
 """Half of the streams run, half wait."""
@@ -50,11 +50,10 @@ def run_round(served: Served, number: int, seed: int) -> dict:
 
 async def _round(served: Served, number: int, seed: int) -> dict:
     server, chance = served.server, random.Random(f"{seed} {number}")
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+    async with client_of(server) as client:
         before, begun = server.engine_pid(), [asyncio.Event() for _ in range(STREAMS)]
         bodies = [{**LONG, "prompt": [5 + place] * chance.randrange(1, 60), "seed": number} for place in range(STREAMS)]
-        streams = [asyncio.create_task(_read(client, body, one)) for body, one in zip(bodies, begun)]
+        streams = [asyncio.create_task(read(client, body, one)) for body, one in zip(bodies, begun)]
         async with asyncio.timeout(60):
             while sum(one.is_set() for one in begun) < SLOTS:
                 await asyncio.sleep(0.01)
@@ -80,19 +79,6 @@ async def _round(served: Served, number: int, seed: int) -> dict:
     return {"last_told_s": max(late), "mean_told_s": sum(late) / STREAMS, "refusals": refusals, "ready_s": ready_s, "streamed": streamed}
 
 
-async def _read(client: httpx.AsyncClient, body: dict, begun: asyncio.Event) -> tuple[int, list[dict], float]:
-    """A stream's status, its events, and when it ended."""
-    told = []
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            return answer.status_code, [json.loads(await answer.aread())], time.monotonic()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                told.append(json.loads(line.removeprefix("data: ")))
-                begun.set()
-    return 200, told, time.monotonic()
-
-
 async def _until_ready(client: httpx.AsyncClient, killed: float, most_s: float) -> tuple[int, float]:
     """How many were sent away from the first refusal to the next answer, and seconds from the kill to that. Raises Difference."""
     refusals, ask = 0, {**KNOWN, "max_tokens": 1}
@@ -107,9 +93,3 @@ async def _until_ready(client: httpx.AsyncClient, killed: float, most_s: float) 
             require(answer.status_code == 200 and since < TOLD_S, f"status {answer.status_code}, {since:.2f} s after the kill")
         await asyncio.sleep(0.05)
     raise Difference(f"not ready {most_s:.1f} s after the kill")
-
-
-def require(holds: bool, otherwise: str) -> None:
-    """Raises Difference, saying what is wrong."""
-    if not holds:
-        raise Difference(otherwise)

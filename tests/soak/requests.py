@@ -254,20 +254,22 @@ def run_chunk(served: Served, number: int, count: int, seed: int) -> dict[str, A
         raise Difference(f"the server answers {again} after them, {served.answer} before")
     if server.engine_pid() != engine:
         raise Difference("the engine's process is another one after them")
-    found = settled(server)
+    counted = settled(server)
     for name in (
         "hasten_num_requests_running",
         "hasten_num_requests_waiting",
         "hasten_kv_cache_usage_perc",
         "hasten_engine_restarts_total",
     ):
-        if found[name]:
-            raise Difference(f"{name} is {found[name]} after them")
+        if counted[name]:
+            raise Difference(f"{name} is {counted[name]} after them")
     if traced := [line for line in server.lines[seen:] if "Traceback" in line]:
         raise Difference(f"the log has a traceback: {server.lines[server.lines.index(traced[0]) :][:30]}")
     if sum(statuses[status] for status in range(400, 500)) < len(asked) // 2 or not statuses[200]:
         raise Difference(f"few were malformed, or none was not: {dict(statuses)}")
-    return {"requests": len(asked), "statuses": {str(status): times for status, times in sorted(statuses.items())}, "slowest_s": slowest}
+    paths = sorted({one.path.partition("?")[0] for one in asked})
+    found = {str(status): times for status, times in sorted(statuses.items())}
+    return {"requests": len(asked), "paths": paths, "statuses": found, "slowest_s": slowest}
 
 
 def settled(server: Server) -> Any:

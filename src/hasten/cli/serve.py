@@ -26,7 +26,10 @@ def serve(
     placing: options.Placing = PLACING,
     swap: Annotated[str | None, typer.Option("--swap", help="Memory for the caches of requests that must wait: 2GB.")] = None,
     max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, max=4096, help="Most outputs that run together.")] = 32,
-    max_waiting: Annotated[int, typer.Option("--max-waiting", min=0, help="Most outputs that wait; more are refused with 429.")] = 256,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option("--max-waiting", min=0, help="Most outputs that wait, more are refused with 429; as many as run unless given."),
+    ] = None,
     stretch: Annotated[
         float | None,
         typer.Option(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Admission:
-    """Counts outputs that are on their way: at most ``most``, those that run and those that wait together. ``draining`` takes none.
+    """Counts outputs that are on their way: at most ``most``, those that run in ``slots`` and those that wait together. One request of more
+    than may wait is taken while none does. ``draining`` takes none.
 
     ``seconds`` is what an output took of late (a moving mean), which is what a refused client is told to wait by."""
 
@@ -18,7 +19,8 @@ class Admission:
 
     def take(self, outputs: int) -> bool:
         """Room for so many more outputs?  Then they are counted."""
-        if self.draining or self.taken + outputs > self.most:
+        many = outputs > self.most - self.slots and self.taken < self.slots
+        if self.draining or (self.taken + outputs > self.most and not many):
             return False
         self.taken += outputs
         return True

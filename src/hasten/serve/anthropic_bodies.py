@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hasten.serve.bodies import FUNCTION_NAME, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Strict
+from hasten.serve.bodies import FUNCTION_NAME, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, Listed, Named, Strict
 
-Cache = dict[str, Any] | None
+Cache = Named[Any] | None
 """Accepted: prefixes are found again without being told."""
 
 
@@ -20,7 +20,7 @@ class TextBlock(Strict):
     citations: list[None] | None = Field(default=None, max_length=0)
 
 
-Texts = Annotated[list[TextBlock], Field(max_length=MAX_PARTS)]
+Texts = Annotated[Listed[TextBlock], Field(max_length=MAX_PARTS)]
 
 
 class ToolUseBlock(Strict):
@@ -31,7 +31,7 @@ class ToolUseBlock(Strict):
     name: str = Field(max_length=256)
     input: dict[str, Any]
     cache_control: Cache = None
-    caller: dict[str, Any] | None = None
+    caller: Named[Any] | None = None
     """Accepted."""
 
 
@@ -52,7 +52,7 @@ class Turn(Strict):
     """One message."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(max_length=MAX_PARTS)]
+    content: str | Annotated[Listed[Block], Field(max_length=MAX_PARTS)]
 
 
 class InputSchema(Strict):
@@ -107,9 +107,9 @@ class CountBody(Strict):
 
     model: str | None = Field(default=None, max_length=1024)
     """The served model's name; may be left out."""
-    messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Listed[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: str | Texts | None = None
-    tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Listed[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -124,8 +124,8 @@ class MessagesBody(CountBody):
     temperature: float | None = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    stop_sequences: list[str] | None = None
-    metadata: dict[str, Any] | None = None
+    stop_sequences: Listed[str] | None = None
+    metadata: Named[Any] | None = None
     """Accepted."""
     service_tier: Literal["auto", "standard_only"] | None = None
     """Accepted."""

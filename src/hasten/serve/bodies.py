@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
+from hasten.engine.sampling import MAX_BIASES, MAX_STOPS
 from hasten.serve.errors import ApiError
 
 MAX_PROMPTS = 256
@@ -21,15 +23,40 @@ MAX_IDS = 1 << 18
 MAX_CHOICES = 1024
 """Texts that ``choices`` may name."""
 MAX_TOOLS = 128
+MAX_NAMES = 1024
+"""Of an object whose names are not a schema's or a call's."""
+MAX_VALUES = 100_000
+"""Objects, lists and names in one body: each takes more than 64 bytes where JSON has two, and a microsecond in which nothing else runs."""
+_MARKS = (b"{", b"[", b":")
 SCHEMAS = "#/components/schemas/"
 """Where an OpenAPI description has its types."""
 FUNCTION_NAME = "^[a-zA-Z0-9_.-]{1,64}$"
+
+
+Part = TypeVar("Part")
+# A body may hold a million items, each of them wrong; all that is told is the first.
+Listed = Annotated[list[Part], Field(fail_fast=True)]
+
+
+def few(given: Any) -> Any:
+    """What is no object of very many names. Raises ValueError."""
+    if isinstance(given, dict) and len(given) > MAX_NAMES:
+        raise ValueError(f"{len(given):,} names in one object; at most {MAX_NAMES:,} are taken")
+    return given
+
+
+Named = Annotated[dict[str, Part], BeforeValidator(few)]
 
 
 class Strict(BaseModel):
     """No field that is not named, no type that is not meant, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        return few(given)
 
 
 class StreamOptions(Strict):
@@ -62,6 +89,8 @@ class ResponseFormat(Strict):
 def _biases(given: Any) -> Any:
     """Names in JSON are texts; whether they are ids is checked where ids are."""
     if isinstance(given, dict):
+        if len(given) > MAX_BIASES:
+            raise ValueError(f"{len(given):,} token ids; at most {MAX_BIASES:,} are taken")
         return {int(token) if isinstance(token, str) and token.isdecimal() and len(token) < 12 else token: v for token, v in given.items()}
     return given
 
@@ -76,7 +105,7 @@ class Sampled(Strict):
     temperature: float | None = 1.0
     top_p: float | None = 1.0
     n: int | None = 1
-    stop: str | list[str] | None = None
+    stop: str | Annotated[Listed[str], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = None
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
@@ -84,7 +113,7 @@ class Sampled(Strict):
     response_format: ResponseFormat | None = None
     user: str | None = None
     """Accepted, as are the next: they mean nothing here."""
-    metadata: dict[str, str] | None = None
+    metadata: Named[str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -95,14 +124,14 @@ class Sampled(Strict):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_tokens: int = 0
-    stop_token_ids: list[int] | None = Field(default=None, max_length=1024)
+    stop_token_ids: Listed[int] | None = Field(default=None, max_length=1024)
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
     regex: str | None = None
     """The output matches this regular expression whole."""
     grammar: str | None = None
     """The output is of this grammar, in Lark's syntax."""
-    choices: list[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
+    choices: Listed[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
     """The output is one of these texts."""
     beam_width: int | None = None
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
@@ -172,9 +201,9 @@ class Message(Strict):
     """One message of a chat."""
 
     role: Annotated[str, Field(pattern="^[a-z_]{1,32}$")]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[Listed[TextPart], Field(max_length=MAX_PARTS)] | None = None
     """May be left out where there are ``tool_calls``."""
-    tool_calls: list[CalledTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_calls: Listed[CalledTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(default=None, max_length=256)
     name: str | None = Field(default=None, max_length=256)
     refusal: None = None
@@ -222,13 +251,13 @@ class NamedTool(Strict):
 class ChatBody(Sampled):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Listed[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     add_generation_prompt: bool = True
-    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Listed[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     """False keeps the first call alone."""
@@ -236,7 +265,7 @@ class ChatBody(Sampled):
     """Accepted."""
     verbosity: str | None = None
     """Accepted."""
-    modalities: list[Literal["text"]] | None = Field(default=None, max_length=16)
+    modalities: Listed[Literal["text"]] | None = Field(default=None, max_length=16)
 
 
 class TokenizeBody(Strict):
@@ -244,7 +273,7 @@ class TokenizeBody(Strict):
 
     model: str | None = Field(default=None, max_length=1024)
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Listed[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -262,6 +291,8 @@ Body = TypeVar("Body", bound=BaseModel)
 
 def parse(kind: type[Body], raw: bytes) -> Body:
     """A body of that kind. Raises ApiError 400 that names the field."""
+    if (values := _values(raw)) > MAX_VALUES:
+        raise ApiError(400, f"the body holds {values:,} objects, lists and names; at most {MAX_VALUES:,} are read")
     try:
         given = msgspec.json.decode(raw)
     except RecursionError:
@@ -280,8 +311,17 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         raise ApiError(400, "the body is nested too deep") from None
 
 
+def _values(raw: bytes) -> int:
+    """How many objects, lists and names JSON holds; where these are few, what looks like them in its texts too."""
+    if (count := sum(map(raw.count, _MARKS))) <= MAX_VALUES:
+        return count
+    plain = np.frombuffer(raw.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    inside = np.logical_xor.accumulate(plain == ord('"'))
+    return sum(int(np.count_nonzero((plain == ord(mark)) & ~inside)) for mark in _MARKS)
+
+
 def _wrong(kind: type[BaseModel], place: Sequence[str | int], type_: str, message: str) -> ApiError:
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in _named(kind, place)).lstrip(".")[:200]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in _named(kind, place)).lstrip(".")[:200] or "the body"
     if type_ == "extra_forbidden":
         return ApiError(400, f"{name} is no field of this request; leave it out", param=name, code="unknown_field")
     text = message.removeprefix("Value error, ")

@@ -34,6 +34,8 @@ class Counts:
     """Outputs, by why they ended."""
     answers: dict[tuple[str, int], int] = field(default_factory=dict)
     """HTTP requests, by route and status."""
+    loop_lag: Histogram = field(default_factory=_seconds)
+    """Of the event loop."""
     # of outputs
     first_token: Histogram = field(default_factory=_seconds)
     inter_token: Histogram = field(default_factory=_seconds)

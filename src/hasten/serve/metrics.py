@@ -145,6 +145,9 @@ class Metrics(Collector):
         dropped = CounterMetricFamily(self._prefix + "log_lines_dropped", "Log lines that nobody read in time.")
         dropped.add_metric([], self._log.dropped)
         yield dropped
+        lag = HistogramMetricFamily(self._prefix + "event_loop_lag_seconds", "How late the server's event loop is.")
+        lag.add_metric([], counts.loop_lag.buckets(), counts.loop_lag.sum)
+        yield lag
 
     def _family(self, kind: Callable[..., Family], name: str, text: str, *labels: str) -> Family:
         return kind(self._prefix + name, text, labels=("model_name", *labels))

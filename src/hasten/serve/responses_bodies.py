@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hasten.serve.bodies import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionSpec, NamedFunction, Strict
+from hasten.serve.bodies import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, FunctionSpec, Listed, Named, NamedFunction, Strict
 
 
 class ContentPart(Strict):
@@ -19,7 +19,7 @@ class ContentPart(Strict):
     """Accepted."""
 
 
-Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS)]
+Parts = Annotated[Listed[ContentPart], Field(max_length=MAX_PARTS)]
 
 
 class MessageItem(Strict):
@@ -100,13 +100,13 @@ class ResponsesBody(Strict):
 
     model: str | None = Field(default=None, max_length=1024)
     """The served model's name; may be left out."""
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[Listed[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = 1.0
     top_p: float | None = 1.0
     text: TextConfig | None = None
-    tools: list[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Listed[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     """False keeps the first call alone."""
@@ -119,11 +119,11 @@ class ResponsesBody(Strict):
     """What does not fit is refused."""
     previous_response_id: None = None
     conversation: None = None
-    metadata: dict[str, str] | None = None
+    metadata: Named[str] | None = None
     """Given back."""
-    include: list[str] | None = Field(default=None, max_length=64)
+    include: Listed[str] | None = Field(default=None, max_length=64)
     """Accepted, as are the next."""
-    reasoning: dict[str, Any] | None = None
+    reasoning: Named[Any] | None = None
     user: str | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None

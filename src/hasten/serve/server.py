@@ -18,8 +18,10 @@ from hasten.serve.app import make_app
 from hasten.serve.counts import Counts
 from hasten.serve.guard import Guard, Limits
 from hasten.serve.heart import Patience
+from hasten.serve.http import Http
 from hasten.serve.identity import Identity
 from hasten.serve.keys import Keys
+from hasten.serve.lag import watch_lag
 from hasten.serve.likeness import Likeness
 from hasten.serve.log import Log
 from hasten.serve.messages import Begin
@@ -34,6 +36,8 @@ from hasten.serve.supervisor import Supervisor
 from hasten.serve.texts import Texts
 
 BACKLOG = 2048
+ACCEPTS = 16
+"""Connections that are taken at a time; asyncio would take as many as the backlog holds, and do nothing else meanwhile."""
 DRAIN_CHECK_S = 0.05
 READY_CHECK_S = 0.1
 CUT_OFF_S = 1.0
@@ -42,8 +46,9 @@ CUT_OFF_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of a server. ``name`` is what clients call the model; ``waiting`` is how many outputs may wait beside those that run; ``grace_s`` is
-    how long a server that is told to stop lets streams go on; ``hosts`` are further names under which one without keys may be asked."""
+    """Of a server. ``name`` is what clients call the model; ``waiting`` is how many outputs may wait beside those that run, as many as
+    these unless it is given: who is taken waits about one answer's time then, however many ask. ``grace_s`` is how long a server that is
+    told to stop lets streams go on; ``hosts`` are further names under which one without keys may be asked."""
 
     begin: Begin
     name: str
@@ -52,7 +57,7 @@ class Settings:
     keys: Keys = field(default_factory=lambda: Keys(()))
     without_keys: bool = False
     hosts: Collection[str] = ()
-    waiting: int = 256
+    waiting: int | None = None
     deadline_s: float | None = None
     grace_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
@@ -74,6 +79,12 @@ class _Uvicorn(uvicorn.Server):
         self.asked = asyncio.Event()
         self._signals = 0
         self._loop = asyncio.get_running_loop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. What asyncio calls the backlog is how many connections it takes at a time, too; the kernel may hold more of them."""
+        await super().startup(sockets=sockets)
+        for one in sockets or ():
+            one.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by a signal."""
@@ -108,7 +119,7 @@ def serve(settings: Settings) -> int:
 async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: Log, store: Store | None) -> int:
     codes: list[int] = []
     slots = settings.begin.max_sequences
-    admission = Admission(slots + settings.waiting, slots)
+    admission = Admission(slots + (slots if settings.waiting is None else settings.waiting), slots)
     gave_up = asyncio.Event()
 
     def give_up(code: int) -> None:
@@ -134,7 +145,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     server = _Uvicorn(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Http,
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -143,7 +154,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=BACKLOG,
+            backlog=ACCEPTS,
             h11_max_incomplete_event_size=settings.limits.header_bytes,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
@@ -155,6 +166,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     await supervisor.start()
     announcing = asyncio.create_task(_announce(supervisor))
     texts.warm()  # while the engine loads
+    watching = asyncio.create_task(watch_lag(counts.loop_lag))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked, over = asyncio.create_task(server.asked.wait()), asyncio.create_task(gave_up.wait())
     finding = None if identity is None else asyncio.create_task(identity.find())
@@ -166,7 +178,7 @@ async def _run(settings: Settings, texts: Texts, listener: socket.socket, log: L
     server.should_exit = True
     with contextlib.suppress(asyncio.CancelledError):
         await serving
-    for task in (asked, over, finding):
+    for task in (asked, over, finding, watching):
         if task is not None:
             task.cancel()
     if recall is not None:

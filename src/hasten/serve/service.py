@@ -18,6 +18,8 @@ from hasten.serve.recall import Recall, Recorded
 from hasten.serve.supervisor import Supervisor
 from hasten.serve.texts import Texts
 
+MAX_OUTPUTS = 256
+"""Of one request, where not even more are taken of all together."""
 Encode = Callable[[], Awaitable[list[list[int]]]]
 
 
@@ -188,9 +190,9 @@ class Service:
 
     @contextmanager
     def _admitted(self, outputs: int) -> Iterator[Callable[[], None]]:
-        admission = self.admission
-        if outputs > admission.most:
-            raise ApiError(400, f"{outputs} outputs in one request; at most {admission.most} are taken; send several requests", param="n")
+        admission, most = self.admission, max(self.admission.most, MAX_OUTPUTS)
+        if outputs > most:
+            raise ApiError(400, f"{outputs} outputs in one request; at most {most} are taken; send several requests", param="n")
         if not admission.take(outputs):
             retry = admission.retry_s
             message = f"{admission.taken} outputs are on their way, {admission.most} at most are taken; try again in {retry} s"
