@@ -7,6 +7,7 @@ Every reader of them takes the directory that stands for ``/``.
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,14 @@ def memory(root: Path = ROOT) -> Memory:
         limit=min((limit for limit, _ in groups), default=None),
         huge_pages=mode.group(1) if mode else None,
     )
+
+
+def free_disk(path: Path) -> int | None:
+    """Bytes free where ``path`` lies, or would; None where it is not known."""
+    try:
+        return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+    except (OSError, StopIteration):
+        return None
 
 
 def resident_bytes(root: Path = ROOT) -> int | None:

@@ -16,6 +16,7 @@ from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
+from hasten.cli.quantize import apply, quantize
 from hasten.cli.serve import serve
 from hasten.cli.terminal import fail
 from hasten.cli.warm import warm
@@ -34,6 +35,8 @@ app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("eval")(evaluate)
 app.command("warm")(warm)
+app.command("quantize")(quantize)
+app.command("apply")(apply)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 

@@ -94,16 +94,28 @@ def held_out(stdlib: Path | None = None) -> Corpus:
 
     Which bytes that gives depends on the Python version; compare ``sha256`` with the card's before comparing figures."""
     root = stdlib or Path(sysconfig.get_path("stdlib"))
-    chosen = []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        relative = path.relative_to(root).as_posix()
-        excluded = "site-packages" in relative or "test" in relative or relative.startswith("idlelib")
-        picked = int(hashlib.sha256(relative.encode()).hexdigest(), 16) % 25 == 0
-        if not excluded and picked and 300 <= path.stat().st_size <= 400_000:
-            chosen.append(path)
+    chosen = [path for path, picked in _sources(root) if picked]
     if not chosen:
         raise UserError(f"the standard library at {root} holds no Python sources, so there is no held-out set; name a file or folder")
     return _corpus("held-out standard library", chosen)
+
+
+def standard_library(stdlib: Path | None = None) -> Corpus:
+    """What the held-out set is picked from, without it: the standard library's sources of the same sizes, no tests among them."""
+    root = stdlib or Path(sysconfig.get_path("stdlib"))
+    chosen = [path for path, picked in _sources(root) if not picked]
+    if not chosen:
+        raise UserError(f"the standard library at {root} holds no Python sources; name a file or folder")
+    return _corpus("standard library, less the held-out set", chosen, skip=True)
+
+
+def _sources(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Sources in sorted order, and whether each is of the held-out set."""
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        relative = path.relative_to(root).as_posix()
+        excluded = "site-packages" in relative or "test" in relative or relative.startswith("idlelib")
+        if not excluded and 300 <= path.stat().st_size <= 400_000:
+            yield path, int(hashlib.sha256(relative.encode()).hexdigest(), 16) % 25 == 0
 
 
 def _corpus(name: str, files: list[Path], *, skip: bool = False) -> Corpus:

@@ -46,7 +46,7 @@ class ReferenceBackend:
     def arena_bytes(self, program: Program, tokens: int) -> int:
         """Bytes of the values of a step of ``tokens`` tokens that live at the same time, at their most, its logits left out; what torch
         takes within an op comes on top."""
-        logits = program.values["logits"].features
+        logits = program.values["logits"].features if "logits" in program.values else None
         sizes = {
             name: 0 if (value.rows, value.features) == ("R", logits) else tokens * ELEMENT_BYTES.get(value.dtype, 4) * math.prod(
                 program.context if size < 0 else size for size in value.features

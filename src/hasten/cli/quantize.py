@@ -1,0 +1,201 @@
+"""`hasten quantize MODEL OUT` and `hasten apply RECIPE MODEL OUT`: a smaller model, measured before it is kept."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hasten.base.errors import MissingExtraError
+from hasten.cli import options
+from hasten.cli.terminal import notify, visible_line
+
+if TYPE_CHECKING:
+    from hasten.compress.make import Made
+    from hasten.compress.recipe import Step
+
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "best")
+
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="Text to calibrate on: a file, a folder, or JSONL with a 'text' each. [default: the standard library]"),
+]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Windows of text to calibrate on.")]
+SequenceOption = Annotated[
+    int | None, typer.Option("--sequence", min=2, help="Tokens of a window. [default: 512, or the model's context if less]")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Chooses the windows.")]
+MaxLossOption = Annotated[float, typer.Option("--max-loss", help="Most percent that the held-out loss may rise.")]
+EvenOption = Annotated[bool, typer.Option("--even-if-worse", help="Keep the result whatever its loss.")]
+HeldOutOption = Annotated[
+    Path | None, typer.Option("--held-out", help="Text to measure the loss on: a file or folder. [default: the held-out standard library]")
+]
+GateTokensOption = Annotated[int, typer.Option("--gate-tokens", min=1, help="Tokens of it to measure.")]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work", help="Where unfinished work lies, to be gone on with after a kill. [default: .OUT.work beside OUT]")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
+
+
+def quantize(
+    model: options.ModelArgument,
+    out: OutArgument,
+    method: Annotated[str, typer.Option("--method", help=f"How weights are rounded: {', '.join(METHODS)}.")] = "gptq",
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="int8, int4, int3, int2, fp8 or a variant: int4-g64. [default: int4-g64; int8 for smoothquant]"),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option("--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant]"),
+    ] = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
+    text: TextOption = None,
+    samples: SamplesOption = 256,
+    sequence: SequenceOption = None,
+    seed: SeedOption = 0,
+    max_loss: MaxLossOption = 5.0,
+    even_if_worse: EvenOption = False,
+    held_out: HeldOutOption = None,
+    gate_tokens: GateTokensOption = 32768,
+    work: WorkOption = None,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Round a model's linear weights: the short form of a recipe. Embedding, norms, head and routers are left as they are."""
+    if method not in METHODS:
+        options.refuse("--method", method, ", ".join(METHODS))
+    steps = short_form(method, weights, activations, skip or [])
+    _make(
+        model, steps, out, text=text, samples=samples, sequence=sequence, seed=seed, most=None if even_if_worse else max_loss / 100,
+        held_out=held_out, gate_tokens=gate_tokens, work=work, threads=threads, overwrite=overwrite, as_json=as_json,
+    )  # fmt: skip
+
+
+def apply(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML list of transforms, as '- gptq: {weights: int4-g64}'.")],
+    model: options.ModelArgument,
+    out: OutArgument,
+    text: TextOption = None,
+    samples: SamplesOption = 256,
+    sequence: SequenceOption = None,
+    seed: SeedOption = 0,
+    max_loss: MaxLossOption = 5.0,
+    even_if_worse: EvenOption = False,
+    held_out: HeldOutOption = None,
+    gate_tokens: GateTokensOption = 32768,
+    work: WorkOption = None,
+    threads: ThreadsOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Take a model through a recipe of transforms."""
+    _make(
+        model, recipe, out, text=text, samples=samples, sequence=sequence, seed=seed, most=None if even_if_worse else max_loss / 100,
+        held_out=held_out, gate_tokens=gate_tokens, work=work, threads=threads, overwrite=overwrite, as_json=as_json,
+    )  # fmt: skip
+
+
+def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
+    """The recipe that `hasten quantize` is short for, as plain data."""
+    stored = weights or ("int8" if method == "smoothquant" else "int4-g64")
+    left: dict[str, Any] = {"skip": list(skip)} if skip else {}
+    rounding = {"weights": stored, "activations": activations or ("int8" if method == "smoothquant" else "bf16"), **left}
+    match method:
+        case "rtn":
+            return [{"rtn": rounding}]
+        case "gptq":
+            return [{"gptq": {**rounding, "clip": "outputs"}}]
+        case "awq":
+            return [{"awq": {"weights": stored, **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
+        case "smoothquant":
+            return [{"smoothquant": left}, {"rtn": rounding}]
+        case _:
+            return [{"awq": {"weights": stored, **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
+
+
+def _make(
+    name: str, recipe: Path | list[dict[str, Any]], out: Path, *, text: Path | None, samples: int, sequence: int | None, seed: int,
+    most: float | None, held_out: Path | None, gate_tokens: int, work: Path | None, threads: int | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hasten.checkpoint import load
+
+    try:
+        from hasten.compress.make import Calibration, Gate, make
+        from hasten.compress.recipe import read_recipe, recipe_of
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError("compressing a model", "torch") from None
+    from hasten.base import hardware
+    from hasten.compress.walk import Run
+
+    steps: Sequence[Step] = read_recipe(recipe) if isinstance(recipe, Path) else recipe_of(recipe, "options")
+    loaded = load(name)
+    place = work or out.absolute().parent / f".{out.absolute().name}.work"
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        run = Run(place, threads or hardware.detect().cpu.cores, _reporter(progress))
+        made = make(
+            loaded, steps, out, calibration=Calibration(text, samples, sequence, seed), gate=Gate(most, held_out, gate_tokens), run=run,
+            overwrite=overwrite, began=lambda takes: notify(f"{takes}; unfinished work lies in {place}"),
+        )  # fmt: skip
+    facts = _facts(name, out, steps, loaded.weights.nbytes, made)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _print(facts)
+
+
+def _reporter(progress: Any) -> Callable[[str, int, int], None]:
+    tasks: dict[int, Any] = {}
+
+    def report(doing: str, done: int, of: int) -> None:
+        if of not in tasks:
+            tasks[of] = progress.add_task(doing, total=of)
+        progress.update(tasks[of], description=doing, completed=done)
+
+    return report
+
+
+def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made: "Made") -> dict[str, Any]:
+    import dataclasses
+
+    import msgspec
+
+    found = made.comparison
+    return {
+        "model": name,
+        "out": str(out),
+        "recipe": [{step.transform.name: msgspec.to_builtins(step.settings)} for step in steps],
+        "rounded_bytes_before": made.before,
+        "rounded_bytes": made.after,
+        "rounded_share": made.after / made.before,
+        "base_bytes": base_bytes,
+        "bytes": made.model.weights.nbytes,
+        **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    names = ", ".join(key for step in facts["recipe"] for key in step)
+    typer.echo(visible_line(f"{facts['model']} → {facts['out']} by {names}"))
+    typer.echo(
+        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
+        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
+    )
+    if "loss" in facts:
+        typer.echo(
+            f"held-out loss {facts['base_loss']:.4f} → {facts['loss']:.4f} ({facts['increase']:+.2%})   KL {facts['kl']:.4f} nats   "
+            f"top-1 agreement {facts['agreement']:.4f}   ({facts['tokens']:,} tokens)"
+        )
+    else:
+        typer.echo("the model has no tokenizer, so there is no text to measure its loss on: it was not measured")
+    typer.echo("read back from disk: the same codes, and the same logits in the engine")

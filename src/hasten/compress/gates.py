@@ -1,0 +1,102 @@
+"""What must hold of a compressed model before it is kept."""
+
+import glob
+import secrets
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hasten.base.errors import CheckpointError, UserError
+from hasten.checkpoint import load_directory, save
+from hasten.compress.evidence import Comparison
+from hasten.engine.backends import choose_backend, open_scorer
+from hasten.formats.linear import QuantizedLinear
+from hasten.formats.quantized import QuantizedWeight
+from hasten.model import Model
+from hasten.program import Batch
+
+PROBE = 64  # tokens that a reloaded model is compared on
+
+
+class GateError(UserError):
+    """A compressed model is not worth keeping."""
+
+
+def require_smaller(original: Model, model: Model) -> tuple[int, int]:
+    """Bytes of the weights that were rounded, before and after. Raises GateError for one that got no smaller, or where none was rounded."""
+    before = after = 0
+    for name, weight in model.weights.items():
+        if not isinstance(weight, QuantizedWeight):
+            continue
+        old = original.weights[name].nbytes
+        if weight.nbytes >= old:
+            raise GateError(
+                f"{name} takes {weight.nbytes:,} bytes in {weight.form} and took {old:,}: no smaller; skip it, or take fewer bits"
+            )
+        before, after = before + old, after + weight.nbytes
+    if not after:
+        raise GateError("no weight was made smaller, so there is nothing to save")
+    return before, after
+
+
+def require_loss(found: Comparison, most: float) -> None:
+    """Raise GateError where the loss rose by more than the share ``most``."""
+    if not found.increase <= most:
+        raise GateError(
+            f"the held-out loss went from {found.base_loss:.4f} to {found.loss:.4f}, {found.increase:+.2%}, and {most:.2%} are allowed; "
+            f"take more bits, smaller groups or another method, or allow more"
+        )
+
+
+def save_checked(model: Model, directory: Path, *, overwrite: bool = False) -> None:
+    """``save``, but the directory appears only once what was written has been read back and plays to the same logits.
+
+    Raises CheckpointError where it does not."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+        raise CheckpointError(f"{directory} exists and is not empty; choose another directory, or overwrite it on purpose")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.trial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    trial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.trial")
+    try:
+        save(model, trial)
+        check_written(model, load_directory(trial, model.name))
+        if overwrite and directory.exists():
+            save(load_directory(trial, model.name), directory, overwrite=True)
+        else:
+            if directory.exists():
+                directory.rmdir()  # empty
+            trial.rename(directory)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def check_written(model: Model, read: Model) -> None:
+    """Raise CheckpointError where ``read``, from disk, is not ``model``: other codes or scales, other activations, or other logits."""
+    for name, weight in model.weights.items():
+        other = read.weights[name]
+        if not isinstance(weight, QuantizedWeight):
+            continue
+        if not isinstance(other, QuantizedWeight):
+            raise CheckpointError(f"{name} was written in {weight.form} and read back as {other.dtype}; nothing was kept")
+        if (weight.form, weight.activations) != (other.form, other.activations):
+            found = f"{other.form} × {other.activations}"
+            raise CheckpointError(f"{name} was written as {weight.form} × {weight.activations} and read back as {found}; nothing was kept")
+        if not _equal(weight.quantized(), other.quantized()):
+            raise CheckpointError(f"{name} was read back with other numbers than were written; nothing was kept")
+    tokens = np.random.default_rng(0).integers(0, model.spec.vocab, min(PROBE, model.spec.context)).tolist()
+    first, second = (_logits(each, tokens) for each in (model, read))
+    if not np.array_equal(first, second, equal_nan=True):
+        raise CheckpointError(f"what was written gives logits that differ by {np.abs(first - second).max():.3g}; nothing was kept")
+
+
+def _logits(model: Model, tokens: list[int]) -> NDArray[np.float32]:
+    return open_scorer(model, choose_backend(model)[0], len(tokens)).score(Batch.of([tokens]))
+
+
+def _equal(a: QuantizedLinear, b: QuantizedLinear) -> bool:
+    pairs = [(a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros)]
+    return a.group == b.group and all((x is None) == (y is None) and (x is None or y is None or np.array_equal(x, y)) for x, y in pairs)

@@ -1,0 +1,110 @@
+"""From a recipe to a directory: checked before, measured after, and kept only where it is worth keeping."""
+
+import dataclasses
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hasten.base.errors import UserError
+from hasten.compress.data import Text, cut_text, read_documents, text_of
+from hasten.compress.evidence import Comparison, compare
+from hasten.compress.gates import require_loss, require_smaller, save_checked
+from hasten.compress.preflight import Estimate, estimate
+from hasten.compress.recipe import Step, carry_out, check_recipe
+from hasten.compress.walk import Run
+from hasten.measure import Windows, cut_windows, held_out, read_corpus
+from hasten.model import Model, Provenance
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibration:
+    """Where text comes from (None: the interpreter's standard library), and how much of it is looked at: ``samples`` windows of
+    ``sequence`` tokens (None: 512, or the model's context where that is less)."""
+
+    path: Path | None = None
+    samples: int = 256
+    sequence: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gate:
+    """``most`` is the share by which the loss may rise, None for any; measured over ``tokens`` of ``path`` (None: the held-out set)."""
+
+    most: float | None = 0.05
+    path: Path | None = None
+    tokens: int | None = 32768
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """What was made: the model, bytes of its rounded weights before and after, and what it is next to the original, where that was
+    measured (a model without a tokenizer has no text to be measured on)."""
+
+    model: Model
+    before: int
+    after: int
+    comparison: Comparison | None
+
+
+def calibration_text(model: Model, recipe: Sequence[Step], calibration: Calibration) -> Text | None:
+    """The text that a recipe looks at, None where none of its steps does. A model without a tokenizer is given random token ids."""
+    if not any(step.needs_text for step in recipe):
+        return None
+    sequence = min(512, model.spec.context) if calibration.sequence is None else calibration.sequence
+    if model.tokenizer is None and calibration.path is None:
+        random = np.random.default_rng(calibration.seed)
+        return text_of("random token ids", random.integers(0, model.spec.vocab, (calibration.samples, sequence)).tolist())
+    return cut_text(model, read_documents(calibration.path), samples=calibration.samples, sequence=sequence, seed=calibration.seed)
+
+
+def make(
+    model: Model, recipe: Sequence[Step], directory: Path, *, calibration: Calibration, gate: Gate, run: Run, overwrite: bool = False,
+    began: Callable[[Estimate], None] | None = None,
+) -> Made:  # fmt: skip
+    """``model`` through ``recipe`` into ``directory``, which appears only if it passed every gate. ``began`` is told what it will take.
+
+    Killed, it goes on where it was when called again, from ``run.work``; that folder is removed at the end. Raises UserError, before
+    anything is begun, for a recipe that cannot work, a directory that is taken, or too little memory or disk; after it, GateError."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+        raise UserError(f"{directory} exists and is not empty; choose another directory, or --overwrite it on purpose")
+    check_recipe(model, recipe)
+    windows, window = gate_windows(model, gate)
+    text = calibration_text(model, recipe, calibration)
+    will_take = estimate(model, recipe, text, run.threads)
+    will_take.require(run.work)
+    if began is not None:
+        began(will_take)
+    made = carry_out(model, recipe, text, run)
+    before, after = require_smaller(model, made)
+    found = None
+    if windows is not None:
+        found = compare(model, made, windows, window, lambda done, of: run.report("held-out loss", done, of))
+        if gate.most is not None:
+            require_loss(found, gate.most)
+    made = with_evidence(made, before, after, found, gate)
+    save_checked(made, directory, overwrite=overwrite)
+    shutil.rmtree(run.work, ignore_errors=True)
+    return Made(made, before, after, found)
+
+
+def gate_windows(model: Model, gate: Gate) -> tuple[Windows | None, int]:
+    """The windows that the gate measures on, and their length; None where the model has no tokenizer to make them with."""
+    window = min(512, model.spec.context)
+    if model.tokenizer is None:
+        return None, window
+    corpus = held_out() if gate.path is None else read_corpus(gate.path)
+    return cut_windows(model, corpus, window, gate.tokens), window
+
+
+def with_evidence(model: Model, before: int, after: int, found: Comparison | None, gate: Gate) -> Model:
+    """``model`` with a last entry of provenance that says what it was measured to be."""
+    evidence: dict[str, Any] = {"rounded_bytes_before": before, "rounded_bytes": after, "bytes": model.weights.nbytes}
+    if found is not None:
+        evidence |= dataclasses.asdict(found) | {"increase": found.increase, "text": str(gate.path or "held-out standard library")}
+    settings = {"most": gate.most, "tokens": gate.tokens, "python": platform.python_version()}
+    return dataclasses.replace(model, provenance=(*model.provenance, Provenance("measured", settings, evidence)))

@@ -1,0 +1,66 @@
+"""What a recipe will take, told before it starts."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from hasten.backends.reference import ReferenceBackend
+from hasten.base import hardware
+from hasten.base.errors import UserError
+from hasten.compress.blocks import CHUNK, pieces
+from hasten.compress.data import Text
+from hasten.compress.recipe import Step
+from hasten.compress.sites import Layers, sites_of
+from hasten.model import Model
+
+WORKING = 350 << 20
+"""Bytes of Python, torch and everything else that does not grow with the model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes of memory at the most, and of disk in the work folder."""
+
+    memory: int
+    disk: int
+
+    def __str__(self) -> str:
+        return f"about {self.memory / 2**30:.1f} GiB of memory and {self.disk / 2**30:.1f} GiB of disk for work"
+
+    def require(self, folder: Path) -> None:
+        """Raise UserError where memory or the disk that ``folder`` is to lie on has less."""
+        available = hardware.memory(hardware.ROOT).available
+        if available is not None and self.memory > available:
+            raise UserError(
+                f"this takes about {self.memory / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB are free; "
+                f"take fewer threads or samples, or a machine with more"
+            )
+        free = hardware.free_disk(folder)
+        if free is not None and self.disk > free:
+            raise UserError(
+                f"{folder}: work takes about {self.disk / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; name another --work"
+            )
+
+
+def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: int) -> Estimate:
+    """One block's weights four times over (as they are, as they become, and being rounded), the moments of its widest input with their
+    factors, a chunk of text a thread; or the embedding, where that is larger. On disk, codes and the inputs of two blocks, in two ways."""
+    parts = pieces(model.spec, 2 if text is None else text.longest)
+    backend = ReferenceBackend()
+    most = stored = rows = 0
+    for piece in parts:
+        weights = 4 * sum(math.prod(shape) for shape in piece.params.values())
+        sites = sites_of(piece, Layers())
+        stored += sum(math.prod(piece.params[site.weight]) for site in sites)
+        memory = weights * (4 if sites else 1)
+        if text is not None:
+            memory += (threads + 1) * backend.arena_bytes(piece, min(CHUNK, text.tokens))
+            rows = max(rows, sum(math.prod(piece.values[name].features) for name in piece.outputs))
+            widest = max((piece.params[site.weight][-1] for site in sites), default=0)
+            experts = max((math.prod(piece.params[site.weight][:-2]) for site in sites), default=1)
+            memory += 8 * widest**2 * (2 * experts + 3)
+        most = max(most, memory)
+    rounding = any(hasattr(step.settings, "form") for step in recipe)
+    disk = (stored * 5 // 4 if rounding else 0) + (0 if text is None else 16 * text.tokens * rows)
+    return Estimate(WORKING + most, disk)

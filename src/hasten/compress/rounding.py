@@ -1,0 +1,210 @@
+"""Transforms that round: linear weights become stored codes and scales."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.base.errors import ConfigError
+from hasten.compress.blocks import Moments
+from hasten.compress.data import Text
+from hasten.compress.descend import descend, output_loss
+from hasten.compress.gptq import Order, aimed, gptq
+from hasten.compress.grid import Clip
+from hasten.compress.rtn import round_to_nearest
+from hasten.compress.sites import Layers, Site, by_value, sites_of
+from hasten.compress.threads import in_order
+from hasten.compress.walk import Block, Run, Treated, Walked, walk
+from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
+from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.safetensors import SafetensorsFile
+from hasten.formats.weights import Array, Weight, Weights
+from hasten.model import Model, Provenance
+from hasten.program import lower
+
+Activations = Literal["bf16", "int8"]
+
+Rounder = Callable[[Tensor, Moments | None], QuantizedLinear]
+"""Rounds one weight [out, in], float32, given the moments of what it reads where there is text."""
+
+
+class Rounding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``weights`` as in hasten.formats.linear, ``activations`` are what they are to be multiplied with; ``layers`` and ``skip`` are globs
+    over weight names. Embedding, norms, head and routers are left as they are."""
+
+    weights: str = "int4-g64"
+    activations: Activations = "bf16"
+    layers: tuple[str, ...] = ("blocks.*",)
+    skip: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> LinearFormat:
+        """The format. Raises UnsupportedError for one nobody has."""
+        return LinearFormat.parse(self.weights)
+
+
+class Rtn(Rounding, frozen=True, kw_only=True):
+    """Round-to-nearest; ``clip`` searches the range of each group for the least error of weights, or of outputs, which takes text."""
+
+    clip: Clip = "none"
+
+
+class Gptq(Rounding, frozen=True, kw_only=True):
+    """GPTQ, then as many ``descend`` rounds of coordinate descent. Each layer sees what the rounded layers before it give, and is rounded
+    for what it gives of that, or, with ``aim`` 'plain', for what it gave before anything was rounded (experts for the former always)."""
+
+    damp: float = 0.01
+    order: Order = "activation"
+    static_groups: bool = True
+    clip: Clip = "none"
+    descend: int = 0
+    aim: Literal["seen", "plain"] = "seen"
+
+
+def check_rounding(model: Model, settings: Rounding) -> None:
+    """Raise UserError, with the reason, for what cannot work on ``model``."""
+    form = settings.form
+    if not NUMBERS[form.number][1] or form.sparse:
+        raise ConfigError(f"weights {form} are not rounded to by a transform; accepted are int8, int4, int3, int2, fp8 and their variants")
+    if settings.activations not in form.activations:
+        raise ConfigError(
+            f"activations {settings.activations} do not go with weights in {form}; accepted are {', '.join(form.activations)}"
+        )
+    layers = Layers(settings.layers, settings.skip)
+    program = lower(model.spec)
+    layers.check(program)
+    done = [site.weight for site in sites_of(program, layers) if isinstance(model.weights[site.weight], QuantizedWeight)]
+    if done:
+        raise ConfigError(f"{done[0]} is quantized already, and what rounding took cannot be had back; start from the original, or skip it")
+    if isinstance(settings, Gptq):
+        if settings.order == "activation" and not settings.static_groups and form.group:
+            raise ConfigError("activation order without static groups would spread a group over the inputs; turn one of them off")
+        if not 0 < settings.damp < 1:
+            raise ConfigError(f"damp is {settings.damp}; accepted is a share between 0 and 1, as 0.01")
+        if not 0 <= settings.descend <= 100:
+            raise ConfigError(f"descend is {settings.descend}; accepted are 0 to 100 rounds")
+        if settings.descend and not form.is_integer:
+            raise ConfigError(f"coordinate descent is for integers, not {form}; leave descend at 0")
+
+
+def rtn(model: Model, settings: Rtn, text: Text | None, run: Run) -> Model:
+    """Each weight to the nearest its grid has. ``text`` is used where ``clip`` is 'outputs'."""
+
+    def one(weight: Tensor, moments: Moments | None) -> QuantizedLinear:
+        return round_to_nearest(weight, settings.form, clip=settings.clip, moments=None if moments is None else moments.square)
+
+    return round_blocks(model, "rtn", settings, text if settings.clip == "outputs" else None, run, one)
+
+
+def gptq_transform(model: Model, settings: Gptq, text: Text, run: Run) -> Model:
+    """GPTQ over all blocks, on ``text``."""
+
+    def one(weight: Tensor, moments: Moments | None) -> QuantizedLinear:
+        if moments is None:
+            raise ConfigError("gptq looks at activations, so it needs text to calibrate on")
+        if moments.cross is not None:
+            weight = aimed(weight, moments.square, moments.cross, settings.damp)
+        made = gptq(
+            weight, moments.square, settings.form, damp=settings.damp, order=settings.order, static_groups=settings.static_groups,
+            clip=settings.clip,
+        )  # fmt: skip
+        if not settings.descend:
+            return made
+        return descend(weight, made, moments.square, settings.form, damp=settings.damp, rounds=settings.descend)
+
+    return round_blocks(model, "gptq", settings, text, run, one, plain=settings.aim == "plain")
+
+
+def round_blocks(
+    model: Model, name: str, settings: Rounding, text: Text | None, run: Run, rounder: Rounder, *, plain: bool = False
+) -> Model:
+    """``model`` with the weights that ``settings`` means rounded by ``rounder``, block by block, those that read one value together, each
+    fed what the rounded ones before it give; ``plain`` gives moments their ``cross``. The third party's way to a transform of one
+    function."""
+    layers, form = Layers(settings.layers, settings.skip), settings.form
+
+    def treat(block: Block) -> Treated:
+        weights, arrays, facts = dict(block.weights), dict[str, Array](), dict[str, Any]()
+        for _, sites in by_value(sites_of(block.piece, layers)):
+            beside = None if block.plain is None else (block.plain, block.weights)
+            moments = {} if text is None else block.text().moments(weights, sites, beside)
+
+            def one(site: Site, moments: Mapping[Site, Sequence[Moments]] = moments) -> tuple[QuantizedLinear, dict[str, Any]]:
+                return _round_site(weights[site.weight], moments.get(site), rounder)
+
+            for site, (made, fact) in zip(sites, in_order(one, sites, block.threads)):
+                arrays.update(_arrays(site.weight, made))
+                facts[site.weight] = fact
+                weights[site.weight] = torch.from_numpy(made.dense().reshape(tuple(weights[site.weight].shape)))
+        return Treated(arrays, facts, weights)
+
+    walked = walk(model, settings, text, run, treat, plain=plain)
+    made = dict(model.weights)
+    for file in walked.files:
+        for key in file.entries:
+            if key.endswith(":q"):
+                made[key[:-2]] = _stored(file, key[:-2], model.weights[key[:-2]], form, settings.activations)
+    return dataclasses.replace(
+        model,
+        weights=Weights(made),
+        provenance=(*model.provenance, Provenance(name, msgspec.to_builtins(settings), _evidence(walked, text))),
+    )
+
+
+def _round_site(weight: Tensor, moments: Sequence[Moments] | None, rounder: Rounder) -> tuple[QuantizedLinear, dict[str, Any]]:
+    """One matrix, or the experts of one one after the other; and how much of what they give is error, by energy."""
+    matrices = weight[None] if weight.dim() == 2 else weight
+    seen: Sequence[Moments | None] = [None] * len(matrices) if moments is None else moments
+    made = [rounder(matrix, each) for matrix, each in zip(matrices, seen, strict=True)]
+    lost = whole = 0.0
+    for matrix, each, result in zip(matrices, seen, made):
+        square = torch.eye(matrix.shape[1]) if each is None else each.square
+        lost += output_loss(matrix, torch.from_numpy(result.dense()), square)
+        whole += output_loss(matrix, torch.zeros_like(matrix), square)
+    joined = QuantizedLinear(
+        np.concatenate([each.q for each in made]), _joined([each.scales for each in made]), _joined([each.zeros for each in made]),
+        made[0].group,
+    )  # fmt: skip
+    return joined, {"error": lost / whole if whole else 0.0, "of": "weights" if moments is None else "outputs"}
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return None if parts[0] is None else np.concatenate(parts)
+
+
+def _arrays(name: str, made: QuantizedLinear) -> dict[str, Array]:
+    """The stored numbers as a file keeps them; `_quantized` reads them back."""
+    arrays: dict[str, Array] = {f"{name}:q": made.q}
+    if made.scales is not None:
+        arrays[f"{name}:scales"] = made.scales
+    if made.zeros is not None:
+        arrays[f"{name}:zeros"] = made.zeros
+    return arrays
+
+
+def _stored(file: SafetensorsFile, name: str, before: Weight, form: LinearFormat, activations: str) -> QuantizedWeight:
+    return QuantizedWeight.of(before.shape, form, functools.partial(_quantized, file, name, before.shape, form), activations)
+
+
+def _quantized(file: SafetensorsFile, name: str, shape: tuple[int, ...], form: LinearFormat) -> QuantizedLinear:
+    zeros = file.read(f"{name}:zeros") if f"{name}:zeros" in file.entries else None
+    q, scales = file.read(f"{name}:q").reshape(shape), file.read(f"{name}:scales")
+    beside = (*shape[:-1], scales.shape[-1])
+    return QuantizedLinear(q, scales.reshape(beside), None if zeros is None else zeros.reshape(beside), form.group or shape[-1])
+
+
+def _evidence(walked: Walked, text: Text | None) -> dict[str, Any]:
+    errors = {name: fact["error"] for name, fact in walked.facts.items()}
+    worst = max(errors, key=errors.__getitem__)
+    facts: dict[str, Any] = {
+        "layers": len(errors), "mean_error": sum(errors.values()) / len(errors), "worst_layer": worst, "worst_error": errors[worst],
+        "error_of": walked.facts[worst]["of"],
+    }  # fmt: skip
+    return (
+        facts if text is None else facts | {"text": text.name, "windows": len(text.windows), "tokens": text.tokens, "sha256": text.sha256}
+    )
