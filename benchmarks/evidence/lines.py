@@ -202,7 +202,21 @@ RECALLED = [
     )
 ]  # fmt: skip
 
+LOADED = [
+    Line("D", check, (f"python -m tests.soak {part}",), Passes(), PASSED)
+    for check, part in (
+        ("10,000 malformed requests: no 5xx, no restart, no page lost", "requests"),
+        ("bombs on every route: refused, memory at rest within 64 MiB", "bombs"),
+        ("1,000 idle sockets change nothing", "slowloris"),
+        ("two tenants share nothing, and times tell nothing, 1,000 pairs", "tenants"),
+        ("hostile neighbours change no byte", "neighbours"),
+        ("1,000 clients that go away anywhere leave nothing", "disconnects"),
+        ("ten times too much: refused within 50 ms, first tokens within twice, goodput 0.9", "overload"),
+        ("an end under 64 streams cuts none", "drain"),
+        ("50 engines killed under 64 streams", "kill"),
+    )
+]
 LINES: list[Line] = [
     *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING,
-    *THROUGHPUT, *RESPONSES, *RECALLED,
+    *THROUGHPUT, *RESPONSES, *RECALLED, *LOADED,
 ]  # fmt: skip

@@ -80,7 +80,7 @@ def test_inspect_json(hasten_main):
     assert facts["blocks"][0]["count"] == 8
     assert facts["cache_bytes_per_token"] == 8 * 2 * 2 * 64 * 2  # blocks · keys and values · heads · features · bytes
     assert facts["state_bytes_per_sequence"] == 0
-    assert facts["formats"] == ["dense bfloat16"]
+    assert facts["formats"] == ["bfloat16"]
     assert facts["tokenizer"] is True
 
 

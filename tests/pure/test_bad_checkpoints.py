@@ -428,7 +428,7 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name, fragments in {
-        "model.gguf": ["model.gguf", "GGUF", "directory"],
+        "model.gguf": ["model.gguf", "24 bytes", "GGUF", "download it again"],
         "notes.txt": ["notes.txt", "directory"],
         "loop": ["loop", "not a directory", "code-8m"],
         "dangling": ["dangling", "not a directory"],

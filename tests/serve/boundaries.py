@@ -15,6 +15,8 @@ MANY, FEWER = 10**6, 70_000
 """Items of a list, and of one that lies in another field."""
 MOST_BYTES = 4 << 20
 """Of a body that is read at all."""
+MOST_VALUES = 100_000
+"""Objects, lists and names in one."""
 MAX, SEED = 2**31 - 1, 2**63 - 1
 CONTEXT = 2048  # tokens that the served model takes
 RANGES: dict[str, tuple[float, float]] = {
@@ -164,7 +166,10 @@ def bad_values(description: Description, name: str, schema: dict[str, Any], many
     for branch in branches:
         if branch.get("type") == "array":
             item = description.example(branch["items"]) if branch.get("items") else 0
-            count = min(many, (MOST_BYTES - 4096) // (len(json.dumps(item)) + 2))
+            said = json.dumps(item)
+            count = min(many, (MOST_BYTES - 4096) // (len(said) + 2))
+            if marks := sum(map(said.count, "{[:")):  # of more in one body no field is told
+                count = min(count, (MOST_VALUES - 1000) // marks)
             yield f"{count:,} items", [item] * count
             if branch.get("minItems"):
                 yield "an empty list", []

@@ -55,7 +55,7 @@ def test_requests_race_the_engines_restart():
         await asyncio.gather(*asking)
         return statuses
 
-    with serving("code-8m", "--max-sequences", "4") as server:
+    with serving("code-8m", "--max-sequences", "4", "--max-waiting", "256") as server:
         body = {"prompt": "def f(", "max_tokens": 12, "temperature": 0}
         before = server.post("/v1/completions", body).json()["choices"]
         statuses = asyncio.run(races(server))
