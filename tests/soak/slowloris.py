@@ -10,7 +10,9 @@ from tests.serve.server import Server
 from tests.soak.watch import LATE_SHARE, Stalls, memory, open_files, quantile, require
 from tests.soak.wire import Asked, Wire, request
 
-ARGUMENTS = ("code-8m", "--max-sequences", "8")
+PLANNED = 128 << 20
+"""Bytes that the engine is given."""
+ARGUMENTS = ("code-8m", "--memory", str(PLANNED), "--max-sequences", "8")
 CLIENTS, TOKENS = 4, 16
 CLOSED_S = 40.0
 """Until the server has closed all of them: a head may take 20 s, a body 30 s."""
@@ -65,7 +67,7 @@ async def _run(server: Server, sockets: int, seconds: float, rounds: int, slower
         "sockets": sockets, "asked": len(alone) + len(beside), "median_ms": round(1000 * quantile(beside, 0.5), 2),
         "median_ratio": round(ratios[0.5], 3), "p99_ms": round(1000 * quantile(beside, 0.99), 2), "p99_ratio": round(ratios[0.99], 3),
         "files": int(held),
-    } | memory(server).growth(before) | stalls.told(late)  # fmt: skip
+    } | memory(server).growth(before, PLANNED) | stalls.told(late)  # fmt: skip
 
 
 async def _trickle(idle: list[Asked]) -> None:

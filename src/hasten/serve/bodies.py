@@ -3,6 +3,7 @@
 Ranges of sampling fields are `hasten.engine.SamplingParams`' business; here are types, lengths, and what OpenAI's API adds. Fields under
 "accepted" mean nothing to this server; clients send them."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,6 +28,8 @@ MAX_NAMES = 1024
 """Of an object whose names are not a schema's or a call's."""
 MAX_VALUES = 100_000
 """Objects, lists and names in one body: each takes more than 64 bytes where JSON has two, and a microsecond in which nothing else runs."""
+MAX_ITEMS = 300_000
+"""Commas between the values of one body: each value takes some 40 bytes where JSON has two."""
 _MARKS = (b"{", b"[", b":")
 SCHEMAS = "#/components/schemas/"
 """Where an OpenAPI description has its types."""
@@ -291,8 +294,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 def parse(kind: type[Body], raw: bytes) -> Body:
     """A body of that kind. Raises ApiError 400 that names the field."""
-    if (values := _values(raw)) > MAX_VALUES:
-        raise ApiError(400, f"the body holds {values:,} objects, lists and names; at most {MAX_VALUES:,} are read")
+    _refuse_much(raw)
     try:
         given = msgspec.json.decode(raw)
     except RecursionError:
@@ -311,13 +313,31 @@ def parse(kind: type[Body], raw: bytes) -> Body:
         raise ApiError(400, "the body is nested too deep") from None
 
 
-def _values(raw: bytes) -> int:
-    """How many objects, lists and names JSON holds; where these are few, what looks like them in its texts too."""
-    if (count := sum(map(raw.count, _MARKS))) <= MAX_VALUES:
-        return count
+def _refuse_much(raw: bytes) -> None:
+    """Raises ApiError 400 for JSON that would take very much more room than it has bytes, naming the longest field."""
+    marks, commas = _counts(raw)
+    if marks <= MAX_VALUES and commas <= MAX_ITEMS:
+        return
+    name = ""
+    if marks <= MAX_VALUES:  # so there are not too many names either
+        with contextlib.suppress(msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            name = max(fields, key=lambda field: len(fields[field]))[:200]
+    said = f"{marks:,} objects, lists and names, and {commas + 1:,} values"
+    raise ApiError(
+        400, f"{name or 'the body'} is too much: {said} are in one body, and at most {MAX_VALUES:,} and {MAX_ITEMS:,} are read",
+        param=name or None,
+    )  # fmt: skip
+
+
+def _counts(raw: bytes) -> tuple[int, int]:
+    """How many objects, lists and names JSON holds, and how many commas; where these are few, what looks like them in its texts too."""
+    marks, commas = sum(map(raw.count, _MARKS)), raw.count(b",")
+    if marks <= MAX_VALUES and commas <= MAX_ITEMS:
+        return marks, commas
     plain = np.frombuffer(raw.replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
-    inside = np.logical_xor.accumulate(plain == ord('"'))
-    return sum(int(np.count_nonzero((plain == ord(mark)) & ~inside)) for mark in _MARKS)
+    outside = plain[~np.logical_xor.accumulate(plain == ord('"'))]
+    return sum(int(np.count_nonzero(outside == ord(mark))) for mark in _MARKS), int(np.count_nonzero(outside == ord(",")))
 
 
 def _wrong(kind: type[BaseModel], place: Sequence[str | int], type_: str, message: str) -> ApiError:
