@@ -88,7 +88,7 @@ async def _leave(wire: Wire, chance: random.Random, phase: str, first_s: float) 
     reset = chance.random() < 0.5
     if phase == "prompt":
         asked = await wire.begin(_long(chance, 50))
-        await asyncio.wait({asked.begun}, timeout=chance.uniform(0.0, 0.9) * first_s)
+        await asyncio.wait({asked.begun}, timeout=chance.uniform(0.0, 0.5) * first_s)
         inside = not asked.data
     elif phase == "output":
         asked = await wire.begin(_asks(chance, chance.randrange(1, 40), 1500))
@@ -124,10 +124,10 @@ async def _queued(server: Server, wire: Wire, chance: random.Random) -> int:
     })) for place in range(SLOTS)))  # fmt: skip
     await asyncio.gather(*(one.begun for one in holders))
     waiting = await asyncio.gather(*(wire.begin(_asks(chance, chance.randrange(1, 300), 50)) for _ in range(GROUP)))
-    await asyncio.sleep(chance.uniform(0.0, 0.4))
+    await asyncio.to_thread(server.until, lambda: scrape(server.url)["hasten_num_requests_waiting"], 5)  # it says so now and then
+    await asyncio.sleep(chance.uniform(0.0, 0.2))
     held = not any(one.done.done() for one in holders)
-    found = await asyncio.to_thread(scrape, server.url)
-    went = sum(not one.data for one in waiting) if held and found["hasten_num_requests_waiting"] else 0
+    went = sum(not one.data for one in waiting) if held else 0
     for one in waiting:
         one.leave(chance.random() < 0.5)
     await asyncio.sleep(chance.uniform(0.0, 0.1))
