@@ -121,7 +121,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     """``command`` with an option for each field of every group that is the default of one of its parameters; the group gives their
     defaults, and has their values when the command is called."""
     own = inspect.signature(command).parameters.values()
-    groups = {one.name: one.default for one in own if isinstance(one.default, Placing | Drawing)}
+    groups = {one.name: one.default for one in own if dataclasses.is_dataclass(one.default) and not isinstance(one.default, type)}
     parameters: list[inspect.Parameter] = []
     for one in own:
         if (group := groups.get(one.name)) is None:

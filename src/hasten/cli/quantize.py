@@ -1,5 +1,6 @@
 """`hasten quantize MODEL OUT` and `hasten apply RECIPE MODEL OUT`: a smaller model, measured before it is kept."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,27 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Making:
+    """What calibrates and measures a result, and where it is worked on: options of each command that compresses."""
+
+    text: TextOption = None
+    samples: SamplesOption = 256
+    sequence: SequenceOption = None
+    seed: SeedOption = 0
+    max_loss: MaxLossOption = 5.0
+    even_if_worse: EvenOption = False
+    held_out: HeldOutOption = None
+    gate_tokens: GateTokensOption = 32768
+    work: WorkOption = None
+    threads: ThreadsOption = None
+    overwrite: OverwriteOption = False
+
+
+MAKING = Making()
+
+
+@options.spread
 def quantize(
     model: options.ModelArgument,
     out: OutArgument,
@@ -53,51 +75,26 @@ def quantize(
         typer.Option("--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant]"),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
-    text: TextOption = None,
-    samples: SamplesOption = 256,
-    sequence: SequenceOption = None,
-    seed: SeedOption = 0,
-    max_loss: MaxLossOption = 5.0,
-    even_if_worse: EvenOption = False,
-    held_out: HeldOutOption = None,
-    gate_tokens: GateTokensOption = 32768,
-    work: WorkOption = None,
-    threads: ThreadsOption = None,
-    overwrite: OverwriteOption = False,
+    making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
     """Round a model's linear weights: the short form of a recipe. Embedding, norms, head and routers are left as they are."""
     if method not in METHODS:
         options.refuse("--method", method, ", ".join(METHODS))
     steps = short_form(method, weights, activations, skip or [])
-    _make(
-        model, steps, out, text=text, samples=samples, sequence=sequence, seed=seed, most=None if even_if_worse else max_loss / 100,
-        held_out=held_out, gate_tokens=gate_tokens, work=work, threads=threads, overwrite=overwrite, as_json=as_json,
-    )  # fmt: skip
+    _make(model, steps, out, making, as_json)
 
 
+@options.spread
 def apply(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML list of transforms, as '- gptq: {weights: int4-g64}'.")],
     model: options.ModelArgument,
     out: OutArgument,
-    text: TextOption = None,
-    samples: SamplesOption = 256,
-    sequence: SequenceOption = None,
-    seed: SeedOption = 0,
-    max_loss: MaxLossOption = 5.0,
-    even_if_worse: EvenOption = False,
-    held_out: HeldOutOption = None,
-    gate_tokens: GateTokensOption = 32768,
-    work: WorkOption = None,
-    threads: ThreadsOption = None,
-    overwrite: OverwriteOption = False,
+    making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
     """Take a model through a recipe of transforms."""
-    _make(
-        model, recipe, out, text=text, samples=samples, sequence=sequence, seed=seed, most=None if even_if_worse else max_loss / 100,
-        held_out=held_out, gate_tokens=gate_tokens, work=work, threads=threads, overwrite=overwrite, as_json=as_json,
-    )  # fmt: skip
+    _make(model, recipe, out, making, as_json)
 
 
 def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
@@ -118,10 +115,7 @@ def short_form(method: str, weights: str | None, activations: str | None, skip: 
             return [{"awq": {"weights": stored, **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
 
 
-def _make(
-    name: str, recipe: Path | list[dict[str, Any]], out: Path, *, text: Path | None, samples: int, sequence: int | None, seed: int,
-    most: float | None, held_out: Path | None, gate_tokens: int, work: Path | None, threads: int | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -139,13 +133,15 @@ def _make(
 
     steps: Sequence[Step] = read_recipe(recipe) if isinstance(recipe, Path) else recipe_of(recipe, "options")
     loaded = load(name)
-    place = work or out.absolute().parent / f".{out.absolute().name}.work"
+    place = making.work or out.absolute().parent / f".{out.absolute().name}.work"
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        run = Run(place, threads or hardware.detect().cpu.cores, _reporter(progress))
+        run = Run(place, making.threads or hardware.detect().cpu.cores, _reporter(progress))
         made = make(
-            loaded, steps, out, calibration=Calibration(text, samples, sequence, seed), gate=Gate(most, held_out, gate_tokens), run=run,
-            overwrite=overwrite, began=lambda takes: notify(f"{takes}; unfinished work lies in {place}"),
+            loaded, steps, out, run=run, overwrite=making.overwrite,
+            calibration=Calibration(making.text, making.samples, making.sequence, making.seed),
+            gate=Gate(None if making.even_if_worse else making.max_loss / 100, making.held_out, making.gate_tokens),
+            began=lambda takes: notify(f"{takes}; unfinished work lies in {place}"),
         )  # fmt: skip
     facts = _facts(name, out, steps, loaded.weights.nbytes, made)
     if as_json:
