@@ -25,8 +25,10 @@ demo: $(VENV)/.installed
 	@echo && echo "code-8m goes on where this class stops:" && echo
 	@$(BIN)/hasten generate code-8m --echo --max-tokens 41 --repetition-penalty 1.1 --prompt "$$DEMO"
 
+# What bounds times comes last and alone. Other guests of the machine may be in its way, so it has three tries; nothing else has.
 test: $(VENV)/.tested $(VENV)/.scraper
-	@$(BIN)/python -m pytest --numprocesses 2 --durations 10
+	@$(BIN)/python -m pytest -m 'not timed' --numprocesses 2 --durations 10
+	@$(BIN)/python -m pytest -m timed --reruns 2 --durations 10
 
 lint: $(VENV)/.tested
 	@$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -125,6 +125,7 @@ def test_a_long_message_as_indented_json_is_fine():
     assert len(render("{{ messages | tojson(indent=4) }}", [{"role": "user", "content": text}])) > len(text)
 
 
+@pytest.mark.timed
 def test_a_long_ordinary_chat_is_fine():
     chat = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"message {i} " * 50} for i in range(4000)]
     started = time.process_time()

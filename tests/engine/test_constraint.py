@@ -184,6 +184,7 @@ def of_forks(taster):
     return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.timed
 @pytest.mark.row("failing open", "no grammar, no answer")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_compile_fails_its_request_and_never_runs_free(engine, name):
@@ -201,6 +202,7 @@ def test_what_does_not_compile_fails_its_request_and_never_runs_free(engine, nam
     assert len(good.token_ids) == 5
 
 
+@pytest.mark.timed
 @pytest.mark.row("regex and grammars", "compiled apart, with a deadline")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_fails_alone(constraints, name):
@@ -230,6 +232,7 @@ def test_a_hostile_grammar_fails_alone(constraints, name):
     assert beside.error is None
 
 
+@pytest.mark.timed
 @pytest.mark.row("regex and grammars", "compiled apart, with a deadline")
 @pytest.mark.parametrize("pattern", CATASTROPHES)
 def test_patterns_that_hang_backtracking_matchers_are_harmless(constraints, pattern):
@@ -285,6 +288,7 @@ def test_a_process_that_dies_idle_costs_nobody_anything(constraints):
     assert other.error is None
 
 
+@pytest.mark.timed
 def test_who_leaves_takes_no_turn(constraints):
     """Nobody who comes later waits for the grammars of those who have gone."""
     hostile = [Grammar.lark(f'start: "{count}" X\nX: {CROSSED}') for count in range(50)]
@@ -448,6 +452,7 @@ def test_limits_hold_and_closing_ends_processes():
     assert all(process.returncode is not None for process in processes)
 
 
+@pytest.mark.timed
 def test_what_compiles_for_long_ends_with_who_asked(constraints):
     """A fork that is held up while its parent is killed would be there for ever."""
     constraints.start(Grammar.regex("a"))

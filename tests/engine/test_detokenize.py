@@ -249,6 +249,7 @@ def test_cost_a_token_does_not_grow(tokenizer, kind):
     assert decoded < len(ids) * 2 * WINDOW
 
 
+@pytest.mark.timed
 def test_long_runs_cost_linear_time():
     tokenizer = byte_fallback()
     vocabulary = tokenizer.get_vocab()
@@ -349,6 +350,7 @@ def test_stop_matcher_in_words():
             StopMatcher(bad)
 
 
+@pytest.mark.timed
 def test_hostile_stops_cost_linear_time():
     stops = ["a" * 1023 + letter for letter in "bcdefgh"]
     matcher = StopMatcher(stops)

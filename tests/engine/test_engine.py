@@ -172,6 +172,7 @@ def test_what_never_fits_fails_alone():
 # --- what a step costs beside computing
 
 
+@pytest.mark.timed
 def test_what_preemption_costs_is_measured():
     """From steps and moves that happen anyway: a page moves in less time than its tokens are computed in, and is swapped."""
     llm = LLM(

@@ -158,6 +158,7 @@ def test_peaks_refuse(kind, arguments, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "measure", [*(lambda peak=peak: peak(1, 0.3) for peak in PEAKS.values()), lambda: _native.streaming_read(64 * MIB, 1, 60)]
 )

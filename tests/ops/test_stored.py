@@ -105,6 +105,7 @@ def resident(mapped):
     return np.frombuffer(found, np.uint8) & 1
 
 
+@pytest.mark.timed
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 def test_what_will_be_needed_is_fetched(tmp_path):
     with open(tmp_path / "file", "wb+") as file:
@@ -230,6 +231,7 @@ def test_only_a_file_in_memory_is_resident(tmp_path):
         pytest.skip("this file system keeps its files in memory")
 
 
+@pytest.mark.timed
 def test_a_file_that_goes_while_it_moves(tmp_path):
     """What is not wanted any more is let go at once, moved or not."""
     extents, digests = stored(tmp_path / "file", [8 * HUGE])

@@ -342,6 +342,7 @@ print(peak_bytes() - before)
 """
 
 
+@pytest.mark.timed
 def test_loading_reads_headers_only(tmp_path):
     """2.4 GB of weights that take no disk: a hole in a file."""
     config = {

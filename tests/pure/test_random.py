@@ -29,6 +29,7 @@ PUBLISHED = {
 SAMPLED = ("gpt2", "qwen3-0.6b", "gemma-3-1b", "mamba2-1.3b", "mixtral-8x7b")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_are_the_published_ones(shape):
     began = time.perf_counter()

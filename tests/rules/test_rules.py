@@ -271,6 +271,7 @@ def seconds(code: str) -> float:
     return end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("code", [IMPORT, HELP], ids=["import", "help"])
 def test_starting_is_quick(code):
     seconds(code)  # the first may compile bytecode

@@ -180,6 +180,7 @@ def test_what_is_no_request_is_told_so_in_the_words_of_its_api(path, outer, serv
             assert (answer.status, set(json.loads(answer.read()))) == (status, outer)
 
 
+@pytest.mark.timed
 def test_who_sends_the_next_request_early_and_goes_is_noticed(server):
     place = urlsplit(server.url)
     body = json.dumps({"prompt": [5, 6], "max_tokens": 1900, "ignore_eos": True, "n": 8}).encode()
@@ -222,6 +223,7 @@ def test_a_clients_request_id_is_not_taken(server):
             assert f"x-request-id: {id}\r\n".encode() not in client.recv(65536)
 
 
+@pytest.mark.timed
 def test_a_hundred_idle_sockets_change_nothing(server):
     place = urlsplit(server.url)
     idle = [socket.create_connection((place.hostname, place.port)) for _ in range(100)]

@@ -1,7 +1,11 @@
 """What is made to burst the server, on every route, and a share of the fields."""
 
+import pytest
+
 from tests.serve.server import serving
 from tests.soak import bombs
+
+pytestmark = pytest.mark.timed
 
 
 def test_bombs_are_refused_and_forgotten():

@@ -11,6 +11,8 @@ import pytest
 from tests.cli import assert_refused, run
 from tests.serve.server import client_of, cpu_seconds, events, read, serving
 
+pytestmark = pytest.mark.timed
+
 LONG = {"prompt": [5, 6, 7], "max_tokens": 1900, "ignore_eos": True, "stream": True}
 STREAMS = 16
 

@@ -7,6 +7,8 @@ import pytest
 from tests.soak import kill
 from tests.soak.determinism import Difference
 
+pytestmark = pytest.mark.timed
+
 
 def test_a_round_and_one_that_asks_too_much(monkeypatch):
     monkeypatch.setenv("HASTEN_CACHE", os.environ["HASTEN_CACHE"])  # what the soak sets is taken back

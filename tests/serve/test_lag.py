@@ -4,8 +4,12 @@ import asyncio
 import contextlib
 import time
 
+import pytest
+
 from hasten.serve.histogram import SECONDS, Histogram
 from hasten.serve.lag import TICK_S, watch_lag
+
+pytestmark = pytest.mark.timed
 
 
 def late(lags: Histogram, seconds: float) -> tuple[int, int]:

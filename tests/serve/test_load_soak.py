@@ -2,8 +2,12 @@
 
 import math
 
+import pytest
+
 from tests.serve.server import serving
 from tests.soak import disconnects, drain, neighbours, overload, slowloris
+
+pytestmark = pytest.mark.timed
 
 LATE = 0.05
 """Of the moments at which the event loop is looked at; a busy machine may keep it waiting too."""

@@ -49,6 +49,7 @@ async def load(server: Server, bodies: list[dict]) -> list[tuple[dict, float]]:
         return await asyncio.gather(*map(one, bodies))
 
 
+@pytest.mark.timed
 def test_counts_are_what_clients_were_told(server):
     before = settled(server)
     streamed = {"stream": True, "stream_options": {"include_usage": True}}
@@ -88,6 +89,7 @@ def test_counts_are_what_clients_were_told(server):
     assert more("engine_read_bytes_total") > 10e6 * more("engine_steps_total")
 
 
+@pytest.mark.timed
 def test_shares_are_there_while_it_works_and_none_after(server):
     body = {"prompt": [5, 6], "max_tokens": 500, "ignore_eos": True}
 
@@ -116,6 +118,7 @@ def test_shares_are_there_while_it_works_and_none_after(server):
     assert ("hasten_step_outside_kernels_ratio", frozenset()) not in after.samples
 
 
+@pytest.mark.timed
 def test_who_waits_and_who_leaves_are_counted():
     with serving("code-8m", "--max-sequences", "1", "--max-waiting", "8", "--read-rate", "20GB") as server:
         assert scrape(server.url)["hasten_streaming_read_bytes_per_second"] == 20e9
@@ -265,6 +268,7 @@ def cpu_ns(pid: int) -> int:
     return sum(int(Path(one, "schedstat").read_text().split()[0]) for one in Path(f"/proc/{pid}/task").iterdir())
 
 
+@pytest.mark.timed
 def test_an_idle_server_uses_less_than_a_hundredth_of_a_core(server, record_property):
     settled(server)
     pids = [server.process.pid, server.engine_pid()]

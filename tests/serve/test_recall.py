@@ -135,6 +135,7 @@ OF_OTHERS = [
 EACH_TIME = re.compile(r'"(id|item_id|call_id|created_at|completed_at|sequence_number)":("[^"]*"|[0-9.]+),?')
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("path", "body"), OF_OTHERS, ids=[f"{path[4:]} {i}" for i, (path, _) in enumerate(OF_OTHERS)])
 def test_a_hit_is_what_is_computed_under_other_apis_too(path, body, server, cached):
     def told(on, **more) -> tuple[str | None, str]:
@@ -256,6 +257,7 @@ def test_known_answers_need_no_engine(cached):
     assert cached.post("/v1/completions", {**GREEDY, "prompt": "needs one"}).status_code == 200
 
 
+@pytest.mark.timed
 def test_the_log_and_metrics_say_so(cached):
     body = {**GREEDY, "prompt": "logged"}
     ask(cached, "/v1/completions", body)
@@ -288,6 +290,7 @@ def test_tenants_share_nothing_and_the_environment_names_the_cache(tmp_path):
         assert server.stop() == 0
 
 
+@pytest.mark.timed
 def test_two_servers_share_a_redis_that_dies_and_returns(tmp_path):
     redis = RedisServer(tmp_path)
     redis.start()
@@ -341,6 +344,7 @@ def test_bad_settings(monkeypatch, capsys):
     assert_refused(main(monkeypatch, capsys, "serve", "code-8m", "--response-cache-bytes", "many"), "--response-cache-bytes")
 
 
+@pytest.mark.timed
 def test_answers_are_not_held_back_on_their_way(cached):
     """An answer is sent as head and body; with Nagle's algorithm the second waits 40 ms for the client to acknowledge the first."""
     body = {**GREEDY, "prompt": "at once"}

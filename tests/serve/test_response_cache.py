@@ -473,6 +473,7 @@ def test_a_password_is_not_told():
 # --- time
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("prompt", "tokens", "logprobs"), [(64, 64, None), (2000, 500, 5)])
 def test_a_hit_is_quick(prompt, tokens, logprobs):
     cache = memory_cache()
@@ -574,6 +575,7 @@ def test_a_file_changed_since_it_was_loaded_has_no_digest(directory):
         asyncio.run(digest_in_thread(model, played()))
 
 
+@pytest.mark.timed
 def test_the_digest_is_taken_in_the_background(directory):
     model = checkpoint.load(directory)
     assert asyncio.run(digest_in_thread(model, played())) == model_digest(model, played())

@@ -82,6 +82,7 @@ def test_two_servers_share_hits(server):
     asyncio.run(run())
 
 
+@pytest.mark.timed
 def test_what_is_old_is_gone(server):
     async def run() -> None:
         async with caches(server.url, limits=Limits(seconds=0.2)) as (cache,):
@@ -93,6 +94,7 @@ def test_what_is_old_is_gone(server):
     asyncio.run(run())
 
 
+@pytest.mark.timed
 def test_a_hit_is_quick(server):
     async def run() -> list[float]:
         async with caches(server.url) as (cache,):
@@ -107,6 +109,7 @@ def test_a_hit_is_quick(server):
     assert statistics.median(asyncio.run(run())) < 2e-3
 
 
+@pytest.mark.timed
 def test_a_server_that_dies_and_returns_fails_no_request(server, caplog):
     caplog.set_level(logging.WARNING, "hasten")
     hits: dict[str, int] = {"before": 0, "down": 0, "after": 0}
@@ -148,6 +151,7 @@ def test_a_server_that_dies_and_returns_fails_no_request(server, caplog):
     assert len(said) == 4
 
 
+@pytest.mark.timed
 def test_one_that_dies_in_the_middle_of_many_requests(server):
     """With 32 of them under way at a time: none fails, none is wrong."""
 
@@ -177,6 +181,7 @@ def test_one_that_dies_in_the_middle_of_many_requests(server):
     asyncio.run(run())
 
 
+@pytest.mark.timed
 def test_one_that_accepts_and_never_answers():
     async def run() -> None:
         silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", port := free_port())

@@ -150,6 +150,7 @@ def test_an_embedding_that_fails_is_a_miss():
     asyncio.run(run())
 
 
+@pytest.mark.timed
 def test_a_search_among_thousands_is_quick():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(4096, 1024)).astype(np.float32)

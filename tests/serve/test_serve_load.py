@@ -272,6 +272,7 @@ class Load:
         return asyncio.run(load())
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
 @pytest.mark.parametrize("per_chunk", [1, 2])
 def test_times_are_those_of_the_server(backend, per_chunk):
@@ -370,6 +371,7 @@ def test_no_more_than_asked_are_under_way():
     assert seconds >= 5 * 0.02
 
 
+@pytest.mark.timed
 def test_requests_are_sent_when_they_are_due():
     times = arrival_times(30, 100.0, seed=2)
     load = Load()
@@ -435,6 +437,7 @@ def test_what_is_no_url_is_refused(url):
         HttpClient(url)
 
 
+@pytest.mark.timed
 def test_one_core_takes_five_thousand_chunks_a_second():
     """32 streams of 200 chunks a second each, which come one by one: what they cost this process, in seconds of its processor."""
     chunks, streams, gap = 200, 32, 0.005

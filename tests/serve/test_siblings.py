@@ -79,6 +79,7 @@ def hostile(path: str, stream: bool):
         yield "costly", (more := WAYS[path](COSTLY["a schema"])), next(iter(more))
 
 
+@pytest.mark.timed
 @pytest.mark.row("regex and grammars", "refused in time on every route")
 @pytest.mark.row("failing open", "no grammar, no answer")
 @pytest.mark.parametrize("stream", [False, True])
@@ -224,6 +225,7 @@ def test_every_thread_has_a_tokenizer_of_its_own(monkeypatch):
     texts.close()
 
 
+@pytest.mark.timed
 @pytest.mark.row("lying health", "under a burst")
 def test_readiness_is_answered_under_a_burst(server):
     async def burst() -> list[float]:
