@@ -12,6 +12,7 @@ from hasten import train
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import load_directory
 from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, SoftLabels, Steps, Work
+from hasten.train.muon import Muon, orthogonal
 
 VOCAB, STEPS = 97, 6
 CONFIG = {
@@ -81,6 +82,27 @@ def test_losses_are_those_of_another_loop(directory, model, tmp_path):
     found = run(model, tmp_path / "work", settings(muon=False))
     assert found.losses == pytest.approx(expected, abs=2e-4)
     assert found.losses[-1] < found.losses[0] - 0.1
+
+
+def test_muon_steps_as_torchs_does():
+    """In float32 here and bfloat16 there, so some percent apart."""
+    random = torch.Generator().manual_seed(0)
+    for shape in ((24, 40), (40, 24), (16, 16)):
+        start, gradients = torch.randn(shape, generator=random), torch.randn(3, *shape, generator=random)
+        ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+        pair = [
+            (ours, Muon([ours], lr=0.1, weight_decay=0.05)),
+            (theirs, torch.optim.Muon([theirs], lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")),
+        ]
+        for gradient in gradients:
+            for master, optimizer in pair:
+                master.grad = gradient.clone()
+                optimizer.step()
+        moved = (theirs - start).norm()
+        assert (ours - theirs).norm() < 0.05 * moved
+    made = torch.linalg.svdvals(orthogonal(torch.randn(3, 30, 20, generator=random)))
+    assert made.shape == (3, 20)
+    assert ((made > 0.5) & (made < 1.3)).all()
 
 
 @pytest.mark.parametrize("changed", [{"together": 1}, {"together": 40}, {"recompute": True}])

@@ -1,7 +1,7 @@
 """Training: one small trainer for everything that is learned, from models made from nothing to cut ones that heal."""
 
 from hasten.train.batches import Batches, Example, examples_of
-from hasten.train.curve import draw_curve, read_curve
+from hasten.train.curve import draw_curve, picture_curve, read_curve
 from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLabels
 from hasten.train.parameters import Masked, Parameters, Plain, untrained
 from hasten.train.schedule import Schedule
@@ -26,6 +26,7 @@ __all__ = [
     "Work",
     "draw_curve",
     "examples_of",
+    "picture_curve",
     "read_curve",
     "train",
     "untrained",

@@ -1,4 +1,4 @@
-"""Muon for matrices of linear layers, AdamW for the rest (both torch's), and their state as plain tensors."""
+"""Muon for matrices of linear layers, AdamW (torch's) for the rest, and their state as plain tensors."""
 
 from collections.abc import Mapping
 
@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from hasten.base.errors import CheckpointError
+from hasten.train.muon import Muon
 from hasten.train.parameters import Parameters
 
 
 class Optimizers:
-    """Steps masters by their gradients. ``rate`` is AdamW's; Muon's is scaled so that its updates are as large (Liu et al. 2025,
-    arXiv:2502.16982). ``decay`` is the weight decay of matrices. With ``muon`` False all are AdamW's."""
+    """Steps masters by their gradients, at a learning rate of ``rate`` at most. ``decay`` is the weight decay of matrices.
+
+    With ``muon`` False all are AdamW's."""
 
     def __init__(self, parameters: Parameters, *, rate: float, decay: float, muon: bool = True) -> None:
         masters = parameters.masters
-        by_muon = sorted(name for name in parameters.matrices if masters[name].dim() == 2) if muon else []
+        by_muon = sorted(parameters.matrices) if muon else []
         plain = sorted(masters.keys() - set(by_muon))
         matrices = [name for name in plain if name in parameters.matrices]
         others = [name for name in plain if name not in parameters.matrices]
@@ -23,8 +25,7 @@ class Optimizers:
         groups = [{"params": [masters[name] for name in names], "weight_decay": each} for names, each in ((matrices, decay), (others, 0.0))]
         self._made: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))}
         if by_muon:
-            each = [masters[name] for name in by_muon]
-            self._made["muon"] = torch.optim.Muon(each, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            self._made["muon"] = Muon([masters[name] for name in by_muon], lr=rate, weight_decay=decay)
         self._rate = rate
 
     def step(self, share: float) -> None:
