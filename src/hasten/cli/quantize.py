@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 
 from hasten.base.errors import MissingExtraError
 from hasten.cli import options
-from hasten.cli.terminal import notify, visible_line
+from hasten.cli.terminal import notify, reporter, visible_line
 
 if TYPE_CHECKING:
     from hasten.compress.make import Made
@@ -38,6 +38,8 @@ WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Where unfinished work lies, to be gone on with after a kill. [default: .OUT.work beside OUT]")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result.")]
+BatchOption = Annotated[str, typer.Option("--batch", help="Sequences at once at which original and result are timed, as 1,8.")]
+NoSpeedOption = Annotated[bool, typer.Option("--no-speed", help="Leave timing out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
 
 
@@ -55,6 +57,8 @@ class Making:
     gate_tokens: GateTokensOption = 32768
     work: WorkOption = None
     threads: ThreadsOption = None
+    batch: BatchOption = "1,8"
+    no_speed: NoSpeedOption = False
     overwrite: OverwriteOption = False
 
 
@@ -122,7 +126,8 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
     from hasten.checkpoint import load
 
     try:
-        from hasten.compress.make import Calibration, Gate, make
+        from hasten.compress.evidence import Gate
+        from hasten.compress.make import Calibration, make
         from hasten.compress.recipe import read_recipe, recipe_of
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -130,15 +135,17 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
         raise MissingExtraError("compressing a model", "torch") from None
     from hasten.base import hardware
     from hasten.compress.walk import Run
+    from hasten.measure.speed import SpeedTest
 
+    speed = None if making.no_speed else SpeedTest(tuple(options.counts("batch", making.batch)), prompt=64, new=8)
     steps: Sequence[Step] = read_recipe(recipe) if isinstance(recipe, Path) else recipe_of(recipe, "options")
     loaded = load(name)
     place = making.work or out.absolute().parent / f".{out.absolute().name}.work"
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        run = Run(place, making.threads or hardware.detect().cpu.cores, _reporter(progress))
+        run = Run(place, making.threads or hardware.detect().cpu.cores, reporter(progress))
         made = make(
-            loaded, steps, out, run=run, overwrite=making.overwrite,
+            loaded, steps, out, run=run, overwrite=making.overwrite, speed=speed,
             calibration=Calibration(making.text, making.samples, making.sequence, making.seed),
             gate=Gate(None if making.even_if_worse else making.max_loss / 100, making.held_out, making.gate_tokens),
             began=lambda takes: notify(f"{takes}; unfinished work lies in {place}"),
@@ -150,23 +157,10 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
     _print(facts)
 
 
-def _reporter(progress: Any) -> Callable[[str, int, int], None]:
-    tasks: dict[int, Any] = {}
-
-    def report(doing: str, done: int, of: int) -> None:
-        if of not in tasks:
-            tasks[of] = progress.add_task(doing, total=of)
-        progress.update(tasks[of], description=doing, completed=done)
-
-    return report
-
-
 def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made: "Made") -> dict[str, Any]:
-    import dataclasses
-
     import msgspec
 
-    found = made.comparison
+    found, timed = made.comparison, made.timed
     return {
         "model": name,
         "out": str(out),
@@ -177,6 +171,7 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "base_bytes": base_bytes,
         "bytes": made.model.weights.nbytes,
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
+        **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),
     }
 
 
@@ -194,4 +189,24 @@ def _print(facts: dict[str, Any]) -> None:
         )
     else:
         typer.echo("the model has no tokenizer, so there is no text to measure its loss on: it was not measured")
+    if "speed" in facts:
+        _print_speed(facts["speed"], facts["not_faster"])
+    else:
+        typer.echo(visible_line(f"tokens a second were not measured: {facts['not_timed']}"))
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
+
+
+def _print_speed(speed: dict[str, Any], not_faster: Sequence[str]) -> None:
+    test, original, made = speed["test"], speed["original"], speed["made"]
+    typer.echo(
+        f"tokens a second, {original['weights']} × {original['activations']} → {made['weights']} × {made['activations']}, median of "
+        f"{test['rounds']} rounds in turn, {made['isa']}, {made['threads']} threads"
+    )
+    for before, after in zip(original["rows"], made["rows"]):
+        phases = (
+            f"{phase} {before[f'{phase}_tokens_per_s']:,.1f} → {after[f'{phase}_tokens_per_s']:,.1f} ({after[phase]['median']:.2f} ×)"
+            for phase in ("prefill", "decode")
+        )
+        typer.echo(f"  batch {after['batch']}: {', '.join(phases)}")
+    for line in not_faster:
+        typer.echo(line)

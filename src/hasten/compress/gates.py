@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from hasten.base.errors import CheckpointError, UserError
 from hasten.checkpoint import load_directory, save
-from hasten.compress.evidence import Comparison
 from hasten.engine.backends import choose_backend, open_scorer
 from hasten.formats.linear import QuantizedLinear
 from hasten.formats.quantized import QuantizedWeight
+from hasten.measure.compare import Comparison
 from hasten.model import Model
 from hasten.program import Batch
 
