@@ -50,6 +50,7 @@ def main() -> None:
     began = time.perf_counter()
     oneshot(model=model, dataset=torch.utils.data.DataLoader(batches, batch_size=None), recipe=recipe, pipeline="sequential")
     seconds = time.perf_counter() - began
+    model.get_input_embeddings().to(torch.bfloat16)  # as it came, so that bytes compare
     model.save_pretrained(given.out, save_compressed=True)
     transformers.AutoTokenizer.from_pretrained(given.checkpoint).save_pretrained(given.out)
     print(json.dumps({"version": metadata.version("llmcompressor"), "seconds": seconds, "windows": len(windows)}), file=sys.stdout)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.soak.determinism import Difference
 from tests.soak.watch import require
 
-SAMPLES, SEQUENCE, POINTS = 32, 512, 10
+SAMPLES, SEQUENCE, POINTS = 16, 256, 10
 TRIES = 5
 """A run that is over before its moment comes is begun anew, so often at most, with an earlier moment."""
 
