@@ -141,6 +141,7 @@ def test_what_is_read_back_as_it_was_is_kept(rounded, tmp_path):
     with pytest.raises(CheckpointError, match="not empty"):
         save_checked(rounded, tmp_path / "out")
     (tmp_path / ".out.1234.trial").mkdir()  # of one that was killed
+    (tmp_path / "..out.1234.trial.5678").mkdir()  # of one that was killed while it saved
     save_checked(rounded, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -14,7 +14,8 @@ from hasten.backends.reference import play
 from hasten.backends.reference.play import as_tensor
 from hasten.compress.sites import Site
 from hasten.compress.threads import in_order
-from hasten.formats.weights import Weights
+from hasten.formats.mapped import release
+from hasten.formats.weights import Array, Weights
 from hasten.program import Batch, Precision, Program, lower
 from hasten.spec import Spec
 
@@ -37,7 +38,13 @@ def pieces(spec: Spec, context: int) -> tuple[Program, ...]:
 
 def weights_for(piece: Program, weights: Weights) -> dict[str, Tensor]:
     """The weights of one piece, float32, in memory of torch's own: sums must not depend on where a file maps them."""
-    return {name: as_tensor(weights.array(name)).float().clone(memory_format=torch.contiguous_format) for name in piece.params}
+    return {name: _copied(weights.array(name)) for name in piece.params}
+
+
+def _copied(array: Array) -> Tensor:
+    copy = as_tensor(array).float().clone(memory_format=torch.contiguous_format)
+    release(array)
+    return copy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,6 +191,10 @@ class _Sum:
         self._rows += len(x)
 
     def moments(self) -> Moments:
-        upper = self._square.triu()
-        square = upper + upper.triu(1).T
+        square = self._square
+        for begin in range(0, len(square), PRODUCT_ROWS):  # what lies above the diagonal, below it; in place, for it is large
+            stop = begin + PRODUCT_ROWS
+            own = square[begin:stop, begin:stop]
+            own.copy_(own.triu() + own.triu(1).T)
+            square[stop:, begin:stop] = square[begin:stop, stop:].T
         return Moments(square, (self._sum / max(1, self._rows)).float(), self._largest, self._rows)

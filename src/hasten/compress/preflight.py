@@ -13,6 +13,7 @@ from hasten.compress.data import Text
 from hasten.compress.recipe import Step
 from hasten.compress.sites import Layers, sites_of
 from hasten.model import Model
+from hasten.program import lower
 
 WORKING = 350 << 20
 """Bytes of Python, torch and everything else that does not grow with the model."""
@@ -45,7 +46,8 @@ class Estimate:
 
 def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: int) -> Estimate:
     """One block's weights four times over (as they are, as they become, and being rounded), the moments of its widest input with their
-    factors, a chunk of text a thread; or the embedding, where that is larger. On disk, codes and the inputs of two blocks, in two ways."""
+    factors, a chunk of text a thread; or the embedding, or the result and the original as they are measured, where that is larger. On
+    disk, codes and the inputs of two blocks, in two ways."""
     parts = pieces(model.spec, 2 if text is None else text.longest)
     backend = ReferenceBackend()
     most = stored = rows = 0
@@ -63,4 +65,13 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
         most = max(most, memory)
     rounding = any(hasattr(step.settings, "form") for step in recipe)
     disk = (stored * 5 // 4 if rounding else 0) + (0 if text is None else 16 * text.tokens * rows)
-    return Estimate(WORKING + most, disk)
+    return Estimate(WORKING + max(most, _played(model, recipe)), disk)
+
+
+def _played(model: Model, recipe: Sequence[Step]) -> int:
+    """Bytes of the result as it is played to be checked, and of the original where there is text to measure both on."""
+    bits = max((step.settings.form.bits for step in recipe if hasattr(step.settings, "form")), default=16)
+    before = [model.weights[site.weight] for site in sites_of(lower(model.spec), Layers())]
+    whole = model.weights.nbytes
+    made = whole - sum(weight.nbytes for weight in before) + sum(weight.size * bits // 8 for weight in before)
+    return made + (whole if model.tokenizer is not None else 0)

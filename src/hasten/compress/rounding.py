@@ -13,7 +13,7 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.compress.blocks import Moments
 from hasten.compress.data import Text
-from hasten.compress.descend import descend, output_loss
+from hasten.compress.descend import descend
 from hasten.compress.gptq import Order, aimed, gptq
 from hasten.compress.grid import Clip
 from hasten.compress.rtn import round_to_nearest
@@ -163,14 +163,19 @@ def _round_site(weight: Tensor, moments: Sequence[Moments] | None, rounder: Roun
     made = [rounder(matrix, each) for matrix, each in zip(matrices, seen, strict=True)]
     lost = whole = 0.0
     for matrix, each, result in zip(matrices, seen, made):
-        square = torch.eye(matrix.shape[1]) if each is None else each.square
-        lost += output_loss(matrix, torch.from_numpy(result.dense()), square)
-        whole += output_loss(matrix, torch.zeros_like(matrix), square)
+        square = None if each is None else each.square.float()  # for a share that is told, that is enough
+        lost += _energy(matrix - torch.from_numpy(result.dense()), square)
+        whole += _energy(matrix, square)
     joined = QuantizedLinear(
         np.concatenate([each.q for each in made]), _joined([each.scales for each in made]), _joined([each.zeros for each in made]),
         made[0].group,
     )  # fmt: skip
     return joined, {"error": lost / whole if whole else 0.0, "of": "weights" if moments is None else "outputs"}
+
+
+def _energy(rows: Tensor, square: Tensor | None) -> float:
+    """Σ r·square·rᵀ over the rows r of [out, in]; without ``square`` [in, in], Σ r·rᵀ."""
+    return float(((rows if square is None else rows @ square) * rows).sum(dtype=torch.float64))
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -18,12 +18,13 @@ from hasten.base.errors import ConfigError, UserError
 from hasten.compress.blocks import Live, Played, chunks_of, keep, opened, pieces, weights_for
 from hasten.compress.data import Text
 from hasten.compress.threads import one_torch_thread
+from hasten.formats.mapped import release
 from hasten.formats.safetensors import SafetensorsFile, layout_of, write
 from hasten.formats.weights import Array, Weights
 from hasten.model import Model
 from hasten.program import Program
 
-VERSION = 1
+VERSION = 2
 """Counts up whenever the same settings come to other numbers: a run of another version is not gone on with."""
 
 Report = Callable[[str, int, int], None]
@@ -135,6 +136,7 @@ def fingerprint(model: Model, settings: msgspec.Struct, text: Text | None) -> st
     for name, array in model.weights.arrays():
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        release(array)
     return digest.hexdigest()
 
 
