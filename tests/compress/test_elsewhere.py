@@ -44,8 +44,8 @@ def forms_of(model):
 
 def test_formats_by_layer_load_in_transformers(tmp_path):
     pytest.importorskip("compressed_tensors")
-    made = mixed(4.9, ["int2-g32", "int4", "int8", "fp8"], tmp_path / "work")
-    assert len(forms_of(made)) >= 3
+    made = mixed(3.5, ["int2", "int4", "int8"], tmp_path / "work")
+    assert {"int2", "int4"} <= forms_of(made)
     assert not unread_elsewhere(made)
     save(made, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -86,7 +86,7 @@ def test_a_head_of_its_own_loads_in_transformers(tmp_path):
     make_checkpoint(config, tmp_path / "plain")
     model = load(str(tmp_path / "plain"))
     assert not model.spec.head.tied
-    made = carry_out(model, recipe_of([{"rtn": {"weights": "int4-g32", "head": "int8"}}]), None, Run(tmp_path / "work", 2))
+    made = carry_out(model, recipe_of([{"rtn": {"weights": "int4-channel", "head": "int8"}}]), None, Run(tmp_path / "work", 2))
     assert not unread_elsewhere(made)
     save(made, tmp_path / "m")
     ids = np.random.default_rng(1).integers(0, model.spec.vocab, 12).tolist()
