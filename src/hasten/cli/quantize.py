@@ -10,6 +10,7 @@ import typer
 
 from hasten.base.errors import MissingExtraError
 from hasten.cli import options
+from hasten.cli.chosen import print_chosen
 from hasten.cli.terminal import notify, reporter, visible_line
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hasten.compress.recipe import Step
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "best")
+BY_LAYER = ("rtn", "gptq")
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 TextOption = Annotated[
@@ -78,14 +80,28 @@ def quantize(
         str | None,
         typer.Option("--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant]"),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Bits a weight over all layers, as stored; each layer takes what serves best of --weights (a list)."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", help="Round the head too, to this format; with it the embedding, where both are one.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Round a model's linear weights: the short form of a recipe. Embedding, norms, head and routers are left as they are."""
+    """Round a model's linear weights: the short form of a recipe. Norms and routers are left as they are, the head unless asked."""
     if method not in METHODS:
         options.refuse("--method", method, ", ".join(METHODS))
-    steps = short_form(method, weights, activations, skip or [])
+    if bits is None:
+        steps = short_form(method, weights, activations, skip or [])
+    else:
+        if method not in BY_LAYER:
+            options.refuse("--method", method, f"{', '.join(BY_LAYER)} where --bits are chosen by layer")
+        steps = short_form_by_layer(bits, method, weights, activations, skip or [])
+    if head is not None:
+        steps[-1] = {name: {**settings, "head": head} for name, settings in steps[-1].items()}
     _make(model, steps, out, making, as_json)
 
 
@@ -117,6 +133,16 @@ def short_form(method: str, weights: str | None, activations: str | None, skip: 
             return [{"smoothquant": left}, {"rtn": rounding}]
         case _:
             return [{"awq": {"weights": stored, **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
+
+
+def short_form_by_layer(
+    bits: float, method: str, weights: str | None, activations: str | None, skip: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The same where bits are chosen by layer, of the formats that ``weights`` lists."""
+    rounding: dict[str, Any] = {"bits": bits, "activations": activations or "bf16", **({"skip": list(skip)} if skip else {})}
+    if weights is not None:
+        rounding["choices"] = [each.strip() for each in weights.split(",")]
+    return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
 
 
 def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
@@ -160,6 +186,8 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
 def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made: "Made") -> dict[str, Any]:
     import msgspec
 
+    from hasten.checkpoint import unread_elsewhere
+
     found, timed = made.comparison, made.timed
     return {
         "model": name,
@@ -170,6 +198,9 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "rounded_share": made.after / made.before,
         "base_bytes": base_bytes,
         "bytes": made.model.weights.nbytes,
+        "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
+        "unread_elsewhere": unread_elsewhere(made.model),
+        "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
         **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),
     }
@@ -193,6 +224,12 @@ def _print(facts: dict[str, Any]) -> None:
         _print_speed(facts["speed"], facts["not_faster"])
     else:
         typer.echo(visible_line(f"tokens a second were not measured: {facts['not_timed']}"))
+    for why, left in facts["left"].items():
+        typer.echo(visible_line(f"left as they were, {left['weights']} of {left['bytes']:,} bytes: {why}"))
+    for evidence in facts["chosen"]:
+        print_chosen(evidence)
+    if facts["unread_elsewhere"]:
+        typer.echo(visible_line(f"transformers does not load what was written: {facts['unread_elsewhere']}"))
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
 
 

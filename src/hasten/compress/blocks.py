@@ -29,11 +29,20 @@ Inputs = NDArray[np.int32]
 
 def pieces(spec: Spec, context: int) -> tuple[Program, ...]:
     """The embedding, then each block, in float32: each part's outputs are the next one's inputs."""
+    return _cut(spec, context)[0]
+
+
+def tail(spec: Spec, context: int) -> Program:
+    """What comes behind the last of ``pieces``, in float32: the last norm and the head, which gives logits."""
+    return _cut(spec, context)[1].with_outputs(["logits"])
+
+
+def _cut(spec: Spec, context: int) -> tuple[tuple[Program, ...], Program]:
     rest, made = lower(spec, context=context, precision=Precision()), []
     for label in ["embedding", *(f"blocks.{index}" for index in range(len(spec.blocks)))]:
         part, rest = rest.cut(label)
         made.append(part.with_outputs(rest.inputs))  # without the exits on the way
-    return tuple(made)
+    return tuple(made), rest
 
 
 def weights_for(piece: Program, weights: Weights) -> dict[str, Tensor]:
