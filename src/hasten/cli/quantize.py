@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
 
-METHODS = ("rtn", "gptq", "awq", "smoothquant", "best")
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "best")
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 TextOption = Annotated[
@@ -72,7 +72,9 @@ def quantize(
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option("--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant]"),
+        typer.Option(
+            "--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant, rotate]"
+        ),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
     making: Making = MAKING,
@@ -101,7 +103,8 @@ def short_form(method: str, weights: str | None, activations: str | None, skip: 
     """The recipe that `hasten quantize` is short for, as plain data."""
     stored = weights or ("int8" if method == "smoothquant" else "int4-g64")
     left: dict[str, Any] = {"skip": list(skip)} if skip else {}
-    rounding = {"weights": stored, "activations": activations or ("int8" if method == "smoothquant" else "bf16"), **left}
+    fed = activations or ("int8" if method in {"smoothquant", "rotate"} else "bf16")
+    rounding = {"weights": stored, "activations": fed, **left}
     match method:
         case "rtn":
             return [{"rtn": rounding}]
@@ -111,6 +114,8 @@ def short_form(method: str, weights: str | None, activations: str | None, skip: 
             return [{"awq": {"weights": stored, **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
         case "smoothquant":
             return [{"smoothquant": left}, {"rtn": rounding}]
+        case "rotate":
+            return [{"rotate": {}}, {"gptq": {**rounding, "clip": "outputs"}}]
         case _:
             return [{"awq": {"weights": stored, **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
 

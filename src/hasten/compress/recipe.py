@@ -17,6 +17,7 @@ import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.data import Text
+from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
 from hasten.compress.walk import Run
@@ -47,6 +48,7 @@ BUILT_IN: Mapping[str, Transform] = {
         Transform("gptq", Gptq, gptq_transform, check_rounding),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
+        Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
     )
 }
 
@@ -129,8 +131,11 @@ def recipe_of(listed: object, name: str = "recipe") -> Recipe:
 def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
     """Raise UserError, with the reason, for what cannot work, before anything is begun: of each step alone, and of their order."""
     rounded: list[Step] = []
-    for step in recipe:
+    for place, step in enumerate(recipe):
         step.transform.check(model, step.settings)
+        scaled = [its for its in recipe[:place] if isinstance(its.settings, Awq | SmoothQuant)]
+        if isinstance(step.settings, Rotate) and scaled:
+            raise ConfigError(f"rotate stands after {scaled[0].transform.name}, whose scales it would take back; put it before")
         if rounded and not isinstance(step.settings, Rounding):
             before = rounded[-1].transform.name
             raise ConfigError(f"{step.transform.name} stands after {before}, which rounds: it would scale codes; put it before")
@@ -176,7 +181,7 @@ def settled(model: Model, original: Model) -> Model:
 
     made: dict[str, Weight] = {}
     for name, weight in model.weights.items():
-        dtype = original.weights[name].dtype if name in original.weights else weight.dtype
+        dtype = original.weights[name if name in original.weights else "embedding.weight"].dtype  # of a head that was tied
         plain = isinstance(weight, QuantizedWeight) or weight.dtype == dtype
         made[name] = weight if plain else Weight(weight.shape, dtype, _Cast(weight, dtype))
     return dataclasses.replace(model, weights=Weights(made))
