@@ -13,11 +13,12 @@ import msgspec
 
 from hasten.base.errors import CheckpointError, one_line
 from hasten.checkpoint.load import HASTEN_TYPE, Sidecar
+from hasten.checkpoint.quantized.cache import cache_tensors, with_cache_scheme
 from hasten.checkpoint.quantized.writing import can_say, quantization_config, stored_tensors
 from hasten.families import find_family
 from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.safetensors import write_sharded
-from hasten.formats.tensor_map import apply_map, inverse
+from hasten.formats.tensor_map import apply_map, inverse, rename
 from hasten.formats.weights import Weight
 from hasten.model import Model
 
@@ -77,14 +78,18 @@ def _layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]]:
         config = dict(model.source.config)
         family = find_family(config.get("model_type"))
         if family.spec(config) == model.spec:
-            tensors = apply_map(inverse(family.tensors(model.spec, config)), model.weights)
+            tensor_map = family.tensors(model.spec, config)
+            tensors = apply_map(inverse(tensor_map), model.weights)
             if _meant(tensors) <= _meant(model.weights) and all(can_say(name, weight) for name, weight in tensors.items()):
                 table = isinstance(model.weights["embedding.weight"], QuantizedWeight)  # which is no Linear
                 said = quantization_config(tensors, family.tied_head if model.spec.head.tied else None, by_name=table)
-                return {**config, **({"quantization_config": said} if said else {})}, stored_tensors(tensors)
-    said = quantization_config(model.weights, None, by_name=True)
+                said = with_cache_scheme(said, model.cache)
+                stored = {**stored_tensors(tensors), **cache_tensors(model.cache, tensor_map)}
+                return {**config, **({"quantization_config": said} if said else {})}, stored
+    said = with_cache_scheme(quantization_config(model.weights, None, by_name=True), model.cache)
     own = {"model_type": HASTEN_TYPE, "architectures": [], **({"quantization_config": said} if said else {})}
-    return own, stored_tensors(model.weights)
+    names = tuple(rename(name, name) for name in model.weights)
+    return own, {**stored_tensors(model.weights), **cache_tensors(model.cache, names)}
 
 
 def _meant(weights: Mapping[str, Weight]) -> int:

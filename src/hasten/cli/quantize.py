@@ -73,17 +73,21 @@ def quantize(
     activations: Annotated[
         str | None,
         typer.Option(
-            "--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant, rotate]"
+            "--activations",
+            help="What the weights are multiplied with: bf16, int8, or int8-static. [default: bf16; int8 for smoothquant, rotate]",
         ),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="Have keys and values kept in fp8 or int8 wherever the model is played.")
+    ] = None,
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
     """Round a model's linear weights: the short form of a recipe. Embedding, norms, head and routers are left as they are."""
     if method not in METHODS:
         options.refuse("--method", method, ", ".join(METHODS))
-    steps = short_form(method, weights, activations, skip or [])
+    steps = [*short_form(method, weights, activations, skip or []), *([{"cache": {"format": cache}}] if cache is not None else [])]
     _make(model, steps, out, making, as_json)
 
 
@@ -101,23 +105,29 @@ def apply(
 
 def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
     """The recipe that `hasten quantize` is short for, as plain data."""
+    from hasten.formats.quantized import STATIC
+
     stored = weights or ("int8" if method == "smoothquant" else "int4-g64")
     left: dict[str, Any] = {"skip": list(skip)} if skip else {}
     fed = activations or ("int8" if method in {"smoothquant", "rotate"} else "bf16")
-    rounding = {"weights": stored, "activations": fed, **left}
+    rounding = {"weights": stored, "activations": "int8" if fed == STATIC else fed, **left}
+    return [*_rounding(method, rounding, left), *([{"static": left}] if fed == STATIC else [])]
+
+
+def _rounding(method: str, rounding: dict[str, Any], left: dict[str, Any]) -> list[dict[str, Any]]:
     match method:
         case "rtn":
             return [{"rtn": rounding}]
         case "gptq":
             return [{"gptq": {**rounding, "clip": "outputs"}}]
         case "awq":
-            return [{"awq": {"weights": stored, **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
+            return [{"awq": {"weights": rounding["weights"], **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
         case "smoothquant":
             return [{"smoothquant": left}, {"rtn": rounding}]
         case "rotate":
             return [{"rotate": {}}, {"gptq": {**rounding, "clip": "outputs"}}]
         case _:
-            return [{"awq": {"weights": stored, **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
+            return [{"awq": {"weights": rounding["weights"], **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
 
 
 def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
@@ -178,9 +188,10 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "recipe": [{step.transform.name: msgspec.to_builtins(step.settings)} for step in steps],
         "rounded_bytes_before": made.before,
         "rounded_bytes": made.after,
-        "rounded_share": made.after / made.before,
+        "rounded_share": made.after / made.before if made.before else None,
         "base_bytes": base_bytes,
         "bytes": made.model.weights.nbytes,
+        "cache": None if made.model.cache is None else made.model.cache.format,
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
     }
 
@@ -188,10 +199,12 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
 def _print(facts: dict[str, Any]) -> None:
     names = ", ".join(key for step in facts["recipe"] for key in step)
     typer.echo(visible_line(f"{facts['model']} → {facts['out']} by {names}"))
-    typer.echo(
-        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
-        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
-    )
+    if facts["rounded_share"] is None:
+        typer.echo(f"no weight was rounded; all weights {facts['bytes']:,} bytes")
+    else:
+        typer.echo(_shrunk(facts))
+    if facts["cache"] is not None:
+        typer.echo(f"keys and values are kept in {facts['cache']} wherever the model is played, unless --cache asks for another format")
     if "loss" in facts:
         typer.echo(
             f"held-out loss {facts['base_loss']:.4f} → {facts['loss']:.4f} ({facts['increase']:+.2%})   KL {facts['kl']:.4f} nats   "
@@ -200,3 +213,10 @@ def _print(facts: dict[str, Any]) -> None:
     else:
         typer.echo("the model has no tokenizer, so there is no text to measure its loss on: it was not measured")
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
+
+
+def _shrunk(facts: dict[str, Any]) -> str:
+    return (
+        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
+        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
+    )
