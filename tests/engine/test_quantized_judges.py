@@ -148,6 +148,20 @@ def test_static_activations_that_are_written_load_in_transformers(form, tmp_path
     plays_as_judged(model, tmp_path / "m")
 
 
+@pytest.mark.parametrize("listed", [[], [{"rtn": {"weights": "int8"}}]], ids=["alone", "with weights"])
+def test_scales_of_the_cache_are_found_by_transformers(listed, tmp_path, judges):
+    recipe = recipe_of([*listed, {"cache": {"format": "int8"}}])
+    model = carry_out(load("code-8m"), recipe, text_of("the probe", [IDS]), Run(tmp_path / "work", 2))
+    save(model, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    for index, layer in enumerate(theirs.model.layers):
+        for name in ("k_scale", "v_scale"):
+            np.testing.assert_array_equal(
+                getattr(layer.self_attn, name).numpy(force=True), model.cache.scales[f"blocks.{index}.mixer.{name}"].load()
+            )
+    assert 1e-3 < relative(model.logits(IDS), logits_of(theirs, IDS)) < 3e-2  # a scale for each token and head, and one for the layer
+
+
 def plays_as_judged(model, directory):
     """On both backends, with activations rounded as the judge rounds them. Two blocks are: an activation that lies between two numbers goes
     either way by a difference of 1e-7, and every block makes ten of what that changes; the native backend differs by bf16 to begin with."""
