@@ -19,6 +19,7 @@ from hasten.cli.inspect import inspect
 from hasten.cli.quantize import apply, quantize
 from hasten.cli.serve import serve
 from hasten.cli.terminal import fail
+from hasten.cli.train import train
 from hasten.cli.warm import warm
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command("eval")(evaluate)
 app.command("warm")(warm)
 app.command("quantize")(quantize)
 app.command("apply")(apply)
+app.command("train")(train)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 

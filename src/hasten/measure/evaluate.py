@@ -12,7 +12,7 @@ from hasten.measure.text import Corpus
 from hasten.model import Model
 from hasten.program import Batch, Formats
 
-_LOGITS_BYTES = 256 << 20  # of float32 logits that one batch of windows may take
+_LOGITS_BYTES = 16 << 20  # of float32 logits that one batch of windows may take: more are fresh pages from the system for every batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -111,11 +111,20 @@ def standard_library(stdlib: Path | None = None) -> Corpus:
 
 def _sources(root: Path) -> Iterator[tuple[Path, bool]]:
     """Sources in sorted order, and whether each is of the held-out set."""
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        relative = path.relative_to(root).as_posix()
-        excluded = "site-packages" in relative or "test" in relative or relative.startswith("idlelib")
-        if not excluded and 300 <= path.stat().st_size <= 400_000:
+    found: list[str] = []
+    for place, folders, names in os.walk(root):
+        below = os.path.relpath(place, root)
+        prefix = "" if below == os.curdir else Path(below).as_posix() + "/"
+        folders[:] = [name for name in folders if not _passed_over(prefix + name)]
+        found += [prefix + name for name in names if name.endswith(".py") and not _passed_over(prefix + name)]
+    for relative in sorted(found):
+        path = root / relative
+        if 300 <= path.stat().st_size <= 400_000:
             yield path, int(hashlib.sha256(relative.encode()).hexdigest(), 16) % 25 == 0
+
+
+def _passed_over(relative: str) -> bool:
+    return "site-packages" in relative or "test" in relative or relative.startswith("idlelib")
 
 
 def _corpus(name: str, files: list[Path], *, skip: bool = False) -> Corpus:
