@@ -395,6 +395,14 @@ void bind_executor(nb::module_& module) {
                                 scales ? Feed::int8 : Feed::bf16);
              },
              "logit_rows"_a, "x"_a, "y"_a, "scales"_a.none(), "runs"_a, "n"_a, "padded"_a, "stride"_a)
+        .def("feed_fixed",
+             [](Player& self, bool logit_rows, std::int64_t x, std::int64_t y, std::int64_t scales, int runs, int n, int padded, int stride,
+                float step) {
+                 if (padded < n || stride < padded) refuse("rows of " + std::to_string(stride) + " do not hold " + std::to_string(n) + " padded");
+                 if (!(step > 0)) refuse("step is " + std::to_string(step) + "; accepted: more than 0");
+                 add_op<FixedFeedOp>(self, rows_named(logit_rows), place(x), place(y), place(scales), runs, n, padded, stride, step);
+             },
+             "logit_rows"_a, "x"_a, "y"_a, "scales"_a, "runs"_a, "n"_a, "padded"_a, "stride"_a, "step"_a)
         .def("linear",
              [](Player& self, bool logit_rows, std::shared_ptr<WeightBuffer> weight, std::int64_t x, std::optional<std::int64_t> scales,
                 std::int64_t y, int stride, Floats bias) {

@@ -230,6 +230,15 @@ nb::object run_quantize_rows(const std::string& isa, const Array& x, int padded)
     return nb::make_tuple(array_of<std::int8_t>(std::move(q), {size(rows), size(padded)}), array_of<float>(std::move(scales), {size(rows)}));
 }
 
+nb::object run_quantize_fixed(const std::string& isa, const Array& x, int padded, float step) {
+    const float* const values = data<const float>("x", x, 2, "float32");
+    const int rows = extent("the number of rows", x.shape(0), 0, 1u << 20), n = extent("the number of columns", x.shape(1), 0, 1u << 24);
+    if (padded < n) refuse("padded is " + std::to_string(padded) + "; accepted: at least the " + std::to_string(n) + " columns of x");
+    Memory q = allocate(size(rows) * size(padded));
+    quantize_fixed(isa_of(isa), values, n, rows, n, padded, step, reinterpret_cast<std::int8_t*>(q.get()), padded);
+    return array_of<std::int8_t>(std::move(q), {size(rows), size(padded)});
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& m) {
@@ -286,6 +295,8 @@ void bind_linear(nb::module_& m) {
     m.def("to_bf16", run_to_bf16, "isa"_a, "x"_a, "padded"_a,
           "x float32 [rows, n] as the bits of bf16 numbers, rounded to nearest even: uint16 [rows, padded], zeros from n on.\n\n"
           "Raises ValueError for an isa this machine does not run, or a shape that does not fit.");
+    m.def("quantize_fixed", run_quantize_fixed, "isa"_a, "x"_a, "padded"_a, "step"_a, nb::sig("def quantize_fixed(isa: str, x: object, padded: int, step: float) -> object"),
+          nb::rv_policy::automatic);
     m.def("quantize_rows", run_quantize_rows, "isa"_a, "x"_a, "padded"_a, nb::sig("def quantize_rows(isa: str, x: object, padded: int) -> tuple[object, object]"),
           "x float32 [rows, n] as (int8 [rows, padded], scales float32 [rows]): x · (127 / max|x|) rounded half to even, scale max|x| / 127.\n\n"
           "Raises ValueError for an isa this machine does not run, or a shape that does not fit.");

@@ -108,6 +108,8 @@ void linear(Isa isa, const PackedLinear& weight, const Activations& x, int first
 // max|x| < 2⁻¹¹⁰; not finite where x is not); padded with zeros to `padded`. The same bits at every isa.
 void to_bf16(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, bf16* y, std::ptrdiff_t y_stride);
 void quantize_rows(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, std::int8_t* q, std::ptrdiff_t q_stride, float* scales);
+// x [rows, n] → int8 as x / step rounded half to even and brought within ±127 (NaN: 127); padded with zeros. The same bits at every isa.
+void quantize_fixed(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, float step, std::int8_t* q, std::ptrdiff_t q_stride);
 
 // --- the rest of a decoder -----------------------------------------------------------------------------------------------------
 

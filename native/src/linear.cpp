@@ -57,6 +57,14 @@ HASTEN_INLINE void quantize_body(const float* x, std::ptrdiff_t x_stride, int ro
     }
 }
 
+HASTEN_INLINE void quantize_fixed_body(const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, float step, std::int8_t* q,
+                                       std::ptrdiff_t q_stride) {
+    for (int r = 0; r < rows; ++r, x += x_stride, q += q_stride) {
+        for (int i = 0; i < n; ++i) q[i] = rounded(x[i] / step, 127.0f);
+        for (int i = n; i < padded; ++i) q[i] = 0;
+    }
+}
+
 constexpr int kRun = 32;  // k quantized at a time; no group ends inside
 
 // The largest |w| of a row's k in [k, end).
@@ -85,6 +93,11 @@ void quantize_generic(const float* x, std::ptrdiff_t x_stride, int rows, int n, 
     quantize_body(x, x_stride, rows, n, padded, q, q_stride, scales);
 }
 
+void quantize_fixed_generic(const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, float step, std::int8_t* q,
+                            std::ptrdiff_t q_stride) {
+    quantize_fixed_body(x, x_stride, rows, n, padded, step, q, q_stride);
+}
+
 float largest_generic(const bf16* row, int k, int end) { return largest_body(row, k, end); }
 void quantize_run_generic(const bf16* row, int count, float scale, float limit, std::int8_t* q) { quantize_run_body(row, count, scale, limit, q); }
 
@@ -106,6 +119,16 @@ AVX2 void quantize_avx2(const float* x, std::ptrdiff_t x_stride, int rows, int n
 AVX512 void quantize_avx512(const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, std::int8_t* q, std::ptrdiff_t q_stride,
                             float* scales) {
     quantize_body(x, x_stride, rows, n, padded, q, q_stride, scales);
+}
+
+AVX2 void quantize_fixed_avx2(const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, float step, std::int8_t* q,
+                              std::ptrdiff_t q_stride) {
+    quantize_fixed_body(x, x_stride, rows, n, padded, step, q, q_stride);
+}
+
+AVX512 void quantize_fixed_avx512(const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, float step, std::int8_t* q,
+                                  std::ptrdiff_t q_stride) {
+    quantize_fixed_body(x, x_stride, rows, n, padded, step, q, q_stride);
 }
 
 AVX2 float largest_avx2(const bf16* row, int k, int end) { return largest_body(row, k, end); }
@@ -235,6 +258,18 @@ void quantize_rows(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, i
         case Isa::avx2: return quantize_avx2(x, x_stride, rows, n, padded, q, q_stride, scales);
 #endif
         default: return quantize_generic(x, x_stride, rows, n, padded, q, q_stride, scales);
+    }
+}
+
+void quantize_fixed(Isa isa, const float* x, std::ptrdiff_t x_stride, int rows, int n, int padded, float step, std::int8_t* q,
+                    std::ptrdiff_t q_stride) {
+    switch (isa) {
+#if defined(__x86_64__)
+        case Isa::amx:
+        case Isa::avx512: return quantize_fixed_avx512(x, x_stride, rows, n, padded, step, q, q_stride);
+        case Isa::avx2: return quantize_fixed_avx2(x, x_stride, rows, n, padded, step, q, q_stride);
+#endif
+        default: return quantize_fixed_generic(x, x_stride, rows, n, padded, step, q, q_stride);
     }
 }
 

@@ -89,6 +89,23 @@ struct FeedOp final : RowOp {
     }
 };
 
+// float32 rows → int8 of one scale for all, `step`, which is written beside every run.
+struct FixedFeedOp final : RowOp {
+    Place x, y, scales;
+    int runs, n, padded, stride;
+    float step;
+
+    FixedFeedOp(Rows rows, Place x, Place y, Place scales, int runs, int n, int padded, int stride, float step)
+        : RowOp(rows), x(x), y(y), scales(scales), runs(runs), n(n), padded(padded), stride(stride), step(step) {}
+    std::string name() const override { return "quantize_fixed"; }
+    void play_rows(const RowBlock& block) const override {
+        const int count = block.count() * runs;
+        std::fill_n(block.at<float>(scales, runs), count, step);
+        quantize_fixed(block.tape.isa(), block.at<float>(x, static_cast<std::size_t>(runs) * n), n, count, n, padded, step,
+                       block.at<std::int8_t>(y, static_cast<std::size_t>(runs) * stride), stride);
+    }
+};
+
 // Played by a ProductsOp, which shares panels between threads.
 struct LinearOp {
     Rows rows;

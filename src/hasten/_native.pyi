@@ -229,6 +229,12 @@ def quantize_rows(isa: str, x: NDArray[np.float32], padded: int) -> tuple[NDArra
     Raises ValueError for an isa this machine does not run, or a shape that does not fit.
     """
 
+def quantize_fixed(isa: str, x: NDArray[np.float32], padded: int, step: float) -> NDArray[np.int8]:
+    """x [rows, n] as int8 [rows, padded]: x / step rounded half to even, brought within ±127.
+
+    Raises ValueError for an isa this machine does not run, or a shape that does not fit.
+    """
+
 def isa_level(isa: str = "best") -> str:
     """The instruction-set level that kernels run at: generic, avx2, avx512 or amx. Raises ValueError for one this machine lacks."""
 
@@ -332,6 +338,9 @@ class Tape:
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
     def feed(
         self, logit_rows: bool, x: int, y: int, scales: int | None, runs: int, n: int, padded: int, stride: int
+    ) -> None: ...  # fmt: skip
+    def feed_fixed(
+        self, logit_rows: bool, x: int, y: int, scales: int, runs: int, n: int, padded: int, stride: int, step: float
     ) -> None: ...  # fmt: skip
     def linear(
         self, logit_rows: bool, weight: WeightBuffer, x: int, scales: int | None, y: int, stride: int, bias: list[float]

@@ -33,6 +33,7 @@ def hasten(monkeypatch, capsys):
         ("gptq", "int4-g64", 0.30),
         ("awq", "int4-g64-zp", 0.31),
         ("smoothquant", None, 0.51),
+        ("rotate", "int4-g64", 0.30),
         ("best", "int4-g32", 0.33),
     ],
 )
@@ -50,7 +51,7 @@ def test_every_method_writes_what_loads_and_is_smaller(method, weights, share, t
     read = load(out)
     stored = {name: weight for name, weight in read.weights.items() if isinstance(weight, QuantizedWeight)}
     assert len(stored) == 14
-    assert {weight.activations for weight in stored.values()} == {"int8" if method == "smoothquant" else "bf16"}
+    assert {weight.activations for weight in stored.values()} == {"int8" if method in {"smoothquant", "rotate"} else "bf16"}
     assert [step.transform for step in read.provenance][-1] == "measured"
     assert read.provenance[-1].evidence["loss"] == facts["loss"]
     # the same figure from the model as it is on disk

@@ -162,6 +162,11 @@ def quantize_rows(op, world, x):
     return q, np.array(scales)[:, None]
 
 
+def quantize_fixed(op, world, x):
+    q = np.array([[max(-127, min(127, round(float(number) / op.step))) for number in row] for row in x], dtype=np.int8)
+    return q, np.full((len(x), 1), op.step)
+
+
 # --- linear
 
 
@@ -468,8 +473,9 @@ def gated_delta_scan(op, world, q, k, v, a, b):
 
 ORACLES = {
     ops.Embed: embed, ops.EmbedPositions: embed_positions, ops.SelectRows: select_rows, ops.Split: split, ops.Concat: concat,
-    ops.HeadSplit: head_split, ops.Cast: cast, ops.QuantizeRows: quantize_rows, ops.Linear: linear, ops.HeadLinear: head_linear,
-    ops.ExpertLinear: expert_linear, ops.Route: route, ops.Combine: combine, ops.RmsNorm: rms_norm, ops.LayerNorm: layer_norm,
+    ops.HeadSplit: head_split, ops.Cast: cast, ops.QuantizeRows: quantize_rows, ops.QuantizeFixed: quantize_fixed, ops.Linear: linear,
+    ops.HeadLinear: head_linear, ops.ExpertLinear: expert_linear, ops.Route: route, ops.Combine: combine, ops.RmsNorm: rms_norm,
+    ops.LayerNorm: layer_norm,
     ops.Add: add, ops.Scale: scale, ops.Clip: clip, ops.SoftCap: soft_cap, ops.Activate: activate, ops.Gate: gate, ops.Rotate: rotate,
     ops.AppendKv: append_kv, ops.Attend: attend, ops.AttendRelative: attend_relative, ops.AttentionMap: attention_map,
     ops.AttentionMapRelative: attention_map_relative,

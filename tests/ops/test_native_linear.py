@@ -245,6 +245,19 @@ def test_activations_to_int8(isa, size):
 
 
 @every_isa
+@pytest.mark.parametrize("size", [1, 31, 64, 100, 257])
+def test_activations_to_int8_of_one_scale(isa, size):
+    x, step = rows_of(16, 9, size), np.float32(0.013)
+    x[2, 0], x[3] = 1e30, 0
+    x[4, -1], x[5, 0], x[6, 0] = -np.inf, np.nan, np.float32(0.5) * step
+    q = _native.quantize_fixed(isa, x, 300, float(step))
+    expected = np.clip(np.rint(np.nan_to_num(x, nan=1e30, posinf=1e30, neginf=-1e30) / step), -127, 127)
+    assert np.abs(expected).max() == 127
+    np.testing.assert_array_equal(q[:, :size], expected)
+    assert (q[:, size:] == 0).all()
+
+
+@every_isa
 def test_activations_round_half_to_even_and_keep_what_is_not_a_number(isa):
     ties = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5, 126.5, -126.5]], np.float32)
     q, scales = _native.quantize_rows(isa, ties, 10)

@@ -333,6 +333,11 @@ CASES: dict[type[ops.Op], list[Case]] = {
         Case(ops.QuantizeRows(x="x", q="q", scale="scale"), {"x": (300,)}, fill={"x": with_halves}, id="halves-and-zeros"),
         Case(ops.QuantizeRows(x="x", q="q", scale="scale"), {"x": (1,)}, lengths=ONE, id="one-number"),
     ],
+    ops.QuantizeFixed: [
+        Case(ops.QuantizeFixed(x="x", q="q", scale="scale", step=0.01), {"x": (33,)}),  # most are clipped
+        Case(ops.QuantizeFixed(x="x", q="q", scale="scale", step=0.5), {"x": (300,)}, fill={"x": with_halves}, id="halves-and-zeros"),
+        Case(ops.QuantizeFixed(x="x", q="q", scale="scale", step=0.03), {"x": (1,)}, lengths=ONE, id="one-number"),
+    ],
     ops.Linear: [
         x_to_y(ops.Linear, 5, {"w": (3, 5)}, weight="w"),
         x_to_y(ops.Linear, 5, {"w": (4, 5), "b": (4,)}, weight="w", bias="b", lengths=ONE, id="bias"),

@@ -14,6 +14,7 @@ from hasten.checkpoint.gguf import SUFFIX, gguf_tensors
 from hasten.checkpoint.gguf_tokenizer import gguf_tokenizer
 from hasten.checkpoint.locate import locate
 from hasten.checkpoint.quantized import is_empty_bias, read_quantized
+from hasten.checkpoint.quantized.cache import read_cache
 from hasten.checkpoint.random import PREFIX, random_model
 from hasten.families import Config, Family, find_family, model_types
 from hasten.formats.gguf import GgufFile
@@ -72,7 +73,8 @@ def load_directory(directory: Path, name: str) -> Model:
         spec = family.spec(config)
         tensor_map = family.tensors(spec, config)
     files = [SafetensorsFile.open(path) for path in _weight_files(directory)]
-    weights = apply_map(tensor_map, _sources(files, tensor_map, family, spec, quantization))
+    stored = _tensors(files)
+    weights = apply_map(tensor_map, _sources(stored, tensor_map, family, spec, quantization))
     tokenizer, tokenizer_error = find_tokenizer(directory)
     return Model(
         name=name,
@@ -83,6 +85,7 @@ def load_directory(directory: Path, name: str) -> Model:
         generation=_read_optional(directory / "generation_config.json"),
         provenance=sidecar.provenance,
         source=None if family is None else Source(family.name, config),
+        cache=read_cache(quantization, stored, tensor_map),
     )
 
 
@@ -209,16 +212,19 @@ def _recipe(tensor_map: TensorMap, quantization: object = None) -> str:
     return hashlib.blake2b(f"{tensor_map!r}{said}".encode(), digest_size=16).hexdigest()
 
 
-def _sources(
-    files: Sequence[SafetensorsFile], tensor_map: TensorMap, family: Family | None, spec: Spec, quantization: object
-) -> dict[str, Weight]:
-    """The files' tensors under the names the map expects; what the map does not expect is an error."""
+def _tensors(files: Sequence[SafetensorsFile]) -> dict[str, Weight]:
+    """The files' tensors, mapped."""
     found: dict[str, Weight] = {}
     for file in files:
         for name, entry in file.entries.items():
             if name in found:
                 raise CheckpointError(f"{file.path}: tensor {one_line(name)} is in another shard too; every tensor belongs in one")
             found[name] = Weight(entry.shape, entry.dtype, lambda file=file, name=name: file.read(name))  # type: ignore[misc]
+    return found
+
+
+def _sources(found: dict[str, Weight], tensor_map: TensorMap, family: Family | None, spec: Spec, quantization: object) -> dict[str, Weight]:
+    """Tensors under the names the map expects; what the map does not expect is an error."""
     expected = {name for mapping in tensor_map for name in mapping.sources}
     if quantization:
         found = read_quantized(quantization, found)

@@ -13,11 +13,12 @@ import msgspec
 
 from hasten.base.errors import CheckpointError, one_line
 from hasten.checkpoint.load import HASTEN_TYPE, Sidecar
+from hasten.checkpoint.quantized.cache import cache_tensors, with_cache_scheme
 from hasten.checkpoint.quantized.writing import can_say, packed_zero_points, quantization_config, stored_tensors
 from hasten.families import find_family
 from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, stored_as
 from hasten.formats.safetensors import write_sharded
-from hasten.formats.tensor_map import apply_map, inverse
+from hasten.formats.tensor_map import apply_map, inverse, rename
 from hasten.formats.weights import Weight
 from hasten.model import Model
 
@@ -89,9 +90,10 @@ def _layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]]:
     found = _family_layout(model)
     if not isinstance(found, str):
         return found
-    said = quantization_config(model.weights, None, by_name=True)
+    said = with_cache_scheme(quantization_config(model.weights, None, by_name=True), model.cache)
     own = {"model_type": HASTEN_TYPE, "architectures": [], **({"quantization_config": said} if said else {})}
-    return own, stored_tensors(model.weights)
+    names = tuple(rename(name, name) for name in model.weights)
+    return own, {**stored_tensors(model.weights), **cache_tensors(model.cache, names)}
 
 
 def _family_layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]] | str:
@@ -102,14 +104,17 @@ def _family_layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]] | s
     family = find_family(config.get("model_type"))
     if family.spec(config) != model.spec:
         return f"family {family.name} does not describe what the model has become"
-    tensors = apply_map(inverse(family.tensors(model.spec, config)), model.weights)
+    tensor_map = family.tensors(model.spec, config)
+    tensors = apply_map(inverse(tensor_map), model.weights)
     if _meant(tensors) > _meant(model.weights):
         return f"family {family.name} stores together what is stored here in several formats"
     if unsaid := [name for name, weight in tensors.items() if not can_say(name, weight)]:
         return f"compressed-tensors cannot say {stored_as(tensors[unsaid[0]])}, as {unsaid[0]} has it"
     table = isinstance(model.weights["embedding.weight"], QuantizedWeight)  # which is no Linear
     said = quantization_config(tensors, family.tied_head if model.spec.head.tied else None, by_name=table)
-    return {**config, **({"quantization_config": said} if said else {})}, stored_tensors(tensors)
+    said = with_cache_scheme(said, model.cache)
+    stored = {**stored_tensors(tensors), **cache_tensors(model.cache, tensor_map)}
+    return {**config, **({"quantization_config": said} if said else {})}, stored
 
 
 def _meant(weights: Mapping[str, Weight]) -> int:

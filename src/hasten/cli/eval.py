@@ -59,7 +59,8 @@ def evaluate(
     from hasten.engine.backends import choose_backend
     from hasten.measure import Evaluation, cut_windows, held_out, read_corpus, score_windows
 
-    loaded, formats = load(model), Formats(weights, activations, cache)
+    loaded = load(model)
+    formats = Formats(weights, activations, cache).meant_for(loaded.cache)
     backend, notice = choose_backend(loaded, backend, formats)
     notify(notice)
     window = min(512, loaded.spec.context) if window is None else window
@@ -79,7 +80,7 @@ def evaluate(
         "skipped": corpus.skipped, "window": window, "loss": result.loss,
         "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,  # JSON has no infinity
         "top1": result.top1, "tokens": result.tokens, "seconds": seconds,
-        "backend": backend, "weights": weights, "activations": activations, "cache": cache,
+        "backend": backend, "weights": weights, "activations": activations, "cache": formats.cache,
     }  # fmt: skip
     if text is None and limit is None:
         facts |= compare_with_card(model, corpus.sha256, result.loss)

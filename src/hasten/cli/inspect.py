@@ -33,11 +33,12 @@ def inspect(
     from hasten.formats.cache import cache_format
     from hasten.program import Formats, lower
 
-    formats = Formats(weights, activations, cache)
     if (weights, activations) != (None, None) and not fused:
         raise ConfigError("--weights and --activations choose formats of the native backend's program; give --fused to print that")
     loaded = load(model)
-    lowered = lower(loaded.spec, cache=cache_format(cache or "bf16"))
+    formats = Formats(weights, activations, cache).meant_for(loaded.cache)
+    cache = formats.cache or "bf16"
+    lowered = lower(loaded.spec, cache=cache_format(cache))
     if fused:
         from hasten.backends.cpu import native_program
 
@@ -49,7 +50,7 @@ def inspect(
     if spec:
         typer.echo(loaded.spec.to_json().decode())
         return
-    facts = {**describe(loaded, lowered), "cache": cache or "bf16"}
+    facts = {**describe(loaded, lowered), "cache": cache}
     if load_all:
         from rich.console import Console
 

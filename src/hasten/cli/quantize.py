@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
 
-METHODS = ("rtn", "gptq", "awq", "smoothquant", "best")
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "best")
 BY_LAYER = ("rtn", "gptq")
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
@@ -78,7 +78,10 @@ def quantize(
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option("--activations", help="What the weights are multiplied with: bf16 or int8. [default: bf16; int8 for smoothquant]"),
+        typer.Option(
+            "--activations",
+            help="What the weights are multiplied with: bf16, int8, or int8-static. [default: bf16; int8 for smoothquant, rotate]",
+        ),
     ] = None,
     bits: Annotated[
         float | None,
@@ -88,6 +91,9 @@ def quantize(
         str | None, typer.Option("--head", help="Round the head too, to this format; with it the embedding, where both are one.")
     ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="Have keys and values kept in fp8 or int8 wherever the model is played.")
+    ] = None,
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -102,6 +108,8 @@ def quantize(
         steps = short_form_by_layer(bits, method, weights, activations, skip or [])
     if head is not None:
         steps[-1] = {name: {**settings, "head": head} for name, settings in steps[-1].items()}
+    if cache is not None:
+        steps.append({"cache": {"format": cache}})
     _make(model, steps, out, making, as_json)
 
 
@@ -119,20 +127,29 @@ def apply(
 
 def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
     """The recipe that `hasten quantize` is short for, as plain data."""
+    from hasten.formats.quantized import STATIC
+
     stored = weights or ("int8" if method == "smoothquant" else "int4-g64")
     left: dict[str, Any] = {"skip": list(skip)} if skip else {}
-    rounding = {"weights": stored, "activations": activations or ("int8" if method == "smoothquant" else "bf16"), **left}
+    fed = activations or ("int8" if method in {"smoothquant", "rotate"} else "bf16")
+    rounding = {"weights": stored, "activations": "int8" if fed == STATIC else fed, **left}
+    return [*_rounding(method, rounding, left), *([{"static": left}] if fed == STATIC else [])]
+
+
+def _rounding(method: str, rounding: dict[str, Any], left: dict[str, Any]) -> list[dict[str, Any]]:
     match method:
         case "rtn":
             return [{"rtn": rounding}]
         case "gptq":
             return [{"gptq": {**rounding, "clip": "outputs"}}]
         case "awq":
-            return [{"awq": {"weights": stored, **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
+            return [{"awq": {"weights": rounding["weights"], **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
         case "smoothquant":
             return [{"smoothquant": left}, {"rtn": rounding}]
+        case "rotate":
+            return [{"rotate": {}}, {"gptq": {**rounding, "clip": "outputs"}}]
         case _:
-            return [{"awq": {"weights": stored, **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
+            return [{"awq": {"weights": rounding["weights"], **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
 
 
 def short_form_by_layer(
@@ -195,12 +212,13 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "recipe": [{step.transform.name: msgspec.to_builtins(step.settings)} for step in steps],
         "rounded_bytes_before": made.before,
         "rounded_bytes": made.after,
-        "rounded_share": made.after / made.before,
+        "rounded_share": made.after / made.before if made.before else None,
         "base_bytes": base_bytes,
         "bytes": made.model.weights.nbytes,
         "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
         "unread_elsewhere": unread_elsewhere(made.model),
         "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
+        "cache": None if made.model.cache is None else made.model.cache.format,
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
         **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),
     }
@@ -209,10 +227,12 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
 def _print(facts: dict[str, Any]) -> None:
     names = ", ".join(key for step in facts["recipe"] for key in step)
     typer.echo(visible_line(f"{facts['model']} → {facts['out']} by {names}"))
-    typer.echo(
-        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
-        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
-    )
+    if facts["rounded_share"] is None:
+        typer.echo(f"no weight was rounded; all weights {facts['bytes']:,} bytes")
+    else:
+        typer.echo(_shrunk(facts))
+    if facts["cache"] is not None:
+        typer.echo(f"keys and values are kept in {facts['cache']} wherever the model is played, unless --cache asks for another format")
     if "loss" in facts:
         typer.echo(
             f"held-out loss {facts['base_loss']:.4f} → {facts['loss']:.4f} ({facts['increase']:+.2%})   KL {facts['kl']:.4f} nats   "
@@ -247,3 +267,10 @@ def _print_speed(speed: dict[str, Any], not_faster: Sequence[str]) -> None:
         typer.echo(f"  batch {after['batch']}: {', '.join(phases)}")
     for line in not_faster:
         typer.echo(line)
+
+
+def _shrunk(facts: dict[str, Any]) -> str:
+    return (
+        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
+        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
+    )

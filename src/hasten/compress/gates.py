@@ -13,7 +13,7 @@ from hasten.checkpoint import load_directory, save
 from hasten.engine.backends import choose_backend, open_scorer
 from hasten.formats.linear import QuantizedLinear
 from hasten.formats.mapped import release
-from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.quantized import QuantizedWeight, StaticWeight
 from hasten.measure.compare import Comparison
 from hasten.model import Model
 from hasten.program import Batch
@@ -87,9 +87,13 @@ def check_written(model: Model, read: Model) -> None:
         if (weight.form, weight.activations) != (other.form, other.activations):
             found = f"{other.form} × {other.activations}"
             raise CheckpointError(f"{name} was written as {weight.form} × {weight.activations} and read back as {found}; nothing was kept")
+        if isinstance(weight, StaticWeight) and isinstance(other, StaticWeight) and weight.input_scale != other.input_scale:
+            raise CheckpointError(f"{name} was read back with another scale of activations than was written; nothing was kept")
         if not _equal(written := weight.quantized(), other.quantized()):
             raise CheckpointError(f"{name} was read back with other numbers than were written; nothing was kept")
         release(written.q)
+    if _kept(model) != _kept(read):
+        raise CheckpointError("the cache's format or scales were read back other than they were written; nothing was kept")
     tokens = np.random.default_rng(0).integers(0, model.spec.vocab, min(PROBE, model.spec.context)).tolist()
     first, second = (_logits(each, tokens) for each in (model, read))
     if not np.array_equal(first, second, equal_nan=True):
@@ -98,6 +102,11 @@ def check_written(model: Model, read: Model) -> None:
 
 def _logits(model: Model, tokens: list[int]) -> NDArray[np.float32]:
     return open_scorer(model, choose_backend(model)[0], len(tokens)).score(Batch.of([tokens]))
+
+
+def _kept(model: Model) -> tuple[str, dict[str, list[float]]] | None:
+    cache = model.cache
+    return None if cache is None else (cache.format, {name: scale.load().ravel().tolist() for name, scale in cache.scales.items()})
 
 
 def _equal(a: QuantizedLinear, b: QuantizedLinear) -> bool:

@@ -16,11 +16,14 @@ from typing import Any
 import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
+from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.mixed import Mixed, check_mixed, mixed
+from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
+from hasten.compress.static import Static, check_static, fed_int8, static_transform
 from hasten.compress.walk import Run
 from hasten.model import Model
 
@@ -33,13 +36,15 @@ RECIPE_LIMIT = 1 << 20
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transform:
     """A transform by name: its ``settings`` type, ``apply`` (model, settings, text, run) → model, ``check`` (model, settings), which raises
-    UserError for what cannot work, and whether these settings look at text."""
+    UserError for what cannot work, whether these settings look at text, and whether it changes weights, so that it cannot follow one that
+    rounds."""
 
     name: str
     settings: type[msgspec.Struct]
     apply: Callable[[Model, Any, Any, Run], Model]
     check: Callable[[Model, Any], None]
     needs_text: Callable[[Any], bool] = lambda settings: True
+    changes_weights: bool = True
 
 
 BUILT_IN: Mapping[str, Transform] = {
@@ -50,6 +55,9 @@ BUILT_IN: Mapping[str, Transform] = {
         Transform("mixed", Mixed, mixed, check_mixed),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
+        Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
+        Transform("static", Static, static_transform, check_static, changes_weights=False),
+        Transform("cache", Cache, cache_transform, check_cache, changes_weights=False),
     )
 }
 
@@ -132,16 +140,22 @@ def recipe_of(listed: object, name: str = "recipe") -> Recipe:
 def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
     """Raise UserError, with the reason, for what cannot work, before anything is begun: of each step alone, and of their order."""
     rounded: list[Step] = []
-    for step in recipe:
+    for place, step in enumerate(recipe):
         step.transform.check(model, step.settings)
-        if rounded and not isinstance(step.settings, Rounding):
+        scaled = [its for its in recipe[:place] if isinstance(its.settings, Awq | SmoothQuant)]
+        if isinstance(step.settings, Rotate) and scaled:
+            raise ConfigError(f"rotate stands after {scaled[0].transform.name}, whose scales it would take back; put it before")
+        fed = {each.settings.activations for each in rounded}
+        if isinstance(step.settings, Static) and "int8" not in fed and not fed_int8(model):
+            raise ConfigError("static finds no weights that are fed int8; put it behind a transform that rounds with activations: int8")
+        if rounded and step.transform.changes_weights and not isinstance(step.settings, Rounding):
             before = rounded[-1].transform.name
             raise ConfigError(f"{step.transform.name} stands after {before}, which rounds: it would scale codes; put it before")
         if isinstance(step.settings, Rounding):
             for earlier in rounded:
                 _refuse_twice(model, earlier, step)
             rounded.append(step)
-    if rounded:
+    if rounded or not any(step.transform.changes_weights for step in recipe):
         return
     raise ConfigError(f"no transform of {', '.join(step.transform.name for step in recipe)} makes anything smaller; add rtn or gptq")
 
@@ -181,7 +195,7 @@ def settled(model: Model, original: Model) -> Model:
 
     made: dict[str, Weight] = {}
     for name, weight in model.weights.items():
-        dtype = original.weights[name].dtype if name in original.weights else weight.dtype
+        dtype = original.weights[name if name in original.weights else "embedding.weight"].dtype  # of a head that was tied
         plain = isinstance(weight, QuantizedWeight) or weight.dtype == dtype
         made[name] = weight if plain else Weight(weight.shape, dtype, _Cast(weight, dtype))
     return dataclasses.replace(model, weights=Weights(made))

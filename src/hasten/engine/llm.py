@@ -65,7 +65,8 @@ class LLM:
         self.scheduling = scheduling or continuous(max_sequences)
         self._memory, self._cache_bytes, self._swap_bytes, self._prefixes = memory, cache_bytes, swap_bytes, prefixes
         self.backend, self.notice = choose_backend(self.model, backend, formats)
-        self._formats, cache = formats, None if formats is None else formats.cache
+        self._formats = (formats or Formats()).meant_for(self.model.cache)
+        cache = self._formats.cache
         if cache is not None:
             cache_format(cache)  # a wrong name is told at once, not with the first prompt
         self.preparer = Preparer(self.model, context=self.context, slots=self.scheduling.batching.slots, cache=cache)

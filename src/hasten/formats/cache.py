@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.base.errors import UnsupportedError, one_line
-from hasten.formats.weights import DTYPES, Array
+from hasten.formats.weights import DTYPES, Array, Weight
 
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 65504.0
 """Between what a float16 can say: a row that would want less is kept coarser, one that would want more is cut off."""
@@ -76,6 +76,17 @@ ROW_FORMATS: Mapping[str, PlainRows | ScaledRows] = {
 
 CACHE_FORMATS: Mapping[str, str] = {"bf16": "bfloat16", "int8": "int8", "fp8": "fp8"}
 """What a user may ask for → the state group's format."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MeantCache:
+    """How a model's keys and values are meant to be kept: ``format`` is what a user would ask for.
+
+    ``scales`` are for engines that have one for a layer, by name: ``blocks.0.mixer.k_scale`` and ``v_scale``, what a stored element stands
+    for. Rows here have scales of their own (ScaledRows), which are closer, so nothing here reads them: they are kept to be written."""
+
+    format: str
+    scales: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
 
 
 def cache_format(name: str) -> str:

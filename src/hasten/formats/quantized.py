@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
@@ -18,7 +18,7 @@ _FLOAT32 = np.dtype(np.float32)
 class QuantizedWeight(Weight):
     """A weight [out, in], or weights stacked in one [count, out, in], stored in ``form``. ``load`` gives what it means, float32.
 
-    ``quantized`` gives the stored numbers; ``activations`` (bf16 or int8) are what it is to be multiplied with; ``bits`` are those of
+    ``quantized`` gives the stored numbers; ``activations`` (bf16, int8; int8-static: StaticWeight) are what it meets; ``bits`` are those of
     a number in the file, its share of scales and zero points counted."""
 
     form: LinearFormat
@@ -60,6 +60,31 @@ class QuantizedWeight(Weight):
     def nbytes(self) -> int:
         """Bytes of the stored form, scales and zero points counted."""
         return math.ceil(self.size * self.bits / 8)
+
+
+STATIC = "int8-static"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StaticWeight(QuantizedWeight):
+    """A quantized weight that is multiplied with int8 activations of one scale for all tokens, ``input_scale``, a float32."""
+
+    input_scale: float
+
+
+def static(weight: QuantizedWeight, input_scale: float) -> StaticWeight:
+    """``weight``, fed int8 of one scale. Raises ConfigError for a scale that is no positive float32, or a format that is not fed int8."""
+    scale = float(np.float32(input_scale))
+    if not 0 < scale < math.inf or "int8" not in weight.form.activations:
+        raise ConfigError(f"activations of scale {input_scale} do not go with weights in {weight.form}; a positive number is needed")
+    return StaticWeight(weight.shape, weight.dtype, weight.load, weight.form, weight.quantized, STATIC, weight.bits, scale)
+
+
+def static_as(weights: Sequence[QuantizedWeight], made: QuantizedWeight) -> QuantizedWeight:
+    """``made`` of all of ``weights``, fed int8 of the scale that they agree on; else of each token's own, which rounds less."""
+    scales = {weight.input_scale if isinstance(weight, StaticWeight) else None for weight in weights}
+    (scale, *others) = scales
+    return made if others or scale is None else static(made, scale)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

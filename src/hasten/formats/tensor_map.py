@@ -15,7 +15,7 @@ import numpy as np
 
 from hasten.base.errors import CheckpointError
 from hasten.formats.linear import QuantizedLinear
-from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, dequantized
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, StaticWeight, dequantized, static_as
 from hasten.formats.weights import Array, Weight
 
 Shape = tuple[int, ...]
@@ -414,8 +414,9 @@ def _mapped_quantized(
         return None
     made = _QuantizedTargets(mapping, scales, stored)
     bits = sum(weight.bits * weight.size for weight in stored) / sum(weight.size for weight in stored)
+    fed = "int8" if isinstance(first, StaticWeight) else first.activations
     return [
-        QuantizedWeight.of(shape, first.form, functools.partial(made.load, index), first.activations, bits)
+        static_as(stored, QuantizedWeight.of(shape, first.form, functools.partial(made.load, index), fed, bits))
         for index, shape in enumerate(shapes)
     ]
 

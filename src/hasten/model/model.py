@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.base.errors import ConfigError, TokenizerError, UnsupportedError, one_line
+from hasten.formats.cache import MeantCache
 from hasten.formats.weights import Weights
 from hasten.model.tokenizer import Tokenizer
 from hasten.spec import Spec
@@ -35,7 +36,8 @@ class Source:
 class Model:
     """Everything needed to run one decoder. Frozen: a transform makes a new one.
 
-    ``generation`` is `generation_config.json`; ``tokenizer_error`` says why there is no tokenizer, for when text is asked for."""
+    ``generation`` is `generation_config.json`; ``tokenizer_error`` says why there is no tokenizer, for when text is asked for. ``cache``
+    says how keys and values are kept where nobody asks for another way (None: as the backend likes)."""
 
     name: str
     spec: Spec
@@ -45,6 +47,7 @@ class Model:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: tuple[Provenance, ...] = ()
     source: Source | None = None
+    cache: MeantCache | None = None
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises TokenizerError saying what is missing and how to get it."""

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from hasten.base.errors import UnsupportedError, one_line
+from hasten.formats.cache import MeantCache
 from hasten.formats.linear import LinearFormat
-from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.quantized import QuantizedWeight, StaticWeight
 from hasten.formats.weights import Weight
 from hasten.program import ops
 from hasten.program.lower import LinearFormats
@@ -23,6 +24,10 @@ class Formats:
     activations: str | None = None
     cache: str | None = None
 
+    def meant_for(self, cache: MeantCache | None) -> "Formats":
+        """The same for a model whose keys and values are meant to be kept as ``cache`` says, unless something else is asked for."""
+        return self if self.cache is not None or cache is None else dataclasses.replace(self, cache=cache.format)
+
 
 def linear_formats(
     program: Program, formats: Formats, weights: Mapping[str, Weight] | None = None, plain: str | None = None
@@ -31,8 +36,8 @@ def linear_formats(
     embedding as it is.
 
     Where no weights are asked for, those of ``weights`` that are stored quantized are played as they are stored, fed what they are to be
-    multiplied with unless activations are asked for; the others in ``plain``, or as they come without it. Raises UnsupportedError for
-    weights nobody has, or activations they are not multiplied with."""
+    multiplied with, in one scale for all tokens where they have one, unless activations are asked for; the others in ``plain``, or as they
+    come without it. Raises UnsupportedError for weights nobody has, or activations they are not multiplied with."""
     kept = {} if formats.weights is not None else _stored(weights or {})
     asked = formats.weights or plain or ("bf16" if formats.activations is not None else None)
     form = None if asked is None else LinearFormat.parse(asked)
@@ -43,11 +48,13 @@ def linear_formats(
                 f"activations {one_line(formats.activations)} do not go with weights in {form}; accepted are {', '.join(accepted)}"
             )
     routers: set[str] = {op.logits for op in program.ops if isinstance(op, ops.Route)}
-    stored, fed = dict[str, str](), dict[str, str]()
+    stored, fed, steps = dict[str, str](), dict[str, str](), dict[str, float]()
     for op in program.ops:
         if not isinstance(op, ops.Linear | ops.ExpertLinear):
             continue
         if (weight := kept.get(op.weight)) is not None:
+            if isinstance(weight, StaticWeight) and formats.activations is None:
+                steps[op.weight] = weight.input_scale
             its, activations = (
                 weight.form,
                 formats.activations or ("f32" if plain is None and weight.activations == "bf16" else weight.activations),
@@ -60,7 +67,7 @@ def linear_formats(
         stored[op.weight] = "dense" if its == BF16 else str(its)
         fed[op.weight] = activations if activations in {*its.activations, "f32"} else its.activations[0]
     return LinearFormats(
-        {name: its for name, its in stored.items() if its != "dense"}, {name: each for name, each in fed.items() if each != "f32"}
+        {name: its for name, its in stored.items() if its != "dense"}, {name: each for name, each in fed.items() if each != "f32"}, steps
     )
 
 

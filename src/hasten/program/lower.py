@@ -53,10 +53,12 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinearFormats:
-    """How linear layers are stored and fed, by weight name; names left out are dense with activations as they come."""
+    """How linear layers are stored and fed, by weight name; names left out are dense with activations as they come. ``steps`` are the
+    scales of int8 activations that have one for all tokens; others have each token's own."""
 
     weights: Mapping[str, str] = dataclasses.field(default_factory=dict)
     activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def lower(
@@ -77,7 +79,7 @@ def lower(
     builder = _Builder(spec, context or spec.context, precision or Precision(residual=spec.residual), formats, cache)
     program = builder.build()
     linear = {op.weight for op in program.ops if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear)}
-    unknown = {*formats.weights, *formats.activations} - linear
+    unknown = {*formats.weights, *formats.activations, *formats.steps} - linear
     if unknown:
         raise ConfigError(f"{one_line(sorted(unknown)[0])} is no weight of a linear layer, so it has no format; see inspect --program")
     return program
@@ -93,6 +95,7 @@ class _Builder:
         self.ops: list[Op] = []
         self.values: dict[str, Value] = {}
         self.params: dict[str, tuple[int, ...]] = {}
+        self.fixed: dict[tuple[str, float], int] = {}  # rounded value, step → which of its roundings
         self.groups: dict[StateGroup, list[str]] = {}  # key with layers=0 → one entry per slot
 
     def build(self) -> Program:
@@ -189,14 +192,16 @@ class _Builder:
             return self.cast(x, "bfloat16"), None
         if form != "int8":
             raise UnsupportedError(f"{weight}: activation format {one_line(form)} is not supported; accepted are none, bf16, int8")
-        name = f"{x}.int8"
-        if name not in self.values:  # several products may read one rounding
+        step = self.formats.steps.get(weight)
+        stem = x if step is None else f"{x}.fixed{self.fixed.setdefault((x, step), sum(value == x for value, _ in self.fixed))}"
+        if f"{stem}.int8" not in self.values:  # several products may read one rounding
             features = self.values[x].features
-            q = self.value(name, features, "int8", self.values[x].rows)
+            q = self.value(f"{stem}.int8", features, "int8", self.values[x].rows)
             precise = "float64" if self.values[x].dtype == "float64" else "float32"
-            scale = self.value(f"{x}.scale", (*features[:-1], 1), precise, self.values[x].rows)
-            self.ops.append(ops.QuantizeRows(x=In(x), q=q, scale=scale))
-        return name, In(f"{x}.scale")
+            scale = self.value(f"{stem}.scale", (*features[:-1], 1), precise, self.values[x].rows)
+            rounding = ops.QuantizeRows(x=In(x), q=q, scale=scale)
+            self.ops.append(rounding if step is None else ops.QuantizeFixed(x=In(x), q=q, scale=scale, step=step))
+        return f"{stem}.int8", In(f"{stem}.scale")
 
     def cast(self, x: str, dtype: Dtype) -> str:
         if self.values[x].dtype == dtype:

@@ -207,6 +207,18 @@ class QuantizeRows(Op, frozen=True, kw_only=True):
     scale: Out
 
 
+@_op(_ONE_STEP, differentiable=False)
+class QuantizeFixed(Op, frozen=True, kw_only=True):
+    """int8 of one scale for all: q = round_half_even(x / step) within ±127 (NaN: 127), scale[T, 1] = step, whatever x is.
+
+    Of x [T, A, N] scale is [T, A, 1]. ``step`` comes from calibration; nothing is summed or compared over a row."""
+
+    x: In
+    q: Out
+    scale: Out
+    step: float
+
+
 # --- linear
 
 
@@ -561,8 +573,8 @@ class GatedDeltaScan(Op, frozen=True, kw_only=True):
 
 
 OPS: tuple[type[Op], ...] = (
-    Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, Linear, HeadLinear, ExpertLinear, Route, Combine,
-    RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap,
+    Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, QuantizeFixed, Linear, HeadLinear, ExpertLinear,
+    Route, Combine, RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap,
     AttentionMapRelative, CausalConv, SelectiveScan, DualScan, GatedDeltaScan,
 )  # fmt: skip
 """Every op there is. The generic tests walk this list: an op without a case fails them."""

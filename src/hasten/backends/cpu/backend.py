@@ -60,7 +60,7 @@ class CpuBackend:
 
     def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
         """What a session would play."""
-        return native_program(model.spec, context, formats, model.weights)
+        return native_program(model.spec, context, (formats or Formats()).meant_for(model.cache), model.weights)
 
     def weight_bytes(self, program: Program) -> int:
         """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""

@@ -24,13 +24,13 @@ FED = ".fed"  # beside the values of an op: its own copy of what it reads
 LOGITS = -1  # the place that is the caller's array
 BLOCK = -2  # and down: places in a thread's own block, inside a chain
 KERNELS = (
-    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Linear, ops.HeadLinear, ops.Rotate, ops.AppendKv,
-    ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.Cast,
-    ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine,
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.QuantizeFixed, ops.Linear, ops.HeadLinear,
+    ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit,
+    ops.Concat, ops.Cast, ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine,
 )  # fmt: skip
 IN_CHAINS = (
-    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.Cast, ops.Rotate, ops.AppendKv, ops.Add, ops.Scale,
-    ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.SelectRows,
+    ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.QuantizeFixed, ops.Cast, ops.Rotate,
+    ops.AppendKv, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit, ops.Concat, ops.SelectRows,
 )  # fmt: skip
 """Ops that the tape can play on a block of rows (RowOp in native/src/row_op.hpp)."""
 CHAIN_BYTES = 64 << 10  # of a block's inner values: they and the rows around them stay in a core's second-level cache
@@ -209,6 +209,10 @@ class _Compiler(_Layout):
                 tape.layer_norm(values[op.x].rows == "R", at[op.x], at[op.y], self._width(op.x), op.group, weight, bias, op.eps)
             case ops.QuantizeRows():
                 self._emit_feed(tape, op.x, at[op.x], at[op.q], at[op.scale])
+            case ops.QuantizeFixed():
+                n = self._width(op.x)
+                runs, padded, stride = math.prod(values[op.x].features[:-1]), padded_width(n), row_stride(n, 1)
+                tape.feed_fixed(values[op.x].rows == "R", at[op.x], at[op.q], at[op.scale], runs, n, padded, stride, op.step)
             case ops.Cast(dtype="bfloat16"):
                 self._emit_feed(tape, op.x, at[op.x], at[op.y], None)
             case ops.Linear():

@@ -17,6 +17,7 @@ LEVELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "RmsNorm": {"float32": _VECTOR},
     "LayerNorm": {"float32": _VECTOR},
     "QuantizeRows": {"int8": _VECTOR},
+    "QuantizeFixed": {"int8": _VECTOR},
     "Cast": {"bf16": _VECTOR, "float32": _PLAIN},
     "Linear": {form: _VECTOR if form in {"f32", "f16"} else _TILES for form in NUMBERS},
     "HeadLinear": {"bf16": _TILES},

@@ -33,7 +33,7 @@ class ReferenceBackend:
 
     def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
         """What a session would play."""
-        formats, precision = formats or Formats(), self.precision or Precision(residual=model.spec.residual)
+        formats, precision = (formats or Formats()).meant_for(model.cache), self.precision or Precision(residual=model.spec.residual)
         linear = linear_formats(lower(model.spec, context=context), formats, model.weights)
         cache = None if formats.cache is None else cache_format(formats.cache)
         return lower(model.spec, context=context, precision=precision, formats=linear, cache=cache)

@@ -100,6 +100,13 @@ def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
     return torch.round(x / scale).clamp(-127, 127).to(torch.int8), scale
 
 
+@compute.register
+def _(op: ops.QuantizeFixed, step: Step, x: Tensor) -> Outputs:
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    q = torch.round(wide / op.step).nan_to_num(nan=127.0).clamp(-127, 127).to(torch.int8)
+    return q, torch.full_like(wide[..., :1], op.step)
+
+
 # --- linear
 
 

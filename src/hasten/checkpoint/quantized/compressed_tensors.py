@@ -16,7 +16,7 @@ from hasten.families.config import ConfigReader
 from hasten.formats import bits as bit_packing
 from hasten.formats.linear import LinearFormat, QuantizedLinear
 from hasten.formats.mapped import release
-from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
+from hasten.formats.quantized import STATIC, DequantizedWeight, QuantizedWeight, static
 from hasten.formats.weights import Array, Weight
 
 ENDS = (
@@ -25,6 +25,7 @@ ENDS = (
 CACHE_ENDS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 MIXED = "mixed-precision"
+STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 WHERE = "config.json: quantization_config"
 
 
@@ -43,10 +44,12 @@ class Scheme:
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Weight]) -> dict[str, Weight]:
     """The checkpoint's tensors, those of each quantized weight as one that is stored so. Raises a UserError naming what is wrong."""
+    if config.get("kv_cache_scheme"):  # which is read with the cache
+        tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in CACHE_ENDS}
+        if not config.get("config_groups"):
+            return dict(tensors)
     targets = _Targets(_schemes(ConfigReader(config, WHERE), config.get("config_groups")))
     modules, others = gathered(tensors, ENDS, ("weight_packed", "weight_scale"))
-    if config.get("kv_cache_scheme"):  # how the cache is kept is the session's choice
-        others = {name: tensor for name, tensor in others.items() if name.rpartition(".")[2] not in CACHE_ENDS}
     return {**others, **{f"{name}.weight": _weight(targets.scheme_of(name), parts) for name, parts in modules.items()}}
 
 
@@ -118,13 +121,16 @@ def _weights(reader: ConfigReader) -> tuple[LinearFormat, bool, tuple[int, int] 
 
 
 def _activations(reader: ConfigReader | None, form: LinearFormat) -> str:
-    """What the weights are fed: int8 of each token's own scale, also where the checkpoint has one scale for all (which rounds more); bf16
-    where it says fp8, which holds less."""
+    """What the weights are fed: int8 of each token's own scale or of one scale for all, where that is symmetric and of the whole tensor
+    (others round more than each token's own, which is taken instead); bf16 where it says fp8, which holds less."""
     if reader is None:
         return "bf16"
     integers = reader.choice("type", {"int": True, "float": False}, "int")
     reader.must_be("num_bits", 8)
-    return "int8" if integers and form.is_integer else "bf16"
+    if not integers or not form.is_integer:
+        return "bf16"
+    whole = reader.choice("strategy", {name: name == "tensor" for name in STRATEGIES}, "tensor")
+    return STATIC if whole and not reader.flag("dynamic", False) and reader.flag("symmetric", True) else "int8"
 
 
 class _Targets:
@@ -181,7 +187,13 @@ def _weight(scheme: Scheme, parts: Parts) -> Weight:
 
     if "weight_g_idx" in parts and (order := order_of(parts, "weight_g_idx", width, form.group)) is not None:
         return DequantizedWeight.of(shape, lambda: in_order(quantized(), order), str(form), "its groups are in activation order", bits)
-    return QuantizedWeight.of(shape, form, quantized, scheme.activations, bits)
+    fed = scheme.activations if scheme.activations != STATIC else "int8"
+    made = QuantizedWeight.of(shape, form, quantized, fed, bits)
+    if scheme.activations != STATIC or "input_scale" not in parts:
+        return made
+    if parts.shape("input_scale", *SCALES) not in {(), (1,)}:
+        parts.wrong("input_scale", f"has shape {list(parts.shape('input_scale', *SCALES))}", "one number")
+    return static(made, float(parts.scales("input_scale").reshape(())))
 
 
 def _packed_shape(scheme: Scheme, parts: Parts) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from hasten.base.errors import UnsupportedError
 from hasten.formats import bits as bit_packing
 from hasten.formats.linear import LinearFormat, QuantizedLinear
-from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.quantized import STATIC, QuantizedWeight, StaticWeight
 from hasten.formats.weights import Array, Weight
 
 SAID = ("int2", "int4", "int8", "fp8")
@@ -67,7 +67,7 @@ def quantization_config(tensors: Mapping[str, Weight], tied_head: str | None, by
             "targets": ["Linear"] if by_class else names,
             "format": _layout(form, activations),
             "weights": _weights(form),
-            "input_activations": _ACTIVATIONS if activations == "int8" else None,
+            "input_activations": _ACTIVATIONS.get(activations),
             "output_activations": None,
         }
         for index, ((form, activations), names) in enumerate(kinds.items())
@@ -85,7 +85,8 @@ def quantization_config(tensors: Mapping[str, Weight], tied_head: str | None, by
     }
 
 
-_ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
+_ACTIVATIONS = {"int8": {**_INT8, "strategy": "token", "dynamic": True}, STATIC: {**_INT8, "strategy": "tensor", "dynamic": False}}
 
 
 def _weights(form: LinearFormat) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _weights(form: LinearFormat) -> dict[str, Any]:
 def _layout(form: LinearFormat, activations: str) -> str:
     if form.number == "fp8":
         return "float-quantized"
-    return "int-quantized" if form.number == "int8" and activations == "int8" else "pack-quantized"
+    return "int-quantized" if form.number == "int8" and activations in _ACTIVATIONS else "pack-quantized"
 
 
 def _parts(name: str, weight: QuantizedWeight) -> dict[str, Weight]:
@@ -111,6 +112,8 @@ def _parts(name: str, weight: QuantizedWeight) -> dict[str, Weight]:
     groups = -(-width // form.group) if form.group else 1
     packed = _layout(form, weight.activations) == "pack-quantized"
     found = {f"{stem}.weight_scale": Weight((*rows, groups), np.dtype(np.float32), lambda: _scales(weight.quantized()))}
+    if isinstance(weight, StaticWeight):
+        found[f"{stem}.input_scale"] = Weight((1,), np.dtype(np.float32), lambda: np.array([weight.input_scale], np.float32))
     if packed:
         words = (*rows, bit_packing.packed_width(width, form.bits))
         found[f"{stem}.weight_packed"] = Weight(words, np.dtype("<i4"), lambda: _words(weight.quantized().q, form.bits))

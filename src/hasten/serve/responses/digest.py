@@ -52,6 +52,7 @@ def model_digest(model: Model, played: Played, stopped: Callable[[], bool] = lam
 
     Raises CheckpointError where a file was changed since the model was loaded: nobody knows which numbers are in memory then."""
     said = hashlib.sha256()
+    played = msgspec.structs.replace(played, formats=played.formats.meant_for(model.cache))
     parts = [
         msgspec.msgpack.encode(
             (1, __version__, played, model.spec, model.source and model.source.config, model.generation), order="deterministic"
