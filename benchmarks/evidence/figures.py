@@ -1,6 +1,7 @@
 """How a figure is read from what commands printed. rounds[round][command] is a list of JSON objects; medians are over rounds."""
 
 import dataclasses
+import itertools
 import statistics
 
 
@@ -22,6 +23,22 @@ class Ratio:
 
     def of(self, rounds):
         return statistics.median(_only(commands[0])[self.key] / _only(commands[1])[self.key] for commands in rounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastStep:
+    """``key`` of each of ``weights`` over that of the one before it, at ``batch``; the least of them."""
+
+    key: str
+    batch: int
+    weights: tuple[str, ...]
+
+    def of(self, rounds):
+        return statistics.median(min(later / earlier for earlier, later in itertools.pairwise(self._speeds(rows))) for (rows,) in rounds)
+
+    def _speeds(self, rows):
+        found = {row["weights"]: row[self.key] for row in rows if row["batch"] == self.batch}
+        return [found[name] for name in self.weights]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, OverBound, Passes, PeersAtBatch, Ratio
+from benchmarks.evidence.figures import BestPeer, Field, LeastR2, LeastStep, Memory, OverBound, Passes, PeersAtBatch, Ratio
 
 Row = dict[str, Any]
 
@@ -216,7 +216,32 @@ LOADED = [
         ("50 engines killed under 64 streams", "kill"),
     )
 ]
+COMPRESSION = "python -m benchmarks.compression.compare --environments {environments} --work {work}/compression --json {output}"
+QUANTIZING = "python -m benchmarks.quantize_memory {model}"
+COMPRESSED = [
+    *(
+        Line("E", f"{method.upper()}, W4A16 in groups of 64, code-8m: held-out loss over llm-compressor's from the same windows",
+             (COMPRESSION,), Field(f"{method}_over_peer"), most(1), unit="×")
+        for method in ("gptq", "awq")
+    ),
+    Line("E", "quantize killed at ten random points and gone on with: every byte the same", ("python -m tests.soak quantize",),
+         Passes(), PASSED),
+    Line("E", "GPTQ of a checkpoint on disk, 16 windows of 512: most resident memory, mapped files among it, over the checkpoint",
+         (QUANTIZING,), Field("resident_over_checkpoint"), most(1.3), unit="×"),
+    Line("E", "the same: most anonymous memory", (QUANTIZING,), Field("anonymous_over_checkpoint"), unit="×"),
+    Line("E", "the same: seconds a block", (QUANTIZING,), Field("seconds_a_block"), unit=" s"),
+]  # fmt: skip
+STEPPED = "hasten bench latency {model} --weights bf16,int8,int4%s --batch %s --prompt %d --new %d --repeats 3 --json"
+SMALLER = [
+    Line("E", f"bf16 → {' → '.join(names)}, {check}: speed over the step before, where it is least",
+         (STEPPED % (activations, batches, prompt, new),), LeastStep(key, batch, ("bf16", "int8", "int4")), least(1), unit="×")
+    for names, activations in ((("W8A8", "W4A8"), ""), (("W8A16", "W4A16"), " --activations bf16"))
+    for check, batches, prompt, new, key, batch in (
+        ("decode, batch 1", "1,8,32", 16, 8, "decode_tokens_per_s", 1), ("decode, batch 8", "1,8,32", 16, 8, "decode_tokens_per_s", 8),
+        ("decode, batch 32", "1,8,32", 16, 8, "decode_tokens_per_s", 32), ("prefill 128", "1", 128, 2, "prefill_tokens_per_s", 1),
+    )
+]  # fmt: skip
 LINES: list[Line] = [
     *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING,
-    *THROUGHPUT, *RESPONSES, *RECALLED, *LOADED,
+    *THROUGHPUT, *RESPONSES, *RECALLED, *LOADED, *COMPRESSED, *SMALLER,
 ]  # fmt: skip

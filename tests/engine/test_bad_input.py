@@ -164,7 +164,7 @@ def test_a_loss_is_of_finite_logits(value, monkeypatch):
 
     monkeypatch.setattr(evaluate, "open_scorer", lambda *arguments: Broken())
     with pytest.raises(UserError, match="tiny: the model's logits are not finite"):
-        list(evaluate.score_windows(tiny(), Windows(((1, 2, 5),)), window=2))
+        list(evaluate.score_windows(tiny(), Windows(((1, 2, 5),), (0,)), window=2))
 
 
 def test_a_perplexity_beyond_numbers(copy, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.evidence import __main__ as runner
-from benchmarks.evidence.figures import BestPeer, Field, LeastR2, Memory, OverBound, Passes, PeersAtBatch, Ratio
+from benchmarks.evidence.figures import BestPeer, Field, LeastR2, LeastStep, Memory, OverBound, Passes, PeersAtBatch, Ratio
 from benchmarks.evidence.lines import LINES, PASSED, Line, least, most
 from benchmarks.ledger import Ledger
 from hasten import _native
@@ -119,6 +119,11 @@ def test_figures():
     assert Field("x").of([[points[:1]], [points[1:2]], [points[2:]]]) == 2
     runs = [[[{"x": 6.0, "of": 2.0}], [{"x": 2.0, "of": 9.0}]], [[{"x": 9.0, "of": 3.0}], [{"x": 6.0, "of": 9.0}]]]
     assert OverBound("x", "of").of(runs) == pytest.approx((1.5 + 0.5) / 2)
+    speeds = [{"weights": name, "batch": batch, "x": x} for batch in (1, 8) for name, x in (("a", 1.0), ("b", 4.0 / batch), ("c", 5.0))]
+    assert LeastStep("x", 1, ("a", "b", "c")).of([[speeds]]) == 1.25
+    assert LeastStep("x", 8, ("a", "b", "c")).of([[speeds]]) == 0.5
+    with pytest.raises(LookupError):
+        LeastStep("x", 1, ("a", "d")).of([[speeds]])
     row = {"bits": "int8", "tokens_per_s": {"batch 32": 10.0}, "hasten_over_it": {"batch 32": 3.0}}
     rows = [
         {**row, "runner": "hasten int8", "hasten_over_it": None, "tokens_per_s": {"batch 32": 30.0}},

@@ -20,13 +20,15 @@ from tests.soak.kill import SLOTS, STREAMS, Served, run_round
 from tests.soak.load import CHECKS
 from tests.soak.mechanisms import FEWEST, WAYS, Same
 from tests.soak.mechanisms import KINDS as PLAYED
+from tests.soak.quantize import POINTS, Runs
+from tests.soak.quantize import told as told_of_quantize
 from tests.soak.requests import PER_CHUNK, requests
 from tests.soak.simulation import SEEDS, simulation
 from tests.soak.tenants import PER_ROUND, tenants
 
 REQUESTS, PAIRS, SECONDS = 10_000, 1000, 3600
 PROMPTS = {"determinism": 200, "engine": 1000}
-ROUNDED = {"kill": 50, **{name: check.rounds for name, check in CHECKS.items()}}
+ROUNDED = {"kill": 50, "quantize": POINTS, **{name: check.rounds for name, check in CHECKS.items()}}
 LEAST = {"determinism": 12, "engine": FEWEST}
 
 
@@ -122,8 +124,24 @@ def load(name: str, ledger: Ledger, digest: str, rounds: int, seed: int) -> None
             print(check.told(found), flush=True)
 
 
+def quantize(ledger: Ledger, digest: str, points: int, seed: int) -> None:
+    """Point after point, against one run that nobody kills; raises Difference."""
+    brand, whole = hardware.detect().cpu.brand, None
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HASTEN_CACHE"] = str(Path(folder) / "cache")  # nothing of the user's
+        runs = Runs(Path(folder))
+        for number in range(points):
+            key = ("quantize", digest, brand, points, number, seed)
+            if (found := ledger.get(*key)) is None:
+                whole = whole or runs.whole()
+                found = runs.cut(whole, number, points, seed)
+                ledger.note(*key, value=found)
+            print(told_of_quantize(found), flush=True)
+
+
 PARTS = {
     "determinism": determinism, "engine": engine, "kill": kill, "requests": requests, "fuzz": fuzz, "tenants": tenants,
+    "quantize": quantize,
     "simulation": simulation,
     **{name: functools.partial(load, name) for name in CHECKS},
 }  # fmt: skip

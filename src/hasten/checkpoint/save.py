@@ -14,9 +14,9 @@ import msgspec
 from hasten.base.errors import CheckpointError, one_line
 from hasten.checkpoint.load import HASTEN_TYPE, Sidecar
 from hasten.checkpoint.quantized.cache import cache_tensors, with_cache_scheme
-from hasten.checkpoint.quantized.writing import can_say, quantization_config, stored_tensors
+from hasten.checkpoint.quantized.writing import can_say, packed_zero_points, quantization_config, stored_tensors
 from hasten.families import find_family
-from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, stored_as
 from hasten.formats.safetensors import write_sharded
 from hasten.formats.tensor_map import apply_map, inverse, rename
 from hasten.formats.weights import Weight
@@ -72,24 +72,49 @@ def _generation(model: Model) -> dict[str, Any]:
     return {**ends, **{key: value for key, value in model.generation.items() if value is not None}}
 
 
+def unread_elsewhere(model: Model) -> str:
+    """Why transformers with compressed-tensors does not load what is written of ``model``, in one line; '' where it does."""
+    found = _family_layout(model)
+    if isinstance(found, str):
+        return f"{found}, so it is in hasten's own layout"
+    for name, weight in model.weights.items():
+        if isinstance(weight, QuantizedWeight) and name == "embedding.weight":
+            return f"the embedding is stored in {weight.form}, and it loads only a plain one"
+        if isinstance(weight, QuantizedWeight) and packed_zero_points(weight):
+            return f"{name} has packed zero points, which its version 5 makes no room for (other readers of compressed-tensors do)"
+    return ""
+
+
 def _layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]]:
     """The config to write, and the tensors: in the family's own layout where that can say the Spec and what is stored quantized."""
-    if model.source is not None:
-        config = dict(model.source.config)
-        family = find_family(config.get("model_type"))
-        if family.spec(config) == model.spec:
-            tensor_map = family.tensors(model.spec, config)
-            tensors = apply_map(inverse(tensor_map), model.weights)
-            if _meant(tensors) <= _meant(model.weights) and all(can_say(name, weight) for name, weight in tensors.items()):
-                table = isinstance(model.weights["embedding.weight"], QuantizedWeight)  # which is no Linear
-                said = quantization_config(tensors, family.tied_head if model.spec.head.tied else None, by_name=table)
-                said = with_cache_scheme(said, model.cache)
-                stored = {**stored_tensors(tensors), **cache_tensors(model.cache, tensor_map)}
-                return {**config, **({"quantization_config": said} if said else {})}, stored
+    found = _family_layout(model)
+    if not isinstance(found, str):
+        return found
     said = with_cache_scheme(quantization_config(model.weights, None, by_name=True), model.cache)
     own = {"model_type": HASTEN_TYPE, "architectures": [], **({"quantization_config": said} if said else {})}
     names = tuple(rename(name, name) for name in model.weights)
     return own, {**stored_tensors(model.weights), **cache_tensors(model.cache, names)}
+
+
+def _family_layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]] | str:
+    """Config and tensors in the family's own layout, or why there are none."""
+    if model.source is None:
+        return "no family describes the model"
+    config = dict(model.source.config)
+    family = find_family(config.get("model_type"))
+    if family.spec(config) != model.spec:
+        return f"family {family.name} does not describe what the model has become"
+    tensor_map = family.tensors(model.spec, config)
+    tensors = apply_map(inverse(tensor_map), model.weights)
+    if _meant(tensors) > _meant(model.weights):
+        return f"family {family.name} stores together what is stored here in several formats"
+    if unsaid := [name for name, weight in tensors.items() if not can_say(name, weight)]:
+        return f"compressed-tensors cannot say {stored_as(tensors[unsaid[0]])}, as {unsaid[0]} has it"
+    table = isinstance(model.weights["embedding.weight"], QuantizedWeight)  # which is no Linear
+    said = quantization_config(tensors, family.tied_head if model.spec.head.tied else None, by_name=table)
+    said = with_cache_scheme(said, model.cache)
+    stored = {**stored_tensors(tensors), **cache_tensors(model.cache, tensor_map)}
+    return {**config, **({"quantization_config": said} if said else {})}, stored
 
 
 def _meant(weights: Mapping[str, Weight]) -> int:

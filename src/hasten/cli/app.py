@@ -12,6 +12,7 @@ from hasten.base.errors import UserError
 from hasten.cli.bench import bench
 from hasten.cli.cache import cache
 from hasten.cli.chat import chat
+from hasten.cli.compare import compare
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
@@ -35,6 +36,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("warm")(warm)
 app.command("quantize")(quantize)
 app.command("apply")(apply)

@@ -11,6 +11,7 @@ import typer
 
 from hasten.cli import options
 from hasten.cli.bench_serve import serve
+from hasten.cli.table import print_table
 from hasten.cli.terminal import notify, visible_line
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def latency(
     from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
     from hasten.program import Formats
 
-    cases = [Case(b, p, new) for b, p in itertools.product(_counts("batch", batch), _counts("prompt", prompt))]
+    cases = [Case(b, p, new) for b, p in itertools.product(options.counts("batch", batch), options.counts("prompt", prompt))]
     formats = [None] if weights is None else [each.strip() for each in weights.split(",")]
     loaded = load(model)
     check_weights(formats)
@@ -133,7 +134,7 @@ def context(
     from hasten.measure.context import Line, context_points
     from hasten.measure.latency import PROFILED, Case, open_runner
 
-    chosen = sorted({*_counts("context", contexts)})
+    chosen = sorted({*options.counts("context", contexts)})
     if len(chosen) < 3:
         options.refuse("context", contexts, "three contexts or more, for any two points make a line")
     loaded, before = load(model), hardware.resident_bytes()
@@ -147,7 +148,7 @@ def context(
             typer.echo(json.dumps(dataclasses.asdict(row)))
         return
     typer.echo(visible_line(f"{runner.model}, weights {runner.weights}, cache {runner.cache}, {runner.isa}, {runner.threads} threads"))
-    _print(
+    print_table(
         ("context", "step ms", "weights MB", "arena MB", "cache MB", "together MB", "resident MB"),
         [
             (
@@ -235,7 +236,7 @@ def kernels(
 
     from hasten.measure.kernels import Setup, kernel_cases, open_pool, time_kernel
 
-    setup = Setup(shape, tuple(_counts("rows", rows)), tuple(_counts("context", contexts)), footprint)
+    setup = Setup(shape, tuple(options.counts("rows", rows)), tuple(options.counts("context", contexts)), footprint)
     pool, level = open_pool(threads, isa)
     names = list(dict.fromkeys(case.op for case in kernel_cases(setup, level)))
     chosen = names if only is None else [each.strip() for each in only.split(",")]
@@ -255,14 +256,6 @@ def kernels(
                     typer.echo(json.dumps(dataclasses.asdict(found[-1])))
     if not as_json:
         _print_kernels(found)
-
-
-def _counts(name: str, text: str) -> list[int]:
-    """Whole numbers of 1 or more, separated by commas."""
-    found = [int(each) if each.strip().isascii() and each.strip().isdigit() else 0 for each in text.split(",")]
-    if min(found) < 1 or max(found) > 1 << 24:
-        options.refuse(name, text, "whole numbers of 1 or more, separated by commas")
-    return found
 
 
 def _counted(progress: "Progress", task: Any, each: Iterable[Any]) -> list[Any]:
@@ -303,7 +296,7 @@ def _print_throughput(rows: Sequence["Throughput"]) -> None:
 def _print_latency(rows: list[Any]) -> None:
     first = rows[0]
     typer.echo(visible_line(f"{first.model}, backend {first.backend}, {first.isa}, {first.threads} threads"))
-    _print(
+    print_table(
         ("weights", "activations", "cache", "batch", "prompt", "prefill tok/s", "decode tok/s", "first ms", "next ms", "MB/step", "mbu",
          "mfu", "of limit", "outside kernels µs"),
         [
@@ -320,7 +313,7 @@ def _print_latency(rows: list[Any]) -> None:
 
 def _print_kernels(rows: list[Any]) -> None:
     typer.echo(f"{rows[0].isa}, {rows[0].threads} threads")
-    _print(
+    print_table(
         ("kernel", "format", "shape", "rows", "context", "µs", "GB/s", "TOP/s", "bound", "of limit"),
         [
             (
@@ -330,14 +323,3 @@ def _print_kernels(rows: list[Any]) -> None:
             for row in rows
         ],
     )  # fmt: skip
-
-
-def _print(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table in plain text: words to the left, numbers to the right, whatever the terminal's width."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    for line in (header, *rows):
-        cells = [
-            text.rjust(width) if rows[0][column][:1].isdigit() else text.ljust(width)
-            for column, (text, width) in enumerate(zip(line, widths))
-        ]
-        typer.echo("  ".join(cells).rstrip())

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hasten.base.errors import ConfigError
 from hasten.cli import options
+from hasten.cli.tasks import evaluate_tasks
 from hasten.cli.terminal import notify, visible_line
 
 
@@ -23,21 +25,39 @@ def evaluate(
             "--window", help="Tokens predicted per window; no context is carried over. [default: 512, or the model's context if less]"
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Stop after this many tokens.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Stop after this many tokens; with --tasks, examples of each task.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", help="lm-eval tasks instead of text: names or YAML files, separated by commas; repeatable."),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=0, help="Examples in each prompt of --tasks. [default: as the task says]")
+    ] = None,
+    together: Annotated[int, typer.Option("--together", min=1, help="Sequences of --tasks that are played at once.")] = 16,
     backend: options.BackendOption = "auto",
     weights: options.WeightsOption = None,
     activations: options.ActivationsOption = None,
     cache: options.CacheOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Token loss (nats), perplexity and top-1 accuracy."""
+    """Token loss (nats), perplexity and top-1 accuracy; or the metrics of lm-eval's tasks."""
+    from hasten.program import Formats
+
+    if tasks:
+        if text is not None or window is not None:
+            raise ConfigError("--tasks bring their own text, so give no TEXT and no --window with them")
+        evaluate_tasks(model, tasks, limit, shots, together, backend, Formats(weights, activations, cache), as_json)
+        return
+    if shots is not None:
+        raise ConfigError("--shots says how many examples stand in the prompts of --tasks; give those, or leave it out")
     from rich.console import Console
     from rich.progress import Progress
 
     from hasten.checkpoint import load
     from hasten.engine.backends import choose_backend
     from hasten.measure import Evaluation, cut_windows, held_out, read_corpus, score_windows
-    from hasten.program import Formats
 
     loaded = load(model)
     formats = Formats(weights, activations, cache).meant_for(loaded.cache)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hasten.base.errors import ConfigError, one_line
+from hasten.cli.chosen import print_chosen
 from hasten.cli.options import ActivationsOption, CacheOption, JsonOption, ModelArgument, WeightsOption
 from hasten.cli.terminal import visible_line
 
@@ -163,7 +164,10 @@ def _print(facts: dict[str, Any]) -> None:
         first, *others = names
         console.print(f"{first}{f' and {len(others)} more' if others else ''} {why}", markup=False)
     for step in facts["provenance"]:
-        evidence = f" {one_line(step['evidence'], 1000)}" if step["evidence"] else ""
+        shown = {name: value for name, value in step["evidence"].items() if name != "chosen"}
+        evidence = f" {one_line(shown, 1000)}" if shown else ""
         console.print(f"made by {visible_line(step['transform'][:80])} {one_line(step['settings'], 1000)}{evidence}", markup=False)
+        if "chosen" in step["evidence"]:
+            print_chosen(step["evidence"])
     if "load_seconds" in facts:
         console.print(f"all {facts['loaded_tensors']} weights in memory in {facts['load_seconds']} s")

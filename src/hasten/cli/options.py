@@ -198,6 +198,14 @@ def parse_bytes(name: str, text: str | None) -> int | None:
     return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
 
 
+def counts(name: str, text: str) -> list[int]:
+    """Whole numbers of 1 or more, separated by commas."""
+    found = [int(each) if each.strip().isascii() and each.strip().isdigit() else 0 for each in text.split(",")]
+    if min(found) < 1 or max(found) > 1 << 24:
+        refuse(name, text, "whole numbers of 1 or more, separated by commas")
+    return found
+
+
 def refuse(name: str, value: object, accepted: str) -> NoReturn:
     """Raise ConfigError for the value of an option."""
     raise ConfigError(f"{name} is {one_line(value)}; accepted: {accepted}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +10,15 @@ import typer
 
 from hasten.base.errors import MissingExtraError
 from hasten.cli import options
-from hasten.cli.terminal import notify, visible_line
+from hasten.cli.chosen import print_chosen
+from hasten.cli.terminal import notify, reporter, visible_line
 
 if TYPE_CHECKING:
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "best")
+BY_LAYER = ("rtn", "gptq")
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
 TextOption = Annotated[
@@ -38,6 +40,8 @@ WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Where unfinished work lies, to be gone on with after a kill. [default: .OUT.work beside OUT]")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result.")]
+BatchOption = Annotated[str, typer.Option("--batch", help="Sequences at once at which original and result are timed, as 1,8.")]
+NoSpeedOption = Annotated[bool, typer.Option("--no-speed", help="Leave timing out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
 
 
@@ -55,6 +59,8 @@ class Making:
     gate_tokens: GateTokensOption = 32768
     work: WorkOption = None
     threads: ThreadsOption = None
+    batch: BatchOption = "1,8"
+    no_speed: NoSpeedOption = False
     overwrite: OverwriteOption = False
 
 
@@ -77,6 +83,13 @@ def quantize(
             help="What the weights are multiplied with: bf16, int8, or int8-static. [default: bf16; int8 for smoothquant, rotate]",
         ),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Bits a weight over all layers, as stored; each layer takes what serves best of --weights (a list)."),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option("--head", help="Round the head too, to this format; with it the embedding, where both are one.")
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
     cache: Annotated[
         str | None, typer.Option("--cache", help="Have keys and values kept in fp8 or int8 wherever the model is played.")
@@ -84,10 +97,20 @@ def quantize(
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Round a model's linear weights: the short form of a recipe. Embedding, norms, head and routers are left as they are."""
+    """Round a model's linear weights: the short form of a recipe. Norms and routers are left as they are, the head unless asked."""
     if method not in METHODS:
         options.refuse("--method", method, ", ".join(METHODS))
-    steps = [*short_form(method, weights, activations, skip or []), *([{"cache": {"format": cache}}] if cache is not None else [])]
+    if bits is None:
+        steps = short_form(method, weights, activations, skip or [])
+    else:
+        if method not in BY_LAYER:
+            options.refuse("--method", method, f"{', '.join(BY_LAYER)} where --bits are chosen by layer")
+        steps = short_form_by_layer(bits, method, weights, activations, skip or [])
+    if head is not None:
+        last = max(index for index, step in enumerate(steps) if "static" not in step)
+        steps[last] = {name: {**settings, "head": head} for name, settings in steps[last].items()}
+    if cache is not None:
+        steps.append({"cache": {"format": cache}})
     _make(model, steps, out, making, as_json)
 
 
@@ -130,6 +153,16 @@ def _rounding(method: str, rounding: dict[str, Any], left: dict[str, Any]) -> li
             return [{"awq": {"weights": rounding["weights"], **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
 
 
+def short_form_by_layer(
+    bits: float, method: str, weights: str | None, activations: str | None, skip: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The same where bits are chosen by layer, of the formats that ``weights`` lists."""
+    rounding: dict[str, Any] = {"bits": bits, "activations": activations or "bf16", **({"skip": list(skip)} if skip else {})}
+    if weights is not None:
+        rounding["choices"] = [each.strip() for each in weights.split(",")]
+    return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
+
+
 def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
@@ -137,7 +170,8 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
     from hasten.checkpoint import load
 
     try:
-        from hasten.compress.make import Calibration, Gate, make
+        from hasten.compress.evidence import Gate
+        from hasten.compress.make import Calibration, make
         from hasten.compress.recipe import read_recipe, recipe_of
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -145,15 +179,17 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
         raise MissingExtraError("compressing a model", "torch") from None
     from hasten.base import hardware
     from hasten.compress.walk import Run
+    from hasten.measure.speed import SpeedTest
 
+    speed = None if making.no_speed else SpeedTest(tuple(options.counts("batch", making.batch)), prompt=64, new=8)
     steps: Sequence[Step] = read_recipe(recipe) if isinstance(recipe, Path) else recipe_of(recipe, "options")
     loaded = load(name)
     place = making.work or out.absolute().parent / f".{out.absolute().name}.work"
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        run = Run(place, making.threads or hardware.detect().cpu.cores, _reporter(progress))
+        run = Run(place, making.threads or hardware.detect().cpu.cores, reporter(progress))
         made = make(
-            loaded, steps, out, run=run, overwrite=making.overwrite,
+            loaded, steps, out, run=run, overwrite=making.overwrite, speed=speed,
             calibration=Calibration(making.text, making.samples, making.sequence, making.seed),
             gate=Gate(None if making.even_if_worse else making.max_loss / 100, making.held_out, making.gate_tokens),
             began=lambda takes: notify(f"{takes}; unfinished work lies in {place}"),
@@ -165,23 +201,12 @@ def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Mak
     _print(facts)
 
 
-def _reporter(progress: Any) -> Callable[[str, int, int], None]:
-    tasks: dict[int, Any] = {}
-
-    def report(doing: str, done: int, of: int) -> None:
-        if of not in tasks:
-            tasks[of] = progress.add_task(doing, total=of)
-        progress.update(tasks[of], description=doing, completed=done)
-
-    return report
-
-
 def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made: "Made") -> dict[str, Any]:
-    import dataclasses
-
     import msgspec
 
-    found = made.comparison
+    from hasten.checkpoint import unread_elsewhere
+
+    found, timed = made.comparison, made.timed
     return {
         "model": name,
         "out": str(out),
@@ -192,7 +217,11 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "base_bytes": base_bytes,
         "bytes": made.model.weights.nbytes,
         "cache": None if made.model.cache is None else made.model.cache.format,
+        "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
+        "unread_elsewhere": unread_elsewhere(made.model),
+        "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
+        **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),
     }
 
 
@@ -212,6 +241,16 @@ def _print(facts: dict[str, Any]) -> None:
         )
     else:
         typer.echo("the model has no tokenizer, so there is no text to measure its loss on: it was not measured")
+    if "speed" in facts:
+        _print_speed(facts["speed"], facts["not_faster"])
+    else:
+        typer.echo(visible_line(f"tokens a second were not measured: {facts['not_timed']}"))
+    for why, left in facts["left"].items():
+        typer.echo(visible_line(f"left as they were, {left['weights']} of {left['bytes']:,} bytes: {why}"))
+    for evidence in facts["chosen"]:
+        print_chosen(evidence)
+    if facts["unread_elsewhere"]:
+        typer.echo(visible_line(f"transformers does not load what was written: {facts['unread_elsewhere']}"))
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
 
 
@@ -220,3 +259,19 @@ def _shrunk(facts: dict[str, Any]) -> str:
         f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
         f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
     )
+
+
+def _print_speed(speed: dict[str, Any], not_faster: Sequence[str]) -> None:
+    test, original, made = speed["test"], speed["original"], speed["made"]
+    typer.echo(
+        f"tokens a second, {original['weights']} × {original['activations']} → {made['weights']} × {made['activations']}, median of "
+        f"{test['rounds']} rounds in turn, {made['isa']}, {made['threads']} threads"
+    )
+    for before, after in zip(original["rows"], made["rows"]):
+        phases = (
+            f"{phase} {before[f'{phase}_tokens_per_s']:,.1f} → {after[f'{phase}_tokens_per_s']:,.1f} ({after[phase]['median']:.2f} ×)"
+            for phase in ("prefill", "decode")
+        )
+        typer.echo(f"  batch {after['batch']}: {', '.join(phases)}")
+    for line in not_faster:
+        typer.echo(line)

@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -31,3 +33,15 @@ def notify(message: str) -> None:
 def fail(message: object) -> None:
     """A message for the user, as one line on standard error."""
     print(f"hasten: {visible_line(str(message))}", file=sys.stderr)
+
+
+def reporter(progress: Any) -> Callable[[str, int, int], None]:
+    """What is told (doing, done, of), and keeps a bar of ``progress`` for each length."""
+    tasks: dict[int, Any] = {}
+
+    def report(doing: str, done: int, of: int) -> None:
+        if of not in tasks:
+            tasks[of] = progress.add_task(doing, total=of)
+        progress.update(tasks[of], description=doing, completed=done)
+
+    return report

@@ -14,7 +14,8 @@ from hasten.backends.reference import play
 from hasten.backends.reference.play import as_tensor
 from hasten.compress.sites import Site
 from hasten.compress.threads import in_order
-from hasten.formats.weights import Weights
+from hasten.formats.mapped import release
+from hasten.formats.weights import Array, Weights
 from hasten.program import Batch, Precision, Program, lower
 from hasten.spec import Spec
 
@@ -28,16 +29,31 @@ Inputs = NDArray[np.int32]
 
 def pieces(spec: Spec, context: int) -> tuple[Program, ...]:
     """The embedding, then each block, in float32: each part's outputs are the next one's inputs."""
+    return _cut(spec, context)[0]
+
+
+def tail(spec: Spec, context: int) -> Program:
+    """What comes behind the last of ``pieces``, in float32: the last norm and the head, which gives logits."""
+    return _cut(spec, context)[1].with_outputs(["logits"])
+
+
+def _cut(spec: Spec, context: int) -> tuple[tuple[Program, ...], Program]:
     rest, made = lower(spec, context=context, precision=Precision()), []
     for label in ["embedding", *(f"blocks.{index}" for index in range(len(spec.blocks)))]:
         part, rest = rest.cut(label)
         made.append(part.with_outputs(rest.inputs))  # without the exits on the way
-    return tuple(made)
+    return tuple(made), rest
 
 
 def weights_for(piece: Program, weights: Weights) -> dict[str, Tensor]:
     """The weights of one piece, float32, in memory of torch's own: sums must not depend on where a file maps them."""
-    return {name: as_tensor(weights.array(name)).float().clone(memory_format=torch.contiguous_format) for name in piece.params}
+    return {name: _copied(weights.array(name)) for name in piece.params}
+
+
+def _copied(array: Array) -> Tensor:
+    copy = as_tensor(array).float().clone(memory_format=torch.contiguous_format)
+    release(array)
+    return copy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,6 +200,10 @@ class _Sum:
         self._rows += len(x)
 
     def moments(self) -> Moments:
-        upper = self._square.triu()
-        square = upper + upper.triu(1).T
+        square = self._square
+        for begin in range(0, len(square), PRODUCT_ROWS):  # what lies above the diagonal, below it; in place, for it is large
+            stop = begin + PRODUCT_ROWS
+            own = square[begin:stop, begin:stop]
+            own.copy_(own.triu() + own.triu(1).T)
+            square[stop:, begin:stop] = square[begin:stop, stop:].T
         return Moments(square, (self._sum / max(1, self._rows)).float(), self._largest, self._rows)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from hasten.base.errors import CheckpointError, UserError
 from hasten.checkpoint import load_directory, save
-from hasten.compress.evidence import Comparison
 from hasten.engine.backends import choose_backend, open_scorer
 from hasten.formats.linear import QuantizedLinear
+from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight, StaticWeight
+from hasten.measure.compare import Comparison
 from hasten.model import Model
 from hasten.program import Batch
 
@@ -58,7 +59,8 @@ def save_checked(model: Model, directory: Path, *, overwrite: bool = False) -> N
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise CheckpointError(f"{directory} exists and is not empty; choose another directory, or overwrite it on purpose")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.trial"):  # of a run that was killed
+    own = f".{glob.escape(directory.name)}.*.trial"
+    for left in (*directory.parent.glob(own), *directory.parent.glob(f".{own}.*")):  # of a run that was killed, while saving or after
         shutil.rmtree(left, ignore_errors=True)
     trial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.trial")
     try:
@@ -87,8 +89,9 @@ def check_written(model: Model, read: Model) -> None:
             raise CheckpointError(f"{name} was written as {weight.form} × {weight.activations} and read back as {found}; nothing was kept")
         if isinstance(weight, StaticWeight) and isinstance(other, StaticWeight) and weight.input_scale != other.input_scale:
             raise CheckpointError(f"{name} was read back with another scale of activations than was written; nothing was kept")
-        if not _equal(weight.quantized(), other.quantized()):
+        if not _equal(written := weight.quantized(), other.quantized()):
             raise CheckpointError(f"{name} was read back with other numbers than were written; nothing was kept")
+        release(written.q)
     if _kept(model) != _kept(read):
         raise CheckpointError("the cache's format or scales were read back other than they were written; nothing was kept")
     tokens = np.random.default_rng(0).integers(0, model.spec.vocab, min(PROBE, model.spec.context)).tolist()

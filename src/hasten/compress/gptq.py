@@ -69,7 +69,7 @@ def gptq(
 
 def damped(moments: Tensor, damp: float) -> Tensor:
     """``moments`` in float64 with ``damp`` of their mean diagonal added to it; inputs that were never anything but 0 stand alone."""
-    hessian = moments.double().clone()
+    hessian = moments.to(torch.float64, copy=True)
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     dead = diagonal == 0
@@ -91,11 +91,14 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with UᵀU = hessian⁻¹, so that its rows from i on factor the inverse of hessian[i:, i:].
 
     Raises ConfigError where the matrix is not positive definite."""
-    lower: Tensor
-    upper: Tensor
+    size = len(hessian)
     lower, failed = torch.linalg.cholesky_ex(hessian)
+    del hessian  # matrices of this size are what a layer's rounding needs most of its memory for
     if not failed:
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper: Tensor
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed:
             return upper
-    raise ConfigError(f"the second moments of {hessian.shape[0]} inputs are singular; raise the damping, or calibrate on more text")
+    raise ConfigError(f"the second moments of {size} inputs are singular; raise the damping, or calibrate on more text")

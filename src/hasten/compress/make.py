@@ -1,23 +1,23 @@
 """From a recipe to a directory: checked before, measured after, and kept only where it is worth keeping."""
 
 import dataclasses
-import platform
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hasten.base.errors import UserError
 from hasten.compress.data import Text, cut_text, read_documents, text_of
-from hasten.compress.evidence import Comparison, compare
+from hasten.compress.evidence import Gate, Timed, with_evidence
 from hasten.compress.gates import require_loss, require_smaller, save_checked
 from hasten.compress.preflight import Estimate, estimate
 from hasten.compress.recipe import Step, carry_out, check_recipe
 from hasten.compress.walk import Run
 from hasten.measure import Windows, cut_windows, held_out, read_corpus
-from hasten.model import Model, Provenance
+from hasten.measure.compare import Comparison, compare, even_windows
+from hasten.measure.speed import SpeedTest, measure_speeds, require_room
+from hasten.model import Model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,23 +32,15 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Gate:
-    """``most`` is the share by which the loss may rise, None for any; measured over ``tokens`` of ``path`` (None: the held-out set)."""
-
-    most: float | None = 0.05
-    path: Path | None = None
-    tokens: int | None = 32768
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Made:
     """What was made: the model, bytes of its rounded weights before and after, and what it is next to the original, where that was
-    measured (a model without a tokenizer has no text to be measured on)."""
+    measured (a model without a tokenizer has no text to be measured on), and how fast it is, or why it was not timed."""
 
     model: Model
     before: int
     after: int
     comparison: Comparison | None
+    timed: Timed | str
 
 
 def calibration_text(model: Model, recipe: Sequence[Step], calibration: Calibration) -> Text | None:
@@ -64,9 +56,10 @@ def calibration_text(model: Model, recipe: Sequence[Step], calibration: Calibrat
 
 def make(
     model: Model, recipe: Sequence[Step], directory: Path, *, calibration: Calibration, gate: Gate, run: Run, overwrite: bool = False,
-    began: Callable[[Estimate], None] | None = None,
+    speed: SpeedTest | None = None, began: Callable[[Estimate], None] | None = None,
 ) -> Made:  # fmt: skip
-    """``model`` through ``recipe`` into ``directory``, which appears only if it passed every gate. ``began`` is told what it will take.
+    """``model`` through ``recipe`` into ``directory``, which appears only if it passed every gate. ``speed`` says how both are timed, None
+    for not at all; ``began`` is told what it will take.
 
     Killed, it goes on where it was when called again, from ``run.work``; that folder is removed at the end. Raises UserError, before
     anything is begun, for a recipe that cannot work, a directory that is taken, or too little memory or disk; after it, GateError."""
@@ -83,13 +76,14 @@ def make(
     before, after = require_smaller(model, made) if any(step.transform.changes_weights for step in recipe) else (0, 0)
     found = None
     if windows is not None:
-        found = compare(model, made, windows, window, lambda done, of: run.report("held-out loss", done, of))
+        (found,) = compare(model, [made], windows, window, lambda done, of: run.report("held-out loss", done, of))
         if gate.most is not None:
             require_loss(found, gate.most)
-    made = with_evidence(made, before, after, found, gate)
+    timed = time_both(model, made, speed, run)
+    made = with_evidence(made, before, after, found, gate, timed if isinstance(timed, Timed) else None)
     save_checked(made, directory, overwrite=overwrite)
     shutil.rmtree(run.work, ignore_errors=True)
-    return Made(made, before, after, found)
+    return Made(made, before, after, found, timed)
 
 
 def gate_windows(model: Model, gate: Gate) -> tuple[Windows | None, int]:
@@ -98,13 +92,16 @@ def gate_windows(model: Model, gate: Gate) -> tuple[Windows | None, int]:
     if model.tokenizer is None:
         return None, window
     corpus = held_out() if gate.path is None else read_corpus(gate.path)
-    return cut_windows(model, corpus, window, gate.tokens), window
+    return even_windows(cut_windows(model, corpus, window), gate.tokens), window
 
 
-def with_evidence(model: Model, before: int, after: int, found: Comparison | None, gate: Gate) -> Model:
-    """``model`` with a last entry of provenance that says what it was measured to be."""
-    evidence: dict[str, Any] = {"rounded_bytes_before": before, "rounded_bytes": after, "bytes": model.weights.nbytes}
-    if found is not None:
-        evidence |= dataclasses.asdict(found) | {"increase": found.increase, "text": str(gate.path or "held-out standard library")}
-    settings = {"most": gate.most, "tokens": gate.tokens, "python": platform.python_version()}
-    return dataclasses.replace(model, provenance=(*model.provenance, Provenance("measured", settings, evidence)))
+def time_both(model: Model, made: Model, speed: SpeedTest | None, run: Run) -> Timed | str:
+    """Tokens a second of both, or why they were not measured: a result is kept though there is no room to time it."""
+    if speed is None:
+        return "it was not asked for"
+    try:
+        require_room([model, made], "a machine with more shows how fast they are")
+    except UserError as error:
+        return str(error)
+    test = speed.within(model.spec.context)
+    return Timed(test, *measure_speeds(model, [made], test, report=lambda done, of: run.report("tokens a second", done, of)))

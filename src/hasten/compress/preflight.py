@@ -10,9 +10,12 @@ from hasten.base import hardware
 from hasten.base.errors import UserError
 from hasten.compress.blocks import CHUNK, pieces
 from hasten.compress.data import Text
+from hasten.compress.mixed import Mixed
 from hasten.compress.recipe import Step
+from hasten.compress.rounding import Rounding, Uniform
 from hasten.compress.sites import Layers, sites_of
 from hasten.model import Model
+from hasten.program import lower
 
 WORKING = 350 << 20
 """Bytes of Python, torch and everything else that does not grow with the model."""
@@ -45,22 +48,40 @@ class Estimate:
 
 def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: int) -> Estimate:
     """One block's weights four times over (as they are, as they become, and being rounded), the moments of its widest input with their
-    factors, a chunk of text a thread; or the embedding, where that is larger. On disk, codes and the inputs of two blocks, in two ways."""
+    factors, a chunk of text a thread; or the embedding, or the result and the original as they are measured, where that is larger. On
+    disk, codes and the inputs of two blocks, in two ways.
+
+    Where bits are chosen by layer, once more for every choice; on disk, the inputs of all blocks, of the windows that are measured on."""
     parts = pieces(model.spec, 2 if text is None else text.longest)
     backend = ReferenceBackend()
-    most = stored = rows = 0
+    most = stored = rows = all_rows = 0
+    choices = max((len(step.settings.forms) for step in recipe if isinstance(step.settings, Mixed)), default=0)
     for piece in parts:
         weights = 4 * sum(math.prod(shape) for shape in piece.params.values())
         sites = sites_of(piece, Layers())
         stored += sum(math.prod(piece.params[site.weight]) for site in sites)
-        memory = weights * (4 if sites else 1)
+        memory = weights * (4 + choices if sites else 1)
         if text is not None:
             memory += (threads + 1) * backend.arena_bytes(piece, min(CHUNK, text.tokens))
-            rows = max(rows, sum(math.prod(piece.values[name].features) for name in piece.outputs))
+            crossing = sum(math.prod(piece.values[name].features) for name in piece.outputs)
+            rows, all_rows = max(rows, crossing), all_rows + crossing
             widest = max((piece.params[site.weight][-1] for site in sites), default=0)
             experts = max((math.prod(piece.params[site.weight][:-2]) for site in sites), default=1)
             memory += 8 * widest**2 * (2 * experts + 3)
         most = max(most, memory)
-    rounding = any(hasattr(step.settings, "form") for step in recipe)
-    disk = (stored * 5 // 4 if rounding else 0) + (0 if text is None else 16 * text.tokens * rows)
-    return Estimate(WORKING + most, disk)
+    rounding = any(isinstance(step.settings, Rounding) for step in recipe)
+    windows = max((step.settings.measure for step in recipe if isinstance(step.settings, Mixed)), default=0)
+    measured = 0 if text is None else 4 * sum(map(len, text.windows[:windows])) * (all_rows + 2 * rows)
+    disk = (stored * 5 // 4 if rounding else 0) + max(measured, 0 if text is None else 16 * text.tokens * rows)
+    return Estimate(WORKING + max(most, _played(model, recipe)), disk)
+
+
+def _played(model: Model, recipe: Sequence[Step]) -> int:
+    """Bytes of the result as it is played to be checked, and of the original where there is text to measure both on."""
+    uniform = [step.settings.form for step in recipe if isinstance(step.settings, Uniform)]
+    mixed = [form for step in recipe if isinstance(step.settings, Mixed) for form in step.settings.forms]
+    bits = max((form.bits for form in (*uniform, *mixed)), default=16)
+    before = [model.weights[site.weight] for site in sites_of(lower(model.spec), Layers())]
+    whole = model.weights.nbytes
+    made = whole - sum(weight.nbytes for weight in before) + sum(weight.size * bits // 8 for weight in before)
+    return made + (whole if model.tokenizer is not None else 0)

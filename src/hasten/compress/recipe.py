@@ -18,6 +18,8 @@ import msgspec
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.data import Text
+from hasten.compress.ends import forms_of_ends
+from hasten.compress.mixed import Mixed, check_mixed, mixed
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
@@ -50,6 +52,7 @@ BUILT_IN: Mapping[str, Transform] = {
     for each in (
         Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs"),
         Transform("gptq", Gptq, gptq_transform, check_rounding),
+        Transform("mixed", Mixed, mixed, check_mixed),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
@@ -163,7 +166,9 @@ def _refuse_twice(model: Model, earlier: Step, later: Step) -> None:
 
     program = lower(model.spec)
     first, second = (
-        {site.weight for site in sites_of(program, Layers(step.settings.layers, step.settings.skip))} for step in (earlier, later)
+        {site.weight for site in sites_of(program, Layers(step.settings.layers, step.settings.skip))}
+        | forms_of_ends(model.spec, step.settings.embedding, step.settings.head).keys()
+        for step in (earlier, later)
     )
     if both := sorted(first & second):
         raise ConfigError(f"{both[0]} would be rounded by {earlier.transform.name} and by {later.transform.name}; skip it in one of them")

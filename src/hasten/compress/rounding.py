@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +14,8 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.compress.blocks import Moments
 from hasten.compress.data import Text
-from hasten.compress.descend import descend, output_loss
+from hasten.compress.descend import descend
+from hasten.compress.ends import forms_of_ends, left_alone, rounded_ends
 from hasten.compress.gptq import Order, aimed, gptq
 from hasten.compress.grid import Clip
 from hasten.compress.rtn import round_to_nearest
@@ -29,18 +31,25 @@ from hasten.program import lower
 
 Activations = Literal["bf16", "int8"]
 
-Rounder = Callable[[Tensor, Moments | None], QuantizedLinear]
+Rounder = Callable[[Tensor, Moments | None, LinearFormat], QuantizedLinear]
 """Rounds one weight [out, in], float32, given the moments of what it reads where there is text."""
 
 
 class Rounding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``weights`` as in hasten.formats.linear, ``activations`` are what they are to be multiplied with; ``layers`` and ``skip`` are globs
-    over weight names. Embedding, norms, head and routers are left as they are."""
+    """``activations`` are what the weights are to be multiplied with; ``layers`` and ``skip`` are globs over weight names within blocks.
+    ``head`` and ``embedding`` are formats for these, which are left as they are without; norms and routers are always."""
 
-    weights: str = "int4-g64"
     activations: Activations = "bf16"
     layers: tuple[str, ...] = ("blocks.*",)
     skip: tuple[str, ...] = ()
+    head: str | None = None
+    embedding: str | None = None
+
+
+class Uniform(Rounding, frozen=True, kw_only=True):
+    """All in one format: ``weights`` as in hasten.formats.linear."""
+
+    weights: str = "int4-g64"
 
     @property
     def form(self) -> LinearFormat:
@@ -48,13 +57,13 @@ class Rounding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return LinearFormat.parse(self.weights)
 
 
-class Rtn(Rounding, frozen=True, kw_only=True):
+class Rtn(Uniform, frozen=True, kw_only=True):
     """Round-to-nearest; ``clip`` searches the range of each group for the least error of weights, or of outputs, which takes text."""
 
     clip: Clip = "none"
 
 
-class Gptq(Rounding, frozen=True, kw_only=True):
+class Gptq(Uniform, frozen=True, kw_only=True):
     """GPTQ, then as many ``descend`` rounds of coordinate descent. Each layer sees what the rounded layers before it give, and is rounded
     for what it gives of that, or, with ``aim`` 'plain', for what it gave before anything was rounded (experts for the former always)."""
 
@@ -66,76 +75,115 @@ class Gptq(Rounding, frozen=True, kw_only=True):
     aim: Literal["seen", "plain"] = "seen"
 
 
-def check_rounding(model: Model, settings: Rounding) -> None:
+def check_rounding(model: Model, settings: Uniform) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
-    form = settings.form
+    check_form(settings.form, settings.activations)
+    check_layers(model, settings)
+    if isinstance(settings, Gptq):
+        check_gptq(settings)
+
+
+def check_form(form: LinearFormat, activations: str) -> None:
+    """Raise ConfigError for a format that is not rounded to, or not multiplied with ``activations``."""
     if not NUMBERS[form.number][1] or form.sparse:
         raise ConfigError(f"weights {form} are not rounded to by a transform; accepted are int8, int4, int3, int2, fp8 and their variants")
-    if settings.activations not in form.activations:
-        raise ConfigError(
-            f"activations {settings.activations} do not go with weights in {form}; accepted are {', '.join(form.activations)}"
-        )
+    if activations not in form.activations:
+        raise ConfigError(f"activations {activations} do not go with weights in {form}; accepted are {', '.join(form.activations)}")
+
+
+def check_layers(model: Model, settings: Rounding) -> None:
+    """Raise ConfigError where the globs of ``settings`` mean nothing of ``model``, or what is quantized already."""
     layers = Layers(settings.layers, settings.skip)
     program = lower(model.spec)
     layers.check(program)
     done = [site.weight for site in sites_of(program, layers) if isinstance(model.weights[site.weight], QuantizedWeight)]
+    for name, form in forms_of_ends(model.spec, settings.embedding, settings.head).items():
+        check_form(form, form.activations[0])
+        done += [name] if isinstance(model.weights[name], QuantizedWeight) else []
     if done:
         raise ConfigError(f"{done[0]} is quantized already, and what rounding took cannot be had back; start from the original, or skip it")
-    if isinstance(settings, Gptq):
-        if settings.order == "activation" and not settings.static_groups and form.group:
-            raise ConfigError("activation order without static groups would spread a group over the inputs; turn one of them off")
-        if not 0 < settings.damp < 1:
-            raise ConfigError(f"damp is {settings.damp}; accepted is a share between 0 and 1, as 0.01")
-        if not 0 <= settings.descend <= 100:
-            raise ConfigError(f"descend is {settings.descend}; accepted are 0 to 100 rounds")
-        if settings.descend and not form.is_integer:
-            raise ConfigError(f"coordinate descent is for integers, not {form}; leave descend at 0")
+
+
+def check_gptq(settings: Gptq) -> None:
+    """Raise ConfigError for settings that do not go together."""
+    form = settings.form
+    if settings.order == "activation" and not settings.static_groups and form.group:
+        raise ConfigError("activation order without static groups would spread a group over the inputs; turn one of them off")
+    if not 0 < settings.damp < 1:
+        raise ConfigError(f"damp is {settings.damp}; accepted is a share between 0 and 1, as 0.01")
+    if not 0 <= settings.descend <= 100:
+        raise ConfigError(f"descend is {settings.descend}; accepted are 0 to 100 rounds")
+    if settings.descend and not form.is_integer:
+        raise ConfigError(f"coordinate descent is for integers, not {form}; leave descend at 0")
 
 
 def rtn(model: Model, settings: Rtn, text: Text | None, run: Run) -> Model:
     """Each weight to the nearest its grid has. ``text`` is used where ``clip`` is 'outputs'."""
-
-    def one(weight: Tensor, moments: Moments | None) -> QuantizedLinear:
-        return round_to_nearest(weight, settings.form, clip=settings.clip, moments=None if moments is None else moments.square)
-
-    return round_blocks(model, "rtn", settings, text if settings.clip == "outputs" else None, run, one)
+    text = text if settings.clip == "outputs" else None
+    return round_blocks(model, "rtn", settings, same_form(model, settings), text, run, rtn_rounder(settings.clip))
 
 
 def gptq_transform(model: Model, settings: Gptq, text: Text, run: Run) -> Model:
     """GPTQ over all blocks, on ``text``."""
+    forms = same_form(model, settings)
+    return round_blocks(model, "gptq", settings, forms, text, run, gptq_rounder(settings), plain=settings.aim == "plain")
 
-    def one(weight: Tensor, moments: Moments | None) -> QuantizedLinear:
+
+def same_form(model: Model, settings: Uniform) -> dict[str, LinearFormat]:
+    """The format of ``settings`` for every weight that it means."""
+    return dict.fromkeys(weights_in_blocks(model, settings), settings.form)
+
+
+def weights_in_blocks(model: Model, settings: Rounding) -> list[str]:
+    """The names that ``settings`` mean."""
+    sites = sites_of(lower(model.spec), Layers(settings.layers, settings.skip))
+    return [site.weight for site in sites if site.weight in Layers()]
+
+
+def rtn_rounder(clip: Clip) -> Rounder:
+    """To nearest."""
+
+    def one(weight: Tensor, moments: Moments | None, form: LinearFormat) -> QuantizedLinear:
+        return round_to_nearest(weight, form, clip=clip, moments=None if moments is None else moments.square)
+
+    return one
+
+
+def gptq_rounder(settings: Gptq) -> Rounder:
+    """GPTQ as ``settings`` say, whatever format they name."""
+
+    def one(weight: Tensor, moments: Moments | None, form: LinearFormat) -> QuantizedLinear:
         if moments is None:
             raise ConfigError("gptq looks at activations, so it needs text to calibrate on")
         if moments.cross is not None:
             weight = aimed(weight, moments.square, moments.cross, settings.damp)
         made = gptq(
-            weight, moments.square, settings.form, damp=settings.damp, order=settings.order, static_groups=settings.static_groups,
+            weight, moments.square, form, damp=settings.damp, order=settings.order, static_groups=settings.static_groups,
             clip=settings.clip,
         )  # fmt: skip
         if not settings.descend:
             return made
-        return descend(weight, made, moments.square, settings.form, damp=settings.damp, rounds=settings.descend)
+        return descend(weight, made, moments.square, form, damp=settings.damp, rounds=settings.descend)
 
-    return round_blocks(model, "gptq", settings, text, run, one, plain=settings.aim == "plain")
+    return one
 
 
 def round_blocks(
-    model: Model, name: str, settings: Rounding, text: Text | None, run: Run, rounder: Rounder, *, plain: bool = False
-) -> Model:
-    """``model`` with the weights that ``settings`` means rounded by ``rounder``, block by block, those that read one value together, each
-    fed what the rounded ones before it give; ``plain`` gives moments their ``cross``. The third party's way to a transform of one
-    function."""
-    layers, form = Layers(settings.layers, settings.skip), settings.form
+    model: Model, name: str, settings: Rounding, forms: Mapping[str, LinearFormat], text: Text | None, run: Run, rounder: Rounder, *,
+    plain: bool = False, evidence: Mapping[str, Any] = MappingProxyType({}),
+) -> Model:  # fmt: skip
+    """``model`` with the weights that ``forms`` names rounded by ``rounder``, each to its format, block by block, those that read one
+    value together, each fed what the rounded ones before it give; ``plain`` gives moments their ``cross``, ``evidence`` is kept beside
+    what is found here. The third party's way to a transform of one function."""
 
     def treat(block: Block) -> Treated:
         weights, arrays, facts = dict(block.weights), dict[str, Array](), dict[str, Any]()
-        for _, sites in by_value(sites_of(block.piece, layers)):
+        for _, sites in by_value([site for site in sites_of(block.piece, Layers()) if site.weight in forms]):
             beside = None if block.plain is None else (block.plain, block.weights)
             moments = {} if text is None else block.text().moments(weights, sites, beside)
 
             def one(site: Site, moments: Mapping[Site, Sequence[Moments]] = moments) -> tuple[QuantizedLinear, dict[str, Any]]:
-                return _round_site(weights[site.weight], moments.get(site), rounder)
+                return round_site(weights[site.weight], moments.get(site), forms[site.weight], rounder)
 
             for site, (made, fact) in zip(sites, in_order(one, sites, block.threads)):
                 arrays.update(_arrays(site.weight, made))
@@ -143,34 +191,51 @@ def round_blocks(
                 weights[site.weight] = torch.from_numpy(made.dense().reshape(tuple(weights[site.weight].shape)))
         return Treated(arrays, facts, weights)
 
-    walked = walk(model, settings, text, run, treat, plain=plain)
-    made = dict(model.weights)
+    walked = walk(model, _Asked(name, settings, {weight: str(form) for weight, form in forms.items()}), text, run, treat, plain=plain)
+    made: dict[str, Weight] = dict(model.weights)
     for file in walked.files:
         for key in file.entries:
             if key.endswith(":q"):
-                made[key[:-2]] = _stored(file, key[:-2], model.weights[key[:-2]], form, settings.activations)
+                made[key[:-2]] = _stored(file, key[:-2], model.weights[key[:-2]], forms[key[:-2]], settings.activations)
+    made |= rounded_ends(model, forms_of_ends(model.spec, settings.embedding, settings.head), settings.activations, run)
+    found = {**_evidence(walked, text), "left": left_alone(lower(model.spec), model.weights, made), **evidence}
     return dataclasses.replace(
         model,
         weights=Weights(made),
-        provenance=(*model.provenance, Provenance(name, msgspec.to_builtins(settings), _evidence(walked, text))),
+        provenance=(*model.provenance, Provenance(name, msgspec.to_builtins(settings), found)),
     )
 
 
-def _round_site(weight: Tensor, moments: Sequence[Moments] | None, rounder: Rounder) -> tuple[QuantizedLinear, dict[str, Any]]:
+class _Asked(msgspec.Struct, frozen=True):
+    """All that decides how a walk rounds."""
+
+    name: str
+    settings: Any
+    forms: dict[str, str]
+
+
+def round_site(
+    weight: Tensor, moments: Sequence[Moments] | None, form: LinearFormat, rounder: Rounder
+) -> tuple[QuantizedLinear, dict[str, Any]]:
     """One matrix, or the experts of one one after the other; and how much of what they give is error, by energy."""
     matrices = weight[None] if weight.dim() == 2 else weight
     seen: Sequence[Moments | None] = [None] * len(matrices) if moments is None else moments
-    made = [rounder(matrix, each) for matrix, each in zip(matrices, seen, strict=True)]
+    made = [rounder(matrix, each, form) for matrix, each in zip(matrices, seen, strict=True)]
     lost = whole = 0.0
     for matrix, each, result in zip(matrices, seen, made):
-        square = torch.eye(matrix.shape[1]) if each is None else each.square
-        lost += output_loss(matrix, torch.from_numpy(result.dense()), square)
-        whole += output_loss(matrix, torch.zeros_like(matrix), square)
+        square = None if each is None else each.square.float()  # for a share that is told, that is enough
+        lost += _energy(matrix - torch.from_numpy(result.dense()), square)
+        whole += _energy(matrix, square)
     joined = QuantizedLinear(
         np.concatenate([each.q for each in made]), _joined([each.scales for each in made]), _joined([each.zeros for each in made]),
         made[0].group,
     )  # fmt: skip
     return joined, {"error": lost / whole if whole else 0.0, "of": "weights" if moments is None else "outputs"}
+
+
+def _energy(rows: Tensor, square: Tensor | None) -> float:
+    """Σ r·square·rᵀ over the rows r of [out, in]; without ``square`` [in, in], Σ r·rᵀ."""
+    return float(((rows if square is None else rows @ square) * rows).sum(dtype=torch.float64))
 
 
 def _joined(parts: Sequence[Any]) -> Any:

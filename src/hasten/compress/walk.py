@@ -15,15 +15,16 @@ from torch import Tensor
 
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
-from hasten.compress.blocks import Live, Played, chunks_of, keep, opened, pieces, weights_for
+from hasten.compress.blocks import Live, Played, chunks_of, opened, pieces, weights_for
 from hasten.compress.data import Text
 from hasten.compress.threads import one_torch_thread
+from hasten.formats.mapped import release
 from hasten.formats.safetensors import SafetensorsFile, layout_of, write
 from hasten.formats.weights import Array, Weights
 from hasten.model import Model
 from hasten.program import Program
 
-VERSION = 1
+VERSION = 2
 """Counts up whenever the same settings come to other numbers: a run of another version is not gone on with."""
 
 Report = Callable[[str, int, int], None]
@@ -98,7 +99,7 @@ def walk(
     goes on behind the last block that was finished, and comes to the same bits. Raises UserError where the folder is another run's."""
     key = fingerprint(model, settings, text)
     run.work.mkdir(parents=True, exist_ok=True)
-    _claim(run.work, key)
+    claim(run.work, key)
     parts = pieces(model.spec, 1 if text is None else text.longest)
     count = len(parts) - 1
     files = [run.work / f"block-{index:04d}.safetensors" for index in range(count)]
@@ -135,10 +136,11 @@ def fingerprint(model: Model, settings: msgspec.Struct, text: Text | None) -> st
     for name, array in model.weights.arrays():
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        release(array)
     return digest.hexdigest()
 
 
-def _claim(work: Path, key: str) -> None:
+def claim(work: Path, key: str) -> None:
     """The folder belongs to this run, now or from before."""
     file = work / "run.json"
     if file.is_file():
@@ -165,9 +167,14 @@ def _live(weights: Weights, parts: Sequence[Program], text: Text, run: Run, firs
 
 
 def _carry_on(played: Played, weights: Mapping[str, Tensor], directory: Path) -> Live:
-    for left in (directory, directory.with_name(f".{directory.name}.partial")):  # of a run that was killed
+    return played.carry_on(weights, cleared(directory))
+
+
+def cleared(directory: Path) -> Path:
+    """The same, with nothing there any more, also of a run that was killed."""
+    for left in (directory, directory.with_name(f".{directory.name}.partial")):
         shutil.rmtree(left, ignore_errors=True)
-    return keep(played.outputs(weights, played.piece.outputs), played.piece, played.chunks[-1][2], directory)
+    return directory
 
 
 def _path(work: Path, way: str, index: int) -> Path:

@@ -41,6 +41,13 @@ def weight_elements(program: Program) -> int:
     return sum(math.prod(program.params[name]) for name in read)
 
 
+def linear_weights(program: Program) -> tuple[str, ...]:
+    """The weights of linear layers, in the order they are used; head and routers left out, which are rarely rounded."""
+    routers: set[str] = {op.logits for op in program.ops if isinstance(op, ops.Route)}
+    linear = [op for op in program.ops if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear)]
+    return tuple(dict.fromkeys(op.weight for op in linear if op.y != "logits" and op.y not in routers))
+
+
 def read_share(program: Program, tokens: int) -> float:
     """The share of the weights that a step of ``tokens`` tokens is expected to read: all, but for experts, of which each token chooses
     some, here with equal chances."""

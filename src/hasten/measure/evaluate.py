@@ -17,9 +17,11 @@ _LOGITS_BYTES = 16 << 20  # of float32 logits that one batch of windows may take
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Windows:
-    """Token windows to score: each predicts all of its tokens but the first, with no context from outside."""
+    """Token windows to score: each predicts all of its tokens but the first, with no context from outside. ``documents`` says which
+    document each is of."""
 
     windows: tuple[tuple[int, ...], ...]
+    documents: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -66,18 +68,22 @@ def cut_windows(model: Model, corpus: Corpus, window: int = 512, limit: int | No
     tokenizer = model.text_tokenizer()
     start = tokenizer.start_id
     windows: list[tuple[int, ...]] = []
+    documents: list[int] = []
     left = math.inf if limit is None else limit
-    for document in corpus.documents:
+    for number, document in enumerate(corpus.documents):
+        if left <= 0:
+            break
         ids = tokenizer.encode(document, add_special_tokens=False)
         if start is not None:
             ids = [start, *ids]
         for begin in range(0, len(ids) - 1, window):
             if left <= 0:
-                return Windows(tuple(windows))
+                break
             piece = ids[begin : begin + 1 + int(min(window, left))]
             windows.append(tuple(piece))
+            documents.append(number)
             left -= len(piece) - 1
-    return Windows(tuple(windows))
+    return Windows(tuple(windows), tuple(documents))
 
 
 def score_windows(

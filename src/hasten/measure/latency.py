@@ -10,11 +10,12 @@ import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu import CpuBackend, CpuSession
+from hasten.backends.cpu.profile import StepProfile
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UnsupportedError, one_line
 from hasten.checkpoint.random import PREFIX
 from hasten.engine.backends import open_session
-from hasten.engine.stepper import Stepper
+from hasten.engine.stepper import Sequences, Stepper
 from hasten.formats.linear import LinearFormat
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
 from hasten.measure.roofline import Arithmetic, Limits, Slice
@@ -170,7 +171,7 @@ def open_runner(
         session.compiled.store.settle()
     program: Program = unfuse(session.program)
     native = isinstance(session, CpuSession)
-    found = _formats(program, native)
+    found = format_names(program, native)
     for what, wanted, got in (("activations", activations, found[1]), ("cache", cache, found[2])):
         if wanted is not None and wanted != got:
             raise UnsupportedError(
@@ -199,34 +200,50 @@ def check_context(model: Model, context: int) -> None:
         )
 
 
-def repetitions(runner: Runner, case: Case, repeats: int) -> Iterator[Repetition]:
-    """``repeats`` timed runs after one short one to warm up, slices of the limits between them. Prompts are seeded random ids."""
-    session, vocab = Stepper(runner.session), runner.program.values["logits"].features[-1]
-    ids = np.random.default_rng(0).integers(0, vocab, (case.batch, case.context)).tolist()
-    prompt = Batch.of([each[: case.prompt] for each in ids], rows="last")
-    steps = [
-        Batch.of([each[position : position + 1] for each in ids], [position] * case.batch, rows="last")
-        for position in range(case.prompt, case.context)
-    ]
-    limits = runner.limits(case)
-    _, state = session.step(prompt, session.start(case.batch))
-    session.step(steps[0], state)
-    for _ in range(repeats):
-        state = session.start(case.batch)
+class Trial:
+    """A case on a runner that nothing else uses meanwhile, ready to be timed again and again: it has been played once, shortly, to warm
+    up. Prompts are seeded random ids."""
+
+    def __init__(self, runner: Runner, case: Case) -> None:
+        vocab = runner.program.values["logits"].features[-1]
+        ids = np.random.default_rng(0).integers(0, vocab, (case.batch, case.context)).tolist()
+        self.case, self._session = case, Stepper(runner.session)
+        self._prompt = Batch.of([each[: case.prompt] for each in ids], rows="last")
+        self._steps = [
+            Batch.of([each[position : position + 1] for each in ids], [position] * case.batch, rows="last")
+            for position in range(case.prompt, case.context)
+        ]
+        _, state = self._session.step(self._prompt, self._session.start(case.batch))
+        self._session.step(self._steps[0], state)
+
+    def time(self) -> tuple[float, float, Sequences]:
+        """Seconds from the prompts to the logits of all sequences, seconds of one more token of each, and the sequences."""
+        state = self._session.start(self.case.batch)
         began = time.perf_counter()
-        _, state = session.step(prompt, state)
+        _, state = self._session.step(self._prompt, state)
         times = [time.perf_counter() - began]
-        for step in steps[: case.new]:
-            _, state = session.step(step, state)
+        for step in self._steps[: self.case.new]:
+            _, state = self._session.step(step, state)
             times.append(time.perf_counter() - began)
-        slope = float(np.polyfit(np.arange(case.new + 1), times, 1)[0])
-        step_us, tape_us = [], []
-        if isinstance(runner.session, CpuSession):
-            for step in steps[case.new :]:
-                _, state, profile = session.profile(step, state)
-                step_us.append(profile.overhead_ns / 1e3)
-                tape_us.append((profile.tape_ns - profile.kernel_ns) / 1e3)
-        yield Repetition(times[0], slope, limits.slice(), tuple(step_us), tuple(tape_us))
+        return times[0], float(np.polyfit(np.arange(self.case.new + 1), times, 1)[0]), state
+
+    def profiles(self, state: Sequences) -> Iterator[StepProfile]:
+        """Where the time of the steps after those went, on a native session."""
+        for step in self._steps[self.case.new :]:
+            _, state, profile = self._session.profile(step, state)
+            yield profile
+
+
+def repetitions(runner: Runner, case: Case, repeats: int) -> Iterator[Repetition]:
+    """``repeats`` timed runs, slices of the limits between them."""
+    limits, trial = runner.limits(case), Trial(runner, case)
+    for _ in range(repeats):
+        ttft_s, tpot_s, state = trial.time()
+        profiles = list(trial.profiles(state)) if isinstance(runner.session, CpuSession) else []
+        yield Repetition(
+            ttft_s, tpot_s, limits.slice(), tuple(each.overhead_ns / 1e3 for each in profiles),
+            tuple((each.tape_ns - each.kernel_ns) / 1e3 for each in profiles),
+        )  # fmt: skip
 
 
 def _level(isa: str) -> str:
@@ -236,7 +253,7 @@ def _level(isa: str) -> str:
         raise ConfigError(str(error)) from error
 
 
-def _formats(program: Program, native: bool) -> tuple[str, str, str]:
+def format_names(program: Program, native: bool) -> tuple[str, str, str]:
     """(weights, activations, cache) as they are: those of the linear layers, the head's aside."""
     linear = [op for op in program.ops if isinstance(op, ops.Linear | ops.ExpertLinear)]
     body = [op for op in linear if op.y != "logits"] or linear

@@ -36,6 +36,7 @@ from hasten.backends.cpu.sparse import advice, slower_than_dense
 from hasten.base import settings
 from hasten.base.priority import give_way
 from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.mapped import release
 from hasten.formats.weights import Array, Origin, Weight
 
 LAYOUT = 3
@@ -252,7 +253,12 @@ def _pack_codes(buffer: _native.WeightBuffer, pool: _native.ThreadPool, its: Qua
 def _pack(requests: Sequence[_Request]) -> int:
     for request, loaded in zip(requests, _ahead([request.load for request in requests])):
         request.pack(loaded)
+        release(_numbers(loaded))  # of a mapped file: they are not read again
     return len(requests)
+
+
+def _numbers(loaded: Any) -> Array:
+    return loaded.q if isinstance(loaded, QuantizedLinear) else loaded
 
 
 def _ahead(loads: Sequence[Callable[[], Any]], threads: int = 2) -> Iterator[Any]:
@@ -269,7 +275,7 @@ def _ahead(loads: Sequence[Callable[[], Any]], threads: int = 2) -> Iterator[Any
 
 def _fetched(load: Callable[[], Any]) -> Any:
     loaded = load()
-    array = loaded.q if isinstance(loaded, QuantizedLinear) else loaded
+    array = _numbers(loaded)
     if array.flags.c_contiguous:  # a transposed one is copied whole later
         _native.will_need(array.reshape(-1).view(np.uint8))
     return loaded

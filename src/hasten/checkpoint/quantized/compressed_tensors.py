@@ -15,6 +15,7 @@ from hasten.checkpoint.quantized.tensors import F8, SCALES, Parts, checked_size,
 from hasten.families.config import ConfigReader
 from hasten.formats import bits as bit_packing
 from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.mapped import release
 from hasten.formats.quantized import STATIC, DequantizedWeight, QuantizedWeight, static
 from hasten.formats.weights import Array, Weight
 
@@ -226,6 +227,7 @@ def _codes(scheme: Scheme, parts: Parts, width: int) -> Array:
     words, bits = parts.load("weight_packed"), scheme.form.bits
     within = words.shape[-1] != bit_packing.packed_width(width, bits)
     numbers = bit_packing.unpack_within(words, bits, width) if within else bit_packing.unpack(words, bits, width)
+    release(words)
     return (numbers - np.uint8(1 << (bits - 1))).view(np.int8)
 
 

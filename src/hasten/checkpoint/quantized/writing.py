@@ -26,12 +26,27 @@ def can_say(name: str, weight: Weight) -> bool:
     return name.endswith(SUFFIX) and len(weight.shape) == 2 and weight.form.number in SAID and whole
 
 
+def packed_zero_points(weight: QuantizedWeight) -> bool:
+    """Whether its zero points are written in words, beside numbers that are."""
+    return weight.form.zero_points and _layout(weight.form, weight.activations) == "pack-quantized"
+
+
 def stored_tensors(tensors: Mapping[str, Weight]) -> dict[str, Weight]:
     """What is written for ``tensors``: plain ones as they are, the parts of each quantized one under the names of compressed-tensors."""
     found: dict[str, Weight] = {}
     for name, weight in tensors.items():
         found.update(_parts(name, weight) if isinstance(weight, QuantizedWeight) else {name: weight})
     return found
+
+
+def stored_bytes(shape: tuple[int, ...], form: LinearFormat, activations: str = "bf16") -> int:
+    """Bytes of a file that a weight of that shape takes in ``form``: its numbers, scales and zero points."""
+    weight = QuantizedWeight.of(shape, form, _nothing, activations)
+    return sum(part.nbytes for name, part in _parts("", weight).items() if not name.endswith("_shape"))
+
+
+def _nothing() -> QuantizedLinear:
+    raise ValueError("only the bytes of this weight are known")
 
 
 def quantization_config(tensors: Mapping[str, Weight], tied_head: str | None, by_name: bool = False) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""Tokens a second of several models on this machine, timed in turn, so that whatever slows the machine slows all of them."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from hasten.base import hardware
+from hasten.base.errors import ConfigError, UserError
+from hasten.engine.backends import choose_backend, find_loaded
+from hasten.measure.latency import PROFILED, Case, Runner, Trial, format_names, open_runner
+from hasten.model import Model
+from hasten.program import unfuse
+
+CONFIDENCE = 0.9
+FEWEST = 5
+"""Rounds whose ratios from the least to the most hold the median with CONFIDENCE (2 / 2⁵ of all ways that they may fall miss it)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SpeedTest:
+    """For each of ``batches`` sequences at once: prompts of ``prompt`` tokens, then ``new`` tokens one by one, ``rounds`` times."""
+
+    batches: tuple[int, ...] = (1, 8)
+    prompt: int = 128
+    new: int = 16
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.rounds < FEWEST:
+            raise ConfigError(f"rounds is {self.rounds}; at least {FEWEST} are needed to tell faster from slower")
+
+    def within(self, context: int) -> "SpeedTest":
+        """The same, shortened where sequences would be longer than ``context``."""
+        new = max(1, min(self.new, (context - PROFILED) // 2))
+        return dataclasses.replace(self, new=new, prompt=max(1, min(self.prompt, context - PROFILED - new)))
+
+    def cases(self) -> list[Case]:
+        """One for each batch."""
+        return [Case(batch, self.prompt, self.new) for batch in self.batches]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as many tokens a second as the base: the median over rounds of both timed within a round, and the interval that it
+    lies in with a probability of 90 % (of ranks, so free of any distribution)."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, base_s: Sequence[float], seconds: Sequence[float]) -> "Ratio":
+        """From the seconds that both took, round by round."""
+        ratios = sorted(base / own for base, own in zip(base_s, seconds, strict=True))
+        out = _ranks_outside(len(ratios))
+        return cls(statistics.median(ratios), ratios[out], ratios[-1 - out])
+
+    @property
+    def word(self) -> str:
+        """faster or slower, where the interval says so."""
+        return "faster" if self.low > 1 else "slower" if self.high < 1 else "no faster"
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} × ({self.low:.2f} to {self.high:.2f})"
+
+
+def _ranks_outside(rounds: int) -> int:
+    """How many of the smallest and of the largest may be left out of an interval that holds the median with CONFIDENCE."""
+    out, below = 0, 1.0  # of 2 ** rounds: ways in which fewer than out + 1 rounds are below the median
+    while 2 * below / 2.0**rounds <= 1 - CONFIDENCE:
+        out += 1
+        below += math.comb(rounds, out)
+    return out - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Speed:
+    """At one batch: medians of tokens a second, and their ratios to the base's, None for the base itself."""
+
+    batch: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    prefill: Ratio | None
+    decode: Ratio | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Speeds:
+    """What a model was timed as, one ``rows`` entry a batch. ``isa`` is the level of native kernels, 'torch' where torch chooses."""
+
+    backend: str
+    isa: str
+    threads: int
+    weights: str
+    activations: str
+    cache: str
+    rows: tuple[Speed, ...]
+
+    def lines(self, *words: str) -> list[str]:
+        """A line for each batch and phase that is one of ``words``, as in 'slower at batch 8: decode 0.92 × (0.90 to 0.94)'."""
+        return [
+            f"{ratio.word} at batch {row.batch}: {phase} {ratio}"
+            for row in self.rows
+            for phase, ratio in (("prefill", row.prefill), ("decode", row.decode))
+            if ratio is not None and ratio.word in words
+        ]
+
+
+def played_as(model: Model) -> tuple[str, str, str]:
+    """(weights, activations, cache) of the linear layers, as this machine plays ``model``."""
+    backend = choose_backend(model)[0]
+    return format_names(unfuse(find_loaded(backend, model).program(model)), backend == "cpu")
+
+
+def require_room(models: Sequence[Model], remedy: str) -> None:
+    """Raise UserError, ending in ``remedy``, where the weights of ``models`` do not fit in memory together."""
+    needed, available = 0, hardware.memory(hardware.ROOT).available
+    for model in models:
+        backend = find_loaded(choose_backend(model)[0], model)
+        needed += backend.weight_bytes(backend.program(model))
+    if available is not None and needed > available:
+        raise UserError(
+            f"{len(models)} models side by side take {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; {remedy}"
+        )
+
+
+def measure_speeds(
+    base: Model, models: Sequence[Model], test: SpeedTest, threads: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> list[Speeds]:  # fmt: skip
+    """Of ``base`` and each of ``models``, all open at once. In each round every model is timed once, and each round in the other order.
+
+    Raises UserError for sequences longer than a model's context, and as `open_runner` does."""
+    runners, cases = [], test.cases()
+    for model in (base, *models):
+        backend = choose_backend(model)[0]
+        runners.append(open_runner(model, cases, backend=backend, threads=threads if backend == "cpu" else None))
+    found: list[list[Speed]] = [[] for _ in runners]
+    done, of = 0, len(cases) * test.rounds * len(runners)
+    for case in cases:
+        trials = [Trial(runner, case) for runner in runners]
+        times: list[list[tuple[float, float]]] = [[] for _ in trials]
+        for round_ in range(test.rounds):
+            for place in range(len(trials)) if round_ % 2 == 0 else reversed(range(len(trials))):
+                prompt_s, token_s, _ = trials[place].time()
+                times[place].append((prompt_s, token_s))
+                done += 1
+                if report is not None:
+                    report(done, of)
+        for place, own in enumerate(times):
+            found[place].append(_speed(case, times[0], own, is_base=place == 0))
+    return [_speeds(runner, rows) for runner, rows in zip(runners, found)]
+
+
+def _speed(case: Case, base: Sequence[tuple[float, float]], own: Sequence[tuple[float, float]], *, is_base: bool) -> Speed:
+    (base_prompt, base_token), (prompt, token) = zip(*base), zip(*own)
+    return Speed(
+        case.batch, case.batch * case.prompt / statistics.median(prompt), case.batch / statistics.median(token),
+        None if is_base else Ratio.of(base_prompt, prompt), None if is_base else Ratio.of(base_token, token),
+    )  # fmt: skip
+
+
+def _speeds(runner: Runner, rows: Sequence[Speed]) -> Speeds:
+    return Speeds(
+        runner.backend, runner.isa, runner.threads, runner.weights, runner.activations, runner.cache, tuple(rows)
+    )  # fmt: skip
