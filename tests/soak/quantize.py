@@ -38,7 +38,7 @@ class Runs:
         """A process that quantizes code-8m into ``name``."""
         command = [
             sys.executable, "-m", "hasten.cli", "quantize", "code-8m", str(self.out(name)), "--method", "gptq", *self._options,
-            "--gate-tokens", "2048", "--work", str(self.work(name)), "--json", *more,
+            "--gate-tokens", "2048", "--no-speed", "--work", str(self.work(name)), "--json", *more,
         ]  # fmt: skip
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

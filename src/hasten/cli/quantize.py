@@ -107,7 +107,8 @@ def quantize(
             options.refuse("--method", method, f"{', '.join(BY_LAYER)} where --bits are chosen by layer")
         steps = short_form_by_layer(bits, method, weights, activations, skip or [])
     if head is not None:
-        steps[-1] = {name: {**settings, "head": head} for name, settings in steps[-1].items()}
+        last = max(index for index, step in enumerate(steps) if "static" not in step)
+        steps[last] = {name: {**settings, "head": head} for name, settings in steps[last].items()}
     if cache is not None:
         steps.append({"cache": {"format": cache}})
     _make(model, steps, out, making, as_json)
@@ -149,7 +150,7 @@ def _rounding(method: str, rounding: dict[str, Any], left: dict[str, Any]) -> li
         case "rotate":
             return [{"rotate": {}}, {"gptq": {**rounding, "clip": "outputs"}}]
         case _:
-            return [{"awq": {"weights": rounding["weights"], **left}}, {"gptq": {**rounding, "clip": "outputs", "descend": 4}}]
+            return [{"gptq": {**rounding, "clip": "outputs", "descend": 4, "aim": "plain"}}]
 
 
 def short_form_by_layer(
@@ -253,6 +254,13 @@ def _print(facts: dict[str, Any]) -> None:
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
 
 
+def _shrunk(facts: dict[str, Any]) -> str:
+    return (
+        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
+        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
+    )
+
+
 def _print_speed(speed: dict[str, Any], not_faster: Sequence[str]) -> None:
     test, original, made = speed["test"], speed["original"], speed["made"]
     typer.echo(
@@ -267,10 +275,3 @@ def _print_speed(speed: dict[str, Any], not_faster: Sequence[str]) -> None:
         typer.echo(f"  batch {after['batch']}: {', '.join(phases)}")
     for line in not_faster:
         typer.echo(line)
-
-
-def _shrunk(facts: dict[str, Any]) -> str:
-    return (
-        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
-        f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
-    )
