@@ -7,7 +7,7 @@ from tests.soak.quantize import Runs
 
 
 def test_a_point_and_a_difference(tmp_path):
-    runs = Runs(tmp_path, 4, 64, "--skip", "blocks.[2-7].*")
+    runs = Runs(tmp_path, 4, 64, "--skip", "blocks.[2-7].*", "--gate-tokens", "100")
     whole = runs.whole()
     assert "model.safetensors" in whole.digests
     found = runs.cut(whole, 6, 10, 0)

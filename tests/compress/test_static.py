@@ -194,7 +194,7 @@ def test_a_model_that_is_quantized_already_gets_them_alone():
 
 
 def test_the_short_form_of_the_command(tmp_path, monkeypatch, capsys):
-    quick = ["--samples", "4", "--sequence", "64", "--gate-tokens", "1000", "--max-loss", "20", "--json"]
+    quick = ["--samples", "4", "--sequence", "64", "--gate-tokens", "1000", "--max-loss", "20", "--no-speed", "--json"]
     asked = ["--method", "smoothquant", "--activations", "int8-static", "--cache", "fp8", "--skip", "blocks.[1-7].*"]
     done = main(monkeypatch, capsys, "quantize", "code-8m", tmp_path / "out", *asked, *quick)
     assert done.code == 0, done.err

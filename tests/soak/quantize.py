@@ -37,8 +37,8 @@ class Runs:
     def begin(self, name: str, *more: str) -> subprocess.Popen[bytes]:
         """A process that quantizes code-8m into ``name``."""
         command = [
-            sys.executable, "-m", "hasten.cli", "quantize", "code-8m", str(self.out(name)), "--method", "gptq", *self._options,
-            "--gate-tokens", "2048", "--no-speed", "--work", str(self.work(name)), "--json", *more,
+            sys.executable, "-m", "hasten.cli", "quantize", "code-8m", str(self.out(name)), "--method", "gptq",
+            "--gate-tokens", "2048", "--no-speed", *self._options, "--work", str(self.work(name)), "--json", *more,
         ]  # fmt: skip
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
