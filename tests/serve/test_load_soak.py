@@ -24,10 +24,10 @@ def test_ten_times_too_much():
 
 def test_clients_that_go_away_anywhere():
     with serving(*disconnects.ARGUMENTS) as server:
-        found = disconnects.run(server, 16, 0, LATE)
+        found = disconnects.run(server, 32, 0, LATE)
         assert server.stop() == 0
     print(disconnects.told(found))
-    assert found["points"] >= 16
+    assert found["points"] >= 32
 
 
 def test_an_end_under_many_streams():
