@@ -18,7 +18,7 @@ class Point:
 endef
 export DEMO
 
-.PHONY: demo test lint bench evidence sanitize determinism kill load requests fuzz tenants quantize simulation soak clean
+.PHONY: demo test lint bench evidence sanitize determinism kill load requests fuzz tenants quantize soak clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
@@ -54,7 +54,7 @@ CHECKED_PYTHON  = LD_PRELOAD=$(call library,libasan.so):$(call library,libubsan.
 sanitize: $(CHECKED)/.fires $(CHECKED)/.threads $(CHECKED_TESTS:%=$(CHECKED)/%.passed)
 
 # What takes too long for every change, each part once until what it reads changes; a run that was stopped goes on where it was.
-soak: determinism kill load sanitize requests fuzz tenants quantize simulation
+soak: determinism kill load sanitize requests fuzz tenants quantize
 
 # The determinism contract over {bf16, W8A8, W4A8} x {grouped-query, multi-query, window, MoE} x {bf16, int8 cache}, 200 prompts each, and
 # over what the engine does (batches, places, chunks, prefixes, preemption, swaps), 1,000 prompts each.
@@ -72,7 +72,7 @@ load: $(VENV)/.tested
 
 # 10,000 malformed requests; 1,000 pairs in which one tenant tries to tell what another has asked; 10,000 simulated runs of the scheduler;
 # `hasten quantize` killed at ten points and gone on with.
-requests tenants quantize simulation: $(VENV)/.tested
+requests tenants quantize: $(VENV)/.tested
 	@$(BIN)/python -m tests.soak $@
 
 # An hour of each target, guided by what runs.

@@ -4,7 +4,6 @@ The fake backend keeps, for every token, a hash of it and all before it, where t
 before it writes. A wrong page, a copy that was forgotten or a stale prefix is another hash. What is drawn hangs on that hash alone, so
 that outputs can be told without the scheduler."""
 
-import collections
 import dataclasses
 import math
 import random
@@ -333,16 +332,3 @@ class Simulation:
         counters["evicted"] = self.cache.tree.evicted if self.cache.tree else 0
         for name, value in counters.items():
             self.seen[name] = self.seen.get(name, 0) + value
-
-
-def simulate(seeds):
-    """What happened in the runs of these seeds. Raises Violation naming the first that breaks an invariant."""
-    seen = collections.Counter()
-    for seed in seeds:
-        run = Simulation(seed)
-        try:
-            run.run()
-        except Exception as error:
-            raise Violation(f"seed {seed}: {run.settings}, {run.groups}: {error}") from error
-        seen.update(run.seen)
-    return seen

@@ -23,7 +23,6 @@ from tests.soak.mechanisms import KINDS as PLAYED
 from tests.soak.quantize import POINTS, Runs
 from tests.soak.quantize import told as told_of_quantize
 from tests.soak.requests import PER_CHUNK, requests
-from tests.soak.simulation import SEEDS, simulation
 from tests.soak.tenants import PER_ROUND, tenants
 
 REQUESTS, PAIRS, SECONDS = 10_000, 1000, 3600
@@ -142,7 +141,6 @@ def quantize(ledger: Ledger, digest: str, points: int, seed: int) -> None:
 PARTS = {
     "determinism": determinism, "engine": engine, "kill": kill, "requests": requests, "fuzz": fuzz, "tenants": tenants,
     "quantize": quantize,
-    "simulation": simulation,
     **{name: functools.partial(load, name) for name in CHECKS},
 }  # fmt: skip
 
@@ -155,7 +153,6 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=REQUESTS, help=f"malformed ones, in chunks of {PER_CHUNK}; {REQUESTS} unless given")
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of fuzz, for each target; {SECONDS} unless given")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"of tenants, in rounds of {PER_ROUND}; {PAIRS} unless given")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of simulation; {SEEDS} unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, default=ROOT / ".soak" / "ledger.jsonl", help="where finished pieces are noted")
     given = parser.parse_args()
@@ -166,11 +163,11 @@ def main() -> int:
         parser.error(f"{given.prompts} prompts are too few to share batches; {least} or more")
     if given.rounds is not None and given.rounds < 1:
         parser.error(f"{given.rounds} rounds; 1 or more")
-    if min(given.requests, given.seconds, given.pairs, given.seeds) < 1:
-        parser.error("--requests, --seconds, --pairs and --seeds are 1 or more")
+    if min(given.requests, given.seconds, given.pairs) < 1:
+        parser.error("--requests, --seconds and --pairs are 1 or more")
     ledger, digest = Ledger(given.ledger), source_digest(ROOT / "tests" / "soak", ROOT / "tests" / "serve" / "server.py")
     rounds = {part: given.rounds or count for part, count in ROUNDED.items()}
-    sizes = {**rounds, "requests": given.requests, "fuzz": given.seconds, "tenants": given.pairs, "simulation": given.seeds}
+    sizes = {**rounds, "requests": given.requests, "fuzz": given.seconds, "tenants": given.pairs}
     for part in parts:
         try:
             PARTS[part](ledger, digest, sizes[part] if part in sizes else given.prompts or PROMPTS[part], given.seed)
