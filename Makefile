@@ -75,7 +75,7 @@ load: $(VENV)/.tested
 requests tenants quantize: $(VENV)/.tested
 	@$(BIN)/python -m tests.soak $@
 
-# An hour of each target, guided by what runs.
+# An hour of processor time for each target, guided by what runs.
 fuzz: $(VENV)/.tested
 	@$(PIP) atheris
 	@$(BIN)/python -m tests.soak fuzz

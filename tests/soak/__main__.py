@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, help=f"for each cell; unless given {PROMPTS}")
     parser.add_argument("--rounds", type=int, help=f"of kill and what follows it; unless given {ROUNDED}")
     parser.add_argument("--requests", type=int, default=REQUESTS, help=f"malformed ones, in chunks of {PER_CHUNK}; {REQUESTS} unless given")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of fuzz, for each target; {SECONDS} unless given")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"of processor time of fuzz, for each target; {SECONDS} unless given")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"of tenants, in rounds of {PER_ROUND}; {PAIRS} unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ledger", type=Path, default=ROOT / ".soak" / "ledger.jsonl", help="where finished pieces are noted")

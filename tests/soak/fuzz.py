@@ -1,10 +1,16 @@
-"""`python -m tests.soak fuzz`: guided by what runs (atheris, libFuzzer), one process a target and slice of time. What was found to be worth
-keeping is in .soak/corpus, which the next slice begins with; an input that breaks something is kept beside it."""
+"""`python -m tests.soak fuzz`: guided by what runs (atheris, libFuzzer), one process a target and slice of time, until every target has
+had its processor time. What was found to be worth keeping is in .soak/corpus, which the next slice begins with; an input that breaks
+something is kept beside it."""
 
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.ledger import ROOT, Ledger
@@ -19,7 +25,8 @@ MOST_MB = 2048
 
 
 def run_slice(target: str, number: int, seconds: int, seed: int) -> dict[str, Any]:
-    """So many seconds; runs and edges reached. Raises Difference for an input that breaks something, which it names."""
+    """So many seconds; runs, edges reached, and seconds of processor time (of what compiles grammars beside it only what it waited for).
+    Raises Difference for an input that breaks something, which it names."""
     kept = ROOT / ".soak" / "corpus" / target
     kept.mkdir(parents=True, exist_ok=True)
     command = [
@@ -28,23 +35,47 @@ def run_slice(target: str, number: int, seconds: int, seed: int) -> dict[str, An
         f"-max_len={MOST_BYTES}", f"-seed={1 + random.Random(f'{seed} {target} {number}').randrange(2**30)}",
         f"-artifact_prefix={kept.parent}/{target}-", "-print_final_stats=1",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=seconds + 600, check=False)
-    runs, reached = re.findall(r"Done (\d+) runs", done.stderr), re.findall(r"cov: (\d+)", done.stderr)
-    if done.returncode or not runs:
-        raise Difference(f"{target}: {done.stderr[-3000:]}")
-    return {"runs": int(runs[-1]), "reached": int(reached[-1]) if reached else 0, "seconds": seconds}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
+        late = threading.Timer(seconds + 600, os.kill, (process.pid, signal.SIGKILL))
+        late.start()
+        try:
+            _, status, used = os.wait4(process.pid, 0)
+        finally:
+            late.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    runs, reached = re.findall(r"Done (\d+) runs", text), re.findall(r"cov: (\d+)", text)
+    if process.returncode or not runs:
+        raise Difference(f"{target}, slice {number}, exit {process.returncode}: {text[-3000:]}")
+    return {"runs": int(runs[-1]), "reached": int(reached[-1]) if reached else 0, "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
+
+
+def _fuzz_one(target: str, ledger: Ledger, digest: str, seconds: int, seed: int, ended: threading.Event) -> str:
+    """Slices until their processor time is ``seconds``, or ``ended`` is set; what to tell of them. Raises Difference."""
+    runs = reached = number = 0
+    used = 0.0
+    try:
+        while used < seconds and not ended.is_set():
+            key = ("fuzz", digest, target, number, seed)
+            kept = ledger.get(*key)
+            if kept is None:
+                kept = run_slice(target, number, max(1, min(SLICE_S, round(seconds - used))), seed)
+                ledger.note(*key, value=kept)
+            number, runs, reached, used = number + 1, runs + kept["runs"], max(reached, kept["reached"]), used + max(kept["cpu_s"], 0.1)
+    except BaseException:
+        ended.set()
+        raise
+    return f"fuzz, {target:12}{used:>6,.0f} s of processor time{runs:>12,} inputs{reached:>8,} edges reached, 0 crashes, 0 hangs"
 
 
 def fuzz(ledger: Ledger, digest: str, seconds: int, seed: int) -> None:
-    """Every target for so many seconds, in slices; raises Difference."""
-    for target in TARGETS:
-        runs = reached = 0
-        for number, begin in enumerate(range(0, seconds, SLICE_S)):
-            length = min(SLICE_S, seconds - begin)
-            key = ("fuzz", digest, target, number, length, seed)
-            kept = ledger.get(*key)
-            if kept is None:
-                kept = run_slice(target, number, length, seed)
-                ledger.note(*key, value=kept)
-            runs, reached = runs + kept["runs"], max(reached, kept["reached"])
-        print(f"fuzz, {target:12}{seconds:>6,} s{runs:>12,} inputs{reached:>8,} edges reached, 0 crashes, 0 hangs", flush=True)
+    """Every target for so many seconds of processor time, two targets beside each other where there are two cores; raises Difference."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
+        try:
+            for told in pool.map(lambda target: _fuzz_one(target, ledger, digest, seconds, seed, ended), TARGETS):
+                print(told, flush=True)
+        finally:
+            ended.set()
