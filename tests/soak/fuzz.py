@@ -25,7 +25,7 @@ MOST_MB = 2048
 
 
 def run_slice(target: str, number: int, seconds: int, seed: int) -> dict[str, Any]:
-    """So many seconds; runs, edges reached, and seconds of processor time (of what compiles grammars beside it only what it waited for).
+    """So many seconds; runs, edges reached, and seconds of processor time, with that of what compiles grammars beside it.
     Raises Difference for an input that breaks something, which it names."""
     kept = ROOT / ".soak" / "corpus" / target
     kept.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,39 @@
 """One slice of one target of `tests.soak.fuzz`, as a process that libFuzzer ends: TARGET CORPUS OPTION…. It imports nothing of hasten
 before that can be instrumented."""
 
+import ctypes
+import os
 import sys
 from pathlib import Path
 
 import atheris
 
+PR_SET_CHILD_SUBREAPER = 36
+"""prctl(2)"""
+
+
+def reaped() -> None:
+    """Go on in a child; this process waits for it and for whatever it leaves behind, whose processor time is then counted, and ends as it
+    does. libFuzzer ends a process without asking it."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if (fuzzing := os.fork()) == 0:
+        return
+    ended = 1
+    while True:
+        try:
+            pid, status = os.wait()
+        except ChildProcessError:
+            sys.exit(ended)
+        except KeyboardInterrupt:
+            continue  # the child has it too
+        if pid == fuzzing:
+            ended = os.waitstatus_to_exitcode(status) & 0xFF
+
 
 def main() -> None:
     """Until libFuzzer's own limits are reached, or an input breaks something."""
+    reaped()
     with atheris.instrument_imports(include=["hasten", "jinja2", "tests.soak.targets"]):
         from tests.soak.targets import TARGETS
     name, corpus, *options = sys.argv[1:]
