@@ -5,7 +5,7 @@ from hasten.train.curve import draw_curve, picture_curve, read_curve
 from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLabels
 from hasten.train.parameters import Masked, Parameters, Plain, untrained
 from hasten.train.schedule import Schedule
-from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, train
+from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, precision_here, train
 
 __all__ = [
     "Batches",
@@ -27,6 +27,7 @@ __all__ = [
     "draw_curve",
     "examples_of",
     "picture_curve",
+    "precision_here",
     "read_curve",
     "train",
     "untrained",
