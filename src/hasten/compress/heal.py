@@ -3,9 +3,9 @@
 Zeros of sparse weights stay zeros; weights that layers share stay shared, for they are one in the Program."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -30,10 +30,13 @@ from hasten.train import (
     Settings,
     SoftLabels,
     Steps,
+    Trained,
     Work,
     precision_here,
     train,
 )
+
+P = TypeVar("P", bound=Parameters)
 
 
 class Heal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,35 +81,47 @@ class Heal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def check_heal(model: Model, settings: Heal) -> None:
     """Raise UserError for settings that teach nothing, or weights that cannot learn."""
-    settings.training()
     check_trainable(model)
+    check_heal_settings(model, settings, "heal")
+
+
+def check_heal_settings(model: Model, settings: Heal, name: str) -> None:
+    """Raise UserError for settings of the transform ``name`` that teach ``model`` nothing."""
+    settings.training()
     model.text_tokenizer()
     if not 1 <= settings.length(model) <= model.spec.context:
-        raise ConfigError(f"heal has sequences of {settings.sequence} tokens; {model.name} accepts 1 to {model.spec.context}")
+        raise ConfigError(f"{name} has sequences of {settings.sequence} tokens; {model.name} accepts 1 to {model.spec.context}")
 
 
 def heal(model: Model, settings: Heal, original: Model, run: Run) -> Model:
     """``model`` after learning from ``original``. Killed, it goes on where it was; other numbers of threads give other last bits."""
     check_trainable(model)
+    _, trained, evidence = teach(model, settings, original, run, lambda program: parameters_of(program, model.weights), "healing")
+    provenance = (*model.provenance, Provenance("heal", msgspec.to_builtins(settings), evidence))
+    return dataclasses.replace(model, weights=learned_into(model.weights, trained.weights), provenance=provenance)
+
+
+def teach(
+    model: Model, settings: Heal, original: Model, run: Run, parameters_for: Callable[[Program], P], doing: str
+) -> tuple[P, Trained, dict[str, Any]]:
+    """Train what ``parameters_for`` gives for the Program of ``model``, as ``settings`` say: the parameters as they have become, the
+    weights they make, and what is to be told of it."""
     sequence = settings.length(model)
     text, examples = read_examples(model, None if settings.text is None else Path(settings.text), sequence)
     batches = Batches(examples, max(1, settings.tokens // sequence), settings.seed)
     training, longest = settings.training(), max(len(example.ids) for example in examples)
     program = training.program(model.spec, longest)
+    parameters, objective = parameters_for(program), _objective(settings, training, original, longest)
 
     def report(step: int, steps: int, loss: float) -> None:
-        run.report(f"healing, loss {loss:.3f}", step, steps)
+        run.report(f"{doing}, loss {loss:.3f}", step, steps)
 
-    trained = train(
-        program, parameters_of(program, model.weights), batches, _objective(settings, training, original, longest), training,
-        Work(run.work, run.threads, report),
-    )  # fmt: skip
-    evidence: dict[str, Any] = {
+    trained = train(program, parameters, batches, objective, training, Work(run.work, run.threads, report))
+    evidence = {
         "text": text, "sha256": batches.sha256, "steps": len(trained.losses), "epochs": round(batches.epochs(len(trained.losses)), 3),
         "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
     }  # fmt: skip
-    provenance = (*model.provenance, Provenance("heal", msgspec.to_builtins(settings), evidence))
-    return dataclasses.replace(model, weights=learned_into(model.weights, trained.weights), provenance=provenance)
+    return parameters, trained, evidence
 
 
 def check_trainable(model: Model) -> None:

@@ -22,6 +22,7 @@ from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
 from hasten.compress.mixed import Mixed, check_mixed, mixed
+from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
@@ -84,6 +85,7 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
         Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),
         Training("heal", Heal, heal, check_heal),
+        Training("qat", Qat, qat, check_qat, Stage.ROUNDS),
     )
 }
 

@@ -4,6 +4,7 @@ from hasten.train.batches import Batches, Example, examples_of
 from hasten.train.curve import draw_curve, picture_curve, read_curve
 from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLabels
 from hasten.train.parameters import Masked, Parameters, Plain, untrained
+from hasten.train.rounded import Grid, Rounded
 from hasten.train.schedule import Schedule
 from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, precision_here, train
 
@@ -11,6 +12,7 @@ __all__ = [
     "Batches",
     "Divergence",
     "Example",
+    "Grid",
     "Labels",
     "Loss",
     "Masked",
@@ -18,6 +20,7 @@ __all__ = [
     "Objective",
     "Parameters",
     "Plain",
+    "Rounded",
     "Schedule",
     "Settings",
     "SoftLabels",
