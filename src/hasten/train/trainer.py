@@ -193,13 +193,14 @@ def _forward(parts: Sequence[Program], weights: Mapping[str, Tensor], batch: Bat
 
 
 def _parts(program: Program, cut: bool) -> tuple[Program, ...]:
-    """The Program, in pieces of a layer each where it is to be cut."""
+    """The Program, in pieces of a layer each where it is to be cut, or of several where one reads what another keeps."""
     if not cut:
         return (program,)
     made, rest = [], program
     for layer in program.layers[:-1]:
-        part, rest = rest.cut(layer.label)
-        made.append(part)
+        if rest.can_cut(layer.label):
+            part, rest = rest.cut(layer.label)
+            made.append(part)
     return (*made, rest)
 
 
