@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from hasten.backends.reference import ReferenceBackend
 from hasten.compress.data import text_of
 from hasten.formats.weights import Weight, Weights
 from hasten.model import Model
-from hasten.program import lower
+from hasten.program import Batch, Precision, lower
 from tests.soak.models import model_of
 
 KINDS = ["grouped-query", "multi-query", "MoE"]
@@ -29,6 +30,13 @@ def random_weights(spec, seed=0):
         array += name.endswith("norm.weight")
         weights[name] = Weight(shape, array.dtype, lambda array=array: array)
     return Model(name="random", spec=spec, weights=Weights(weights))
+
+
+def native_error(model, ids):
+    """How far natively played logits are from float32, over how far torch in bf16 is; on average."""
+    expected = model.logits(ids)
+    in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model).score(Batch.of([ids]))
+    return np.abs(model.logits(ids, backend="cpu") - expected).mean() / np.abs(in_bf16 - expected).mean()
 
 
 def windows_for(model, seed=0, lengths=(40, 33, 40, 7, 25, 40)):

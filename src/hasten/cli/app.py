@@ -13,6 +13,7 @@ from hasten.cli.bench import bench
 from hasten.cli.cache import cache
 from hasten.cli.chat import chat
 from hasten.cli.compare import compare
+from hasten.cli.convert import convert
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
@@ -40,6 +41,7 @@ app.command("compare")(compare)
 app.command("warm")(warm)
 app.command("quantize")(quantize)
 app.command("apply")(apply)
+app.command("convert")(convert)
 app.command("train")(train)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)

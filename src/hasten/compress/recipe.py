@@ -18,6 +18,10 @@ import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.cache import Cache, cache_transform, check_cache
+from hasten.compress.convert.heads import KvHeads, check_kv_heads, kv_heads
+from hasten.compress.convert.latent import Latent, check_latent, latent
+from hasten.compress.convert.share import ShareKv, check_share_kv, share_kv
+from hasten.compress.convert.window import Window, check_window, window
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
@@ -84,6 +88,10 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
+        Transform("kv_heads", KvHeads, kv_heads, check_kv_heads, stage=Stage.SHAPES),
+        Transform("latent", Latent, latent, check_latent, stage=Stage.SHAPES),
+        Transform("window", Window, window, check_window, lambda settings: False, stage=Stage.SHAPES),
+        Transform("share_kv", ShareKv, share_kv, check_share_kv, stage=Stage.SHAPES),
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
         Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),
         Transform("rank", Rank, rank, check_rank, stage=Stage.SHAPES),
