@@ -85,7 +85,7 @@ def convert_layers(model: Model, layers: Sequence[int], text: Text | None, run: 
                 changed = change(Layer(index, mixer, weights, statistics(before, weights, mixer, read, path)))
                 spec = with_mixers(spec, {index: changed.mixer})
                 piece = pieces(spec, text.longest)[index + 1]
-                become = {name: changed.weights.get(name, weights.get(name)) for name in piece.params}
+                become = {name: tensor for name, tensor in {**weights, **changed.weights}.items() if name in piece.params}
                 after, new = Played(piece, live, chunks, run.threads), dict(changed.weights)
                 if fit:
                     o, errors[f"layer {index}"] = fitted((before, weights), (after, become), index)
