@@ -291,5 +291,6 @@ def test_the_command_writes_what_loads(tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "the cache of a whole sequence 8,192 → 4,096 bytes (0.500)" in result.output
+    assert "cache 128 → 64 bytes a token, kept in bf16" in result.output
     assert "transformers does not load what was written" in result.output
     assert {type(block.mixer) for block in load_directory(tmp_path / "out", "out").spec.blocks} == {LatentAttention}

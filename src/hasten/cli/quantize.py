@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hasten.compress.gates import Shrunk
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
+    from hasten.model import Provenance
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "best")
 BY_LAYER = ("rtn", "gptq")
@@ -219,6 +220,7 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
         "unread_elsewhere": unread_elsewhere(made.model),
         "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
+        "cache_bytes_per_token": _cache_bytes(made.model.provenance),
         "cache": None if made.model.cache is None else made.model.cache.format,
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
         **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),
@@ -229,6 +231,9 @@ def _print(facts: dict[str, Any]) -> None:
     names = ", ".join(key for step in facts["recipe"] for key in step)
     typer.echo(visible_line(f"{facts['model']} → {facts['out']} by {names}"))
     typer.echo(_shrunk(facts))
+    if facts["cache_bytes_per_token"]:
+        before, after = facts["cache_bytes_per_token"]
+        typer.echo(f"cache {before:,} → {after:,} bytes a token, kept in bf16")
     if facts["cache"] is not None:
         typer.echo(f"keys and values are kept in {facts['cache']} wherever the model is played, unless --cache asks for another format")
     if "loss" in facts:
@@ -249,6 +254,12 @@ def _print(facts: dict[str, Any]) -> None:
     if facts["unread_elsewhere"]:
         typer.echo(visible_line(f"transformers does not load what was written: {facts['unread_elsewhere']}"))
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
+
+
+def _cache_bytes(steps: Sequence["Provenance"]) -> list[int] | None:
+    """Before the first step that changed what a token keeps, and after the last; None where none did."""
+    found = [step.evidence["cache_bytes_per_token"] for step in steps if "cache_bytes_per_token" in step.evidence]
+    return [found[0][0], found[-1][1]] if found else None
 
 
 def _shares(shrunk: "Shrunk") -> dict[str, Any]:

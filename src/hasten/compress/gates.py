@@ -32,8 +32,8 @@ class GateError(UserError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shrunk:
-    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights"; where shapes changed "blocks" or A_CACHE, whichever
-    fell by more."""
+    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights"; where shapes changed "blocks", or where those
+    are no smaller A_CACHE."""
 
     what: str
     before: int
@@ -58,7 +58,7 @@ def require_smaller(original: Model, model: Model) -> Shrunk:
         blocks, cache = (
             Shrunk(what, size(original), size(model)) for what, size in (("blocks", _bytes_of_blocks), (A_CACHE, _bytes_of_cache))
         )
-        shrunk = cache if cache.after * blocks.before < blocks.after * cache.before else blocks
+        shrunk = blocks if blocks.after < blocks.before else cache
     if not shrunk.after or shrunk.after >= shrunk.before:
         raise GateError("no weight was made smaller, so there is nothing to save")
     return shrunk
