@@ -20,6 +20,7 @@ from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.mixed import Mixed, check_mixed, mixed
+from hasten.compress.pruning import Magnitude, SparseGpt, Wanda, check_prune, prune
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
@@ -53,6 +54,9 @@ BUILT_IN: Mapping[str, Transform] = {
         Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs"),
         Transform("gptq", Gptq, gptq_transform, check_rounding),
         Transform("mixed", Mixed, mixed, check_mixed),
+        Transform("magnitude", Magnitude, prune, check_prune, lambda settings: False),
+        Transform("wanda", Wanda, prune, check_prune),
+        Transform("sparsegpt", SparseGpt, prune, check_prune),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
