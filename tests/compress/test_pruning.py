@@ -25,7 +25,7 @@ from hasten.compress.walk import Run
 from hasten.formats.linear import LinearFormat
 from hasten.formats.quantized import QuantizedWeight
 from hasten.program import Batch
-from tests.compress.models import KINDS, small, windows_for
+from tests.compress.models import small, windows_for
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["magnitude", "wanda", "sparsegpt"]
@@ -85,12 +85,11 @@ def routed(values, site, expert):
     return values[site.x][mine.any(-1)] if values[site.x].dim() == 2 else values[site.x][mine]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize(("kind", "sparsity"), [("grouped-query", "50%"), ("multi-query", "2:4"), ("MoE", "50%")])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_transform_is_the_loop(name, sparsity, kind, tmp_path):
+def test_a_transform_is_the_loop(name, kind, sparsity, tmp_path):
     model, pattern = small(kind), parse_pattern(sparsity)
-    text = windows_for(model, lengths=(48,) * 20)
+    text = windows_for(model, lengths=(48,) * 12)
     made, expected = through(model, name, tmp_path, text, sparsity=sparsity), in_a_loop(model, name, pattern, text)
     assert pruned(made).keys() == expected.keys()
     assert len(expected) == 14
@@ -141,7 +140,7 @@ def test_what_looks_at_text_loses_less(tmp_path):
             array = weight.load() * np.exp(draw.normal(size=weight.shape)).astype(np.float32)
             weights[name] = type(weight)(weight.shape, weight.dtype, lambda array=array: array)
     model = dataclasses.replace(model, weights=type(model.weights)(weights))
-    text = windows_for(model, lengths=(48,) * 40)
+    text = windows_for(model, lengths=(48,) * 24)
     lost = {name: loss(model, through(model, name, tmp_path / name, text), text) for name in METHODS}
     assert lost["sparsegpt"] < lost["wanda"] < lost["magnitude"], lost
 
@@ -187,7 +186,7 @@ from pathlib import Path
 from tests.compress import models
 from tests.compress.test_pruning import through
 model = models.small("grouped-query")
-text = models.windows_for(model, lengths=(48,) * 40)
+text = models.windows_for(model, lengths=(48,) * 24)
 print("begun", flush=True)
 through(model, "sparsegpt", Path(sys.argv[1]), text)
 print("done", flush=True)
@@ -196,12 +195,12 @@ print("done", flush=True)
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     model = small("grouped-query")
-    text = windows_for(model, lengths=(48,) * 40)
+    text = windows_for(model, lengths=(48,) * 24)
     began = time.monotonic()
     whole = through(model, "sparsegpt", tmp_path / "whole", text)
     seconds = time.monotonic() - began
     draw, killed = random.Random(3), 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path / "cut")],
             cwd=ROOT,

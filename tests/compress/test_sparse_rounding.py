@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.checkpoint import load
 from hasten.compress.descend import descend, output_loss
+from hasten.compress.gates import save_checked
 from hasten.compress.gptq import aimed, damped, gptq
 from hasten.compress.grid import Grid
 from hasten.compress.prune import parse_pattern, wanda
 from hasten.compress.recipe import carry_out, check_recipe, recipe_of
 from hasten.compress.rtn import round_to_nearest
 from hasten.compress.walk import Run
+from hasten.engine.backends import choose_backend
 from hasten.formats.linear import LinearFormat
 from hasten.formats.quantized import QuantizedWeight
 from tests.compress.matrices import inputs_of, loss_of, slow_gptq, weight_of
@@ -85,11 +88,10 @@ def through(model, listed, work, text):
     return carry_out(model, recipe_of(listed), text, Run(work, 2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", ["int4-g32", "int8"])
+@pytest.mark.parametrize(("kind", "weights"), [("grouped-query", "int4-g32"), ("multi-query", "int8"), ("MoE", "int4-g32")])
 def test_what_was_pruned_is_stored_sparse(kind, weights, tmp_path):
     model = small(kind)
-    text = windows_for(model, lengths=(48,) * 30)
+    text = windows_for(model, lengths=(48,) * 12)
     first = [{"wanda": {"sparsity": "2:4", "skip": ["*.mixer.v"]}}]
     gptq_settings = {"weights": weights, "clip": "outputs", "descend": 1, "aim": "plain"}
     half = through(model, [*first, {"rtn": {"weights": "int8", "layers": ["*.mixer.v"]}}], tmp_path / "half", text)
@@ -119,7 +121,7 @@ def test_what_was_pruned_is_stored_sparse(kind, weights, tmp_path):
 
 def test_joint_rounding_of_a_model_gives_outputs_no_worse(tmp_path):
     model = small()
-    text = windows_for(model, lengths=(48,) * 40)
+    text = windows_for(model, lengths=(48,) * 24)
     first = {"sparsegpt": {"sparsity": "50%"}}
     half = through(model, [first, {"rtn": {"weights": "int8"}}], tmp_path / "8", text)  # all that int8 rounds is little beside int4
     away = {}
@@ -129,16 +131,30 @@ def test_joint_rounding_of_a_model_gives_outputs_no_worse(tmp_path):
     assert away["gptq"] < away["rtn"], away
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rounding", [[], [{"rtn": {"weights": "int4-g32"}}], [{"rtn": {"weights": "int8", "activations": "int8"}}]])
+def test_what_is_written_is_read_and_played_as_it_was(kind, rounding, tmp_path):
+    model = small(kind)
+    made = through(model, [{"magnitude": {"sparsity": "2:4"}}, *rounding], tmp_path / "work", windows_for(model))
+    assert choose_backend(made)[0] == "cpu"
+    save_checked(made, tmp_path / "m")  # the same codes, and the same logits natively
+    read, ids = load(tmp_path / "m"), windows_for(model).windows[0]
+    for name, weight in made.weights.items():
+        np.testing.assert_array_equal(read.weights.array(name), weight.load())
+    native, reference = (read.logits(ids, backend) for backend in ("cpu", "reference"))
+    assert np.sqrt(np.mean((native - reference) ** 2) / np.mean(reference**2)) < 0.2
+
+
 @pytest.mark.parametrize("weights", ["int4-g32-zp", "fp8", "int3", "int2"])
-def test_formats_that_leave_no_zeros_out_are_refused(weights, tmp_path):
+def test_formats_without_a_sparse_form_are_refused(weights, tmp_path):
     model = small()
     (step,) = recipe_of(["magnitude"])
     half = step.transform.apply(model, step.settings, None, Run(tmp_path / "half", 2))
     for name in ("rtn", "gptq"):
-        with pytest.raises(UnsupportedError, match="accepted are bf16, int8, int4, without -zp") as caught:
+        with pytest.raises(UnsupportedError, match="accepted: bf16, int8, int4, without -zp") as caught:
             check_recipe(half, recipe_of([{name: {"weights": weights}}]))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UnsupportedError, match="accepted are bf16, int8, int4"):
+    with pytest.raises(UnsupportedError, match="accepted: bf16, int8, int4"):
         through(model, ["magnitude", {"rtn": {"weights": weights}}], tmp_path / "whole", windows_for(model))
     check_recipe(half, recipe_of([{"gptq": {"weights": "int4-g32"}}]))
 

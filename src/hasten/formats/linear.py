@@ -92,10 +92,10 @@ class LinearFormat:
         return ("int8", "bf16") if self.is_integer else ("f32",) if self.number in {"f32", "f16"} else ("bf16",)
 
     def as_sparse(self) -> Self:
-        """The same with zeros left out. Raises UnsupportedError for a format that cannot, where it is a weight with zeros that is meant."""
+        """The same with zeros left out, for a weight that was pruned. Raises UnsupportedError for a format that has no such form."""
         if self.number not in SPARSE or self.zero_points:
             raise UnsupportedError(
-                f"weights that were pruned are not stored in {self}, which leaves no zeros out; accepted are {', '.join(SPARSE)}, without -zp"
+                f"weights that were pruned are not stored in {self}, which has no sparse form; accepted: {', '.join(SPARSE)}, without -zp"
             )
         return dataclasses.replace(self, sparse=True)
 

@@ -4,13 +4,15 @@ from hasten.train.batches import Batches, Example, examples_of
 from hasten.train.curve import draw_curve, picture_curve, read_curve
 from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLabels
 from hasten.train.parameters import Masked, Parameters, Plain, untrained
+from hasten.train.rounded import Grid, Rounded
 from hasten.train.schedule import Schedule
-from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, train
+from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, precision_here, train
 
 __all__ = [
     "Batches",
     "Divergence",
     "Example",
+    "Grid",
     "Labels",
     "Loss",
     "Masked",
@@ -18,6 +20,7 @@ __all__ = [
     "Objective",
     "Parameters",
     "Plain",
+    "Rounded",
     "Schedule",
     "Settings",
     "SoftLabels",
@@ -27,6 +30,7 @@ __all__ = [
     "draw_curve",
     "examples_of",
     "picture_curve",
+    "precision_here",
     "read_curve",
     "train",
     "untrained",

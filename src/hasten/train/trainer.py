@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hasten.backends.reference import play
+from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
 from hasten.program import Batch, Precision, Program, lower
 from hasten.spec import Spec
@@ -77,6 +78,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def program(self, spec: Spec, context: int) -> Program:
         """What is played: ``spec`` in this precision, the residual stream and logits in float32."""
         return lower(spec, context=context, precision=Precision("float32", self.precision, "float32"))
+
+
+def precision_here() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where this processor multiplies it faster."""
+    return "bfloat16" if hardware.detect().cpu.features & {"amx_bf16", "avx512_bf16"} else "float32"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
