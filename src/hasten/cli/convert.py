@@ -6,7 +6,7 @@ import typer
 
 from hasten.base.errors import ConfigError
 from hasten.cli import options
-from hasten.cli.quantize import MAKING, Making, OutArgument, make_model
+from hasten.cli.quantize import MAKING, Making, OutArgument, run_recipe
 
 
 @options.spread
@@ -34,7 +34,7 @@ def convert(
 ) -> None:
     """Have a model's attention keep less of each token: the short form of a recipe. Give one of --kv-heads, --latent,
     --window and --share-kv."""
-    make_model(model, short_form(kv_heads, latent, rope_dim, window, share_kv, layers), out, making, as_json)
+    run_recipe(model, short_form(kv_heads, latent, rope_dim, window, share_kv, layers), out, making, as_json)
 
 
 def short_form(

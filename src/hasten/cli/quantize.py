@@ -113,7 +113,7 @@ def quantize(
         steps[last] = {name: {**settings, "head": head} for name, settings in steps[last].items()}
     if cache is not None:
         steps.append({"cache": {"format": cache}})
-    make_model(model, steps, out, making, as_json)
+    run_recipe(model, steps, out, making, as_json)
 
 
 @options.spread
@@ -125,7 +125,7 @@ def apply(
     as_json: options.JsonOption = False,
 ) -> None:
     """Take a model through a recipe of transforms."""
-    make_model(model, recipe, out, making, as_json)
+    run_recipe(model, recipe, out, making, as_json)
 
 
 def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
@@ -165,8 +165,8 @@ def short_form_by_layer(
     return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
 
 
-def make_model(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
-    """Take the model of that name through ``recipe``, a file or plain data, into ``out``, and print what became of it."""
+def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
+    """Take the model ``name`` through a recipe into ``out``, and print what came of it: a table, or JSON."""
     from rich.console import Console
     from rich.progress import Progress
 
