@@ -18,6 +18,8 @@ import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.cache import Cache, cache_transform, check_cache
+from hasten.compress.cut.layers import CutLayers, check_cut_layers, cut_layers
+from hasten.compress.cut.neurons import CutNeurons, check_cut_neurons, cut_neurons
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
@@ -81,6 +83,8 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("mixed", Mixed, mixed, check_mixed, stage=Stage.ROUNDS),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
+        Transform("cut_neurons", CutNeurons, cut_neurons, check_cut_neurons, stage=Stage.SHAPES),
+        Transform("cut_layers", CutLayers, cut_layers, check_cut_layers, stage=Stage.SHAPES),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
         Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),

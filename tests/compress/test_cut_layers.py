@@ -1,0 +1,148 @@
+"""Blocks cut: one that does nothing goes first and nothing changes, and what is left is an ordinary model with fewer."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.checkpoint import load, save, unread_elsewhere
+from hasten.compress.cut.layers import CutLayers, check_cut_layers, influences
+from hasten.compress.gates import require_smaller
+from hasten.compress.recipe import carry_out, check_recipe, recipe_of
+from hasten.compress.walk import Run
+from hasten.families import all_families
+from hasten.model import Model
+from hasten.spec import Exit
+from tests.compress.models import changed, cut, random_weights, small, windows_for
+from tests.families.oracles import make_checkpoint, read_checkpoint
+
+IDS = np.random.default_rng(5).integers(0, 90, 20).tolist()
+FAMILIES = [(family, index) for family in all_families() for index in range(len(family.examples))]
+
+
+def deep(count, kind="grouped-query"):
+    """A model of ``count`` blocks that differ."""
+    spec = small(kind).spec
+    return random_weights(spec_of(spec, count), seed=count)
+
+
+def spec_of(spec, count):
+    return msgspec.structs.replace(spec, blocks=tuple(spec.blocks[index % len(spec.blocks)] for index in range(count)))
+
+
+def idle(model, *blocks):
+    """``model`` with blocks that hand on what they are given."""
+    names = [f"blocks.{index}.{path}.weight" for index in blocks for path in ("mixer.o", "feed_forward.down")]
+    return changed(model, {name: np.zeros_like(model.weights.array(name)) for name in names})
+
+
+@pytest.mark.parametrize("gone", [[2], [0, 3], [1, 2]])
+def test_blocks_that_do_nothing_go_and_nothing_changes(gone, tmp_path):
+    model = idle(deep(5), *gone)
+    made = cut(model, {"cut_layers": {"count": len(gone)}}, tmp_path)
+    assert made.provenance[-1].evidence["layers"] == gone
+    assert np.allclose(made.provenance[-1].evidence["influence"], 0, atol=1e-6)
+    assert np.array_equal(made.logits(IDS), model.logits(IDS))
+    left = [index for index in range(5) if index not in gone]
+    for new, old in enumerate(left):
+        assert np.array_equal(made.weights.array(f"blocks.{new}.mixer.q.weight"), model.weights.array(f"blocks.{old}.mixer.q.weight"))
+    of_blocks = sum(weight.size for name, weight in model.weights.items() if name.startswith("blocks."))
+    assert model.weights.parameters - made.weights.parameters == of_blocks * len(gone) / 5
+
+
+def test_influence_is_what_transformers_states_say(tmp_path):
+    config = {**next(family for family in all_families() if family.name == "llama").examples[0], "num_hidden_layers": 3}
+    make_checkpoint(config, tmp_path / "m")
+    model = load(str(tmp_path / "m"))
+    text = windows_for(model)
+    found = influences(model, CutLayers(), text, Run(tmp_path / "work", 2))
+    judge = transformers.LlamaModel.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    kept = []
+    judge.norm.register_forward_pre_hook(lambda module, given: kept.append(given[0]))  # the last state, which is handed out normed
+    with torch.no_grad():
+        states = [judge(torch.tensor([window]), output_hidden_states=True).hidden_states for window in text.windows]
+    rows = [torch.cat([each[layer][0] if layer < 3 else last[0] for each, last in zip(states, kept)]) for layer in range(4)]
+    expected = [1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(rows, rows[1:])]
+    assert np.allclose(found, expected, atol=1e-5)
+    made = cut(model, {"cut_layers": {"count": 1}}, tmp_path / "cut", text)
+    assert made.provenance[-1].evidence["layers"] == [int(np.argmin(expected))]
+
+
+def test_what_is_left_is_measured_again(tmp_path):
+    model = deep(4)
+    made = cut(model, {"cut_layers": {"share": 0.5}}, tmp_path)
+    assert len(made.spec.blocks) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    first, second = made.provenance[-1].evidence["influence"]
+    one = cut(model, {"cut_layers": {"count": 1}}, tmp_path / "one")
+    found = influences(one, CutLayers(), windows_for(model), Run(tmp_path / "again", 1))
+    assert first == one.provenance[-1].evidence["influence"][0]
+    assert second == min(found)
+
+
+@pytest.mark.parametrize(("family", "index"), FAMILIES, ids=lambda value: getattr(value, "name", value))
+def test_every_familys_model_stays_an_ordinary_one(family, index, tmp_path):
+    model = random_weights(spec_of(family.spec(family.examples[index]), 3))
+    made = cut(model, {"cut_layers": {"count": 2}}, tmp_path / "work")
+    (gone_a, gone_b) = made.provenance[-1].evidence["layers"]
+    (left,) = {0, 1, 2} - {gone_a, gone_b}
+    assert made.spec.blocks == (model.spec.blocks[left],)
+    save(made, tmp_path / "m")
+    read = load(str(tmp_path / "m"))
+    assert read.spec == made.spec
+    assert np.allclose(read.logits(IDS[:8]), made.logits(IDS[:8]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "index"), [("llama", 0), ("llama", 1), ("qwen2", 1), ("gemma2", 0), ("gpt2", 0), ("qwen3_moe", 0)])
+def test_transformers_loads_it_with_the_same_logits(name, index, tmp_path):
+    config = next(family for family in all_families() if family.name == name).examples[index]
+    make_checkpoint(config, tmp_path / "plain")
+    model = load(str(tmp_path / "plain"))
+    made = cut(model, {"cut_layers": {"count": 1}}, tmp_path / "work")
+    assert not unread_elsewhere(made)
+    save(made, tmp_path / "m")
+    expected, found = read_checkpoint(tmp_path / "m")(IDS), made.logits(IDS)
+    assert np.abs(expected - found).max() < 1e-4 * np.abs(expected).max()
+    assert np.array_equal(load(str(tmp_path / "m")).logits(IDS), found)
+
+
+def test_cuts_stand_before_rounding_in_one_recipe(tmp_path):
+    model = deep(4)
+    listed = [{"cut_layers": {"count": 1}}, {"cut_neurons": {}}, {"rtn": {"weights": "int8"}}]
+    made = carry_out(model, recipe_of(listed), windows_for(model), Run(tmp_path / "work", 2))
+    assert [entry.transform for entry in made.provenance] == ["cut_layers", "cut_neurons", "rtn"]
+    assert [(block.mixer.heads, block.feed_forward.hidden) for block in made.spec.blocks] == [(6, 112)] * 3
+    assert require_smaller(model, made).what == "blocks"
+    save(made, tmp_path / "m")
+    read = load(str(tmp_path / "m"))
+    assert read.spec == made.spec
+    assert np.allclose(read.logits(IDS), made.logits(IDS), atol=1e-5)
+    with pytest.raises(ConfigError, match="cut_layers stands after rtn"):
+        check_recipe(model, recipe_of([*listed[3:], listed[0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"count": 0}, "count of 0 of 2 blocks takes 0; at least 1 goes and 1 stays"),
+        ({"count": 2}, "count of 2 of 2"),
+        ({"count": -1}, "count of -1"),
+        ({"share": 0.1}, "share of 0.1 of 2 blocks takes 0"),
+        ({"share": 0.9}, "share of 0.9 of 2 blocks takes 2"),
+        ({"share": 1.5}, "share is 1.5"),
+        ({"share": 0.5, "count": 1}, "give one of them"),
+    ],
+)
+def test_what_cannot_work_is_refused_first(settings, reason):
+    (step,) = recipe_of([{"cut_layers": settings}])
+    with pytest.raises(ConfigError, match=reason):
+        step.transform.check(small(), step.settings)
+
+
+def test_a_model_with_exits_is_refused():
+    spec = small().spec
+    spec = msgspec.structs.replace(spec, exits=(Exit(after=0, norm=spec.norm, head=spec.head),))
+    with pytest.raises(UnsupportedError, match="early exits"):
+        check_cut_layers(Model(name="early", spec=spec, weights=random_weights(spec).weights), CutLayers(count=1))
