@@ -64,6 +64,22 @@ def test_of_unrelated_inputs_the_least_go_whatever_is_taken_at_a_time():
     assert torch.equal(stays, costs.argsort(descending=True)[:200].sort().values)
 
 
+def test_what_was_never_seen_stays_as_it_was_and_goes_by_its_size():
+    random = np.random.default_rng(2)
+    weight = torch.tensor(random.normal(size=(5, 12)) * np.arange(1, 13))
+    nothing = spared(weight, torch.zeros(12, 12, dtype=torch.float64), 4, damp=0.01, compensate=True)
+    assert nothing.units.tolist() == weight.square().sum(0).argsort()[4:].sort().values.tolist()
+    assert torch.allclose(nothing.weight, weight[:, nothing.units])
+    x = torch.tensor(random.normal(size=(40, 12)))
+    x[:, [2, 9]] = 0
+    some = spared(weight, x.T @ x, 1, damp=0.01, compensate=True)
+    (gone,) = {*range(12)} - {*some.units.tolist()}
+    assert gone in {2, 9}
+    other = ({2, 9} - {gone}).pop()
+    assert torch.allclose(some.weight[:, some.units.tolist().index(other)], weight[:, other])
+    assert some.error == pytest.approx(0, abs=1e-12)
+
+
 def test_each_team_loses_as_many():
     random = np.random.default_rng(1)
     weight = torch.tensor(random.normal(size=(5, 24)))

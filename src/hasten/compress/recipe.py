@@ -18,8 +18,10 @@ import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.cache import Cache, cache_transform, check_cache
+from hasten.compress.cut.heads import CutHeads, check_cut_heads, cut_heads
 from hasten.compress.cut.layers import CutLayers, check_cut_layers, cut_layers
 from hasten.compress.cut.neurons import CutNeurons, check_cut_neurons, cut_neurons
+from hasten.compress.cut.width import CutWidth, check_cut_width, cut_width
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
@@ -84,6 +86,8 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("cut_neurons", CutNeurons, cut_neurons, check_cut_neurons, stage=Stage.SHAPES),
+        Transform("cut_heads", CutHeads, cut_heads, check_cut_heads, stage=Stage.SHAPES),
+        Transform("cut_width", CutWidth, cut_width, check_cut_width, stage=Stage.SHAPES),
         Transform("cut_layers", CutLayers, cut_layers, check_cut_layers, stage=Stage.SHAPES),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),

@@ -41,11 +41,11 @@ def described(source: Source | None, spec: Spec, changes: Mapping[str, Any]) -> 
 
 
 def _ways(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every way to say all of ``changes``: each under one of its keys, those that are there first, or not at all, where it follows from
-    the others."""
+    """Every way to say all of ``changes``: each under a key that is there, or not at all, where it follows from the others, or under a key
+    that is not there yet."""
     options = []
     for name, value in changes.items():
-        keys = sorted(KEYS[name], key=lambda key: key not in config)
-        options.append([*({key: value} for key in keys), {}])
+        there, new = ([{key: value} for key in KEYS[name] if (key in config) == known] for known in (True, False))
+        options.append([*there, {}, *new])
     for chosen in itertools.product(*options):
         yield {key: value for each in chosen for key, value in each.items()}

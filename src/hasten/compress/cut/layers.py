@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -12,7 +13,7 @@ from hasten.compress.cut.slices import check_cache, check_share, remade, text_fa
 from hasten.compress.data import Text
 from hasten.compress.walk import Block, Run, Treated, walk
 from hasten.model import Model, Provenance
-from hasten.spec import Spec
+from hasten.spec import Attention, GatedDeltaNet, Mixer, SlidingWindow, Spec
 
 
 class CutLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,19 +47,16 @@ def layers_to_go(spec: Spec, settings: CutLayers) -> int:
 
 def cut_layers(model: Model, settings: CutLayers, text: Text, run: Run) -> Model:
     """``model`` without its least influential blocks. One goes at a time, and what is left is measured again."""
-    left, influence = list(range(len(model.spec.blocks))), []
+    left, influence = list(range(len(model.spec.blocks))), dict[str, float]()
     for number in range(layers_to_go(model.spec, settings)):
         found = influences(without_layers(model, left), settings, text, run.part(str(number)))
         least = min(range(len(left)), key=found.__getitem__)
-        influence.append(found[least])
-        del left[least]
+        influence[f"blocks.{left.pop(least)}"] = found[least]
     made = without_layers(model, left)
     gone = sorted({*range(len(model.spec.blocks))} - {*left})
     evidence = {"layers": gone, "of": len(model.spec.blocks), "influence": influence, **text_facts(text)}
     made = remade(made, made.spec, dict(made.weights), Provenance("cut_layers", msgspec.to_builtins(settings), evidence))
-    types = {} if model.source is None else model.source.config.get("layer_types")
-    changes = {"layers": len(left), **({"layer_types": [types[index] for index in left]} if isinstance(types, list) else {})}
-    return dataclasses.replace(made, source=described(model.source, made.spec, changes))
+    return dataclasses.replace(made, source=described(model.source, made.spec, _changes(made.spec)))
 
 
 def influences(model: Model, settings: CutLayers, text: Text, run: Run) -> list[float]:
@@ -89,3 +87,19 @@ def without_layers(model: Model, left: Sequence[int]) -> Model:
             weights[place[block] + name.removeprefix(block)] = weight
     spec = msgspec.structs.replace(model.spec, blocks=tuple(model.spec.blocks[index] for index in left))
     return remade(model, spec, weights)
+
+
+def _changes(spec: Spec) -> dict[str, Any]:
+    """What a config may have to say otherwise: how many layers, and, where they differ, of what kind each is."""
+    kinds = [_kind(block.mixer) for block in spec.blocks]
+    return {"layers": len(kinds), "layer_types": kinds}
+
+
+def _kind(mixer: Mixer | None) -> str:
+    match mixer:
+        case GatedDeltaNet():
+            return "linear_attention"
+        case Attention(visible=SlidingWindow()):
+            return "sliding_attention"
+        case _:
+            return "full_attention"

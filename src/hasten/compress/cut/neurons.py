@@ -66,10 +66,10 @@ def check_cut_neurons(model: Model, settings: CutNeurons) -> None:
 
 def units_of(spec: Spec, settings: CutNeurons) -> tuple[Units, ...]:
     """What ``settings`` mean of ``spec``, in order. Raises ConfigError where all or no units of one would go."""
-    skipped, found = Layers(("*",), settings.skip), []
+    meant, found = Layers(("*",), settings.skip), []
     for index, block in enumerate(spec.blocks):
         for path, part in _parts(f"blocks.{index}.feed_forward", block.feed_forward).items():
-            if path in skipped:
+            if path in meant:
                 found.append(Units(path, part, kept_of(part.hidden, settings.share, f"units of {path}")))
     return tuple(found)
 
@@ -114,8 +114,8 @@ def cut_neurons(model: Model, settings: CutNeurons, text: Text, run: Run) -> Mod
         "worst": max(walked.facts, key=walked.facts.__getitem__),
         **text_facts(text),
     }
-    made_of = remade(model, spec, made, Provenance("cut_neurons", msgspec.to_builtins(settings), evidence))
-    return dataclasses.replace(made_of, source=described(model.source, spec, _changes(spec)))
+    result = remade(model, spec, made, Provenance("cut_neurons", msgspec.to_builtins(settings), evidence))
+    return dataclasses.replace(result, source=described(model.source, spec, _changes(spec)))
 
 
 def _stacked(each: Sequence[Tensor], experts: bool) -> Array:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.compress.gptq import damped
 
-ROUNDS = 256
+ROUNDS = 64
 """Most times that costs are computed anew; where more units go, several go at a time."""
 
 
@@ -33,10 +33,11 @@ def spared(
 
     ``moments`` float64 [in, in] are Σ x·xᵀ; ``damp`` times the mean of their diagonal is added to it."""
     hessian = damped(moments, damp)
-    seen = weight * (moments.diagonal() > 0)  # an input that is always 0 is needed by nobody
-    units = needed(seen, hessian, spare, size=size, teams=teams)
+    alive = moments.diagonal() > 0
+    needing = weight * alive if bool(alive.any()) else weight  # nobody needs an input that was always 0, but where none was ever seen
+    units = needed(needing, hessian, spare, size=size, teams=teams)
     kept = inputs_of(units, size)
-    made = fitted(seen, hessian, kept) if compensate else weight[:, kept].contiguous()
+    made = fitted(weight, hessian, kept) if compensate else weight[:, kept].contiguous()
     return Spared(units, made, lost(weight, made, kept, moments))
 
 
