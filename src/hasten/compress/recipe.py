@@ -25,11 +25,13 @@ from hasten.compress.cut.width import CutWidth, check_cut_width, cut_width
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
+from hasten.compress.low_rank import Rank, check_rank, rank
 from hasten.compress.mixed import Mixed, check_mixed, mixed
 from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
+from hasten.compress.share import Share, check_share, share
 from hasten.compress.static import Static, check_static, fed_int8, static_transform
 from hasten.compress.walk import Run
 from hasten.model import Model
@@ -92,6 +94,8 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
         Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),
+        Transform("rank", Rank, rank, check_rank, stage=Stage.SHAPES),
+        Transform("share", Share, share, check_share, lambda settings: False, stage=Stage.SHAPES),
         Training("heal", Heal, heal, check_heal),
         Training("qat", Qat, qat, check_qat, Stage.ROUNDS),
     )
