@@ -14,7 +14,7 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.compress.blocks import Moments
 from hasten.compress.budget import least_cost
 from hasten.compress.cut.described import described
-from hasten.compress.cut.slices import check_cache, check_plain, check_share, remade, taken, text_facts
+from hasten.compress.cut.slices import check_cache, check_damp, check_matrices, check_plain, check_share, remade, taken, text_facts
 from hasten.compress.cut.spare import Spared, inputs_of, spared
 from hasten.compress.data import Text, text_of
 from hasten.compress.sensitivity import divergences
@@ -100,9 +100,9 @@ class Heads:
 def check_cut_heads(model: Model, settings: CutHeads) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     check_share(settings.share)
+    check_matrices(model.spec, low_rank=False)
     check_cache(model)
-    if not 0 < settings.damp < 1:
-        raise ConfigError(f"damp is {settings.damp}; accepted is a share between 0 and 1, as 0.01")
+    check_damp(settings.damp)
     if settings.measure < 1:
         raise ConfigError(f"measure is {settings.measure}; at least 1 window is needed")
     cut = heads_of(model.spec, settings)

@@ -8,24 +8,29 @@ import msgspec
 import torch
 
 from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.compress.cut.behind import made_good
 from hasten.compress.cut.described import described
-from hasten.compress.cut.slices import check_cache, check_share, remade, text_facts
+from hasten.compress.cut.slices import check_cache, check_damp, check_matrices, check_share, remade, text_facts
 from hasten.compress.data import Text
 from hasten.compress.walk import Block, Run, Treated, walk
 from hasten.model import Model, Provenance
-from hasten.spec import Attention, GatedDeltaNet, Mixer, SlidingWindow, Spec
+from hasten.spec import Attention, GatedDeltaNet, Mixer, PostNorm, SlidingWindow, Spec
 
 
 class CutLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``count`` blocks go, or a ``share`` of them; a quarter where neither is given."""
+    """``count`` blocks go, or a ``share`` of them; a quarter where neither is given. Without ``compensate`` the others stay as they are."""
 
     count: int | None = None
     share: float | None = None
+    compensate: bool = True
+    damp: float = 0.01
 
 
 def check_cut_layers(model: Model, settings: CutLayers) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     layers_to_go(model.spec, settings)
+    check_damp(settings.damp)
+    check_matrices(model.spec, low_rank=True)
     check_cache(model)
     if model.spec.exits:
         raise UnsupportedError("the model has early exits, each behind a block that might go; cut layers before exits are added")
@@ -52,9 +57,12 @@ def cut_layers(model: Model, settings: CutLayers, text: Text, run: Run) -> Model
         found = influences(without_layers(model, left), settings, text, run.part(str(number)))
         least = min(range(len(left)), key=found.__getitem__)
         influence[f"blocks.{left.pop(least)}"] = found[least]
-    made = without_layers(model, left)
     gone = sorted({*range(len(model.spec.blocks))} - {*left})
-    evidence = {"layers": gone, "of": len(model.spec.blocks), "influence": influence, **text_facts(text)}
+    evidence: dict[str, Any] = {"layers": gone, "of": len(model.spec.blocks), "influence": influence, **text_facts(text)}
+    kept = model
+    if settings.compensate and not any(isinstance(block.wiring, PostNorm) for block in model.spec.blocks):
+        kept, evidence["error_left"] = made_good(model, gone, settings.damp, text, run.part("fit"))
+    made = without_layers(kept, left)
     made = remade(made, made.spec, dict(made.weights), Provenance("cut_layers", msgspec.to_builtins(settings), evidence))
     return dataclasses.replace(made, source=described(model.source, made.spec, _changes(made.spec)))
 

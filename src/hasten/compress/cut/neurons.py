@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.base.errors import ConfigError
 from hasten.compress.cut.described import described
-from hasten.compress.cut.slices import check_plain, check_share, kept_of, remade, taken, text_facts
+from hasten.compress.cut.slices import check_damp, check_matrices, check_plain, check_share, kept_of, remade, taken, text_facts
 from hasten.compress.cut.spare import spared
 from hasten.compress.data import Text
 from hasten.compress.sites import Layers, sites_of
@@ -56,8 +56,8 @@ class Units:
 def check_cut_neurons(model: Model, settings: CutNeurons) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     check_share(settings.share)
-    if not 0 < settings.damp < 1:
-        raise ConfigError(f"damp is {settings.damp}; accepted is a share between 0 and 1, as 0.01")
+    check_matrices(model.spec, low_rank=False)
+    check_damp(settings.damp)
     cut = units_of(model.spec, settings)
     if not cut:
         raise ConfigError(f"{model.name} has no feed-forward that is not skipped, so no unit can be cut; leave this transform out")

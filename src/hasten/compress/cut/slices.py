@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.compress.data import Text
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weight, Weights
@@ -43,11 +43,26 @@ def check_share(share: float) -> None:
         raise ConfigError(f"share is {share}; accepted is a number between 0 and 1, as 0.25, of what is to go")
 
 
+def check_damp(damp: float) -> None:
+    """Raise ConfigError for what damps nothing or everything."""
+    if not 0 < damp < 1:
+        raise ConfigError(f"damp is {damp}; accepted is a share between 0 and 1, as 0.01")
+
+
 def check_plain(model: Model, names: list[str]) -> None:
     """Raise ConfigError where one of the weights is stored quantized."""
     for name in names:
         if isinstance(model.weights[name], QuantizedWeight):
             raise ConfigError(f"{name} is quantized already, so it cannot be cut; put this transform before those that round")
+
+
+def check_matrices(spec: Spec, *, low_rank: bool) -> None:
+    """Raise UnsupportedError where blocks share matrices, or, unless ``low_rank`` is well, have some as products of two."""
+    for index, block in enumerate(spec.blocks):
+        if block.shares is not None:
+            raise UnsupportedError(f"blocks.{index} shares its matrices with another, who would be cut with it; cut before they are shared")
+        if block.low_rank and not low_rank:
+            raise UnsupportedError(f"blocks.{index}.{block.low_rank[0].layer} is a product of two matrices; cut before their rank is")
 
 
 def check_cache(model: Model) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.base.errors import UnsupportedError
 from hasten.compress.cut.described import described
-from hasten.compress.cut.slices import check_plain, check_share, kept_of, remade, text_facts
+from hasten.compress.cut.slices import check_damp, check_matrices, check_plain, check_share, kept_of, remade, text_facts
 from hasten.compress.data import Text
 from hasten.compress.rotate import Turns, turns_of
 from hasten.compress.sites import Site
@@ -61,9 +61,9 @@ class Basis:
 def check_cut_width(model: Model, settings: CutWidth) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     check_share(settings.share)
+    check_matrices(model.spec, low_rank=True)
     kept_of(model.spec.width, settings.share, "features of the residual stream")
-    if not 0 < settings.damp < 1:
-        raise ConfigError(f"damp is {settings.damp}; accepted is a share between 0 and 1, as 0.01")
+    check_damp(settings.damp)
     if model.spec.exits:
         raise UnsupportedError("the model has early exits, whose heads would have to be cut for themselves; cut the width before")
     turns = _turns(model.spec)
@@ -188,7 +188,7 @@ def reading(basis: Basis, x: str, *, normed: bool, compensate: bool, damp: float
             added = damp * inside.diagonal().mean() + 1e-30
             inside.diagonal().add_(added)
             guess = torch.linalg.solve(inside, (square @ kept + added * kept).T).T
-        return (guess / (basis.scale(x) if normed else 1.0)).float().contiguous()
+    return guess.div(basis.scale(x) if normed else 1.0).float().contiguous()
 
 
 def final_scales(table: Tensor, old: Tensor, basis: Basis, damp: float) -> Tensor:
@@ -206,7 +206,8 @@ def final_scales(table: Tensor, old: Tensor, basis: Basis, damp: float) -> Tenso
         likely = (kept.T * old @ kept).diagonal() / scale
         added = damp * inner.diagonal().mean() + 1e-30
         inner.diagonal().add_(added)
-        return torch.linalg.solve(inner, cross.diagonal() + added * likely)
+        found: Tensor = torch.linalg.solve(inner, cross.diagonal() + added * likely)
+    return found
 
 
 def _final(model: Model, norm: str, offset: float, basis: Basis, settings: CutWidth) -> Weight:
