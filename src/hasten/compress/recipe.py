@@ -22,6 +22,10 @@ from hasten.compress.convert.heads import KvHeads, check_kv_heads, kv_heads
 from hasten.compress.convert.latent import Latent, check_latent, latent
 from hasten.compress.convert.share import ShareKv, check_share_kv, share_kv
 from hasten.compress.convert.window import Window, check_window, window
+from hasten.compress.cut.heads import CutHeads, check_cut_heads, cut_heads
+from hasten.compress.cut.layers import CutLayers, check_cut_layers, cut_layers
+from hasten.compress.cut.neurons import CutNeurons, check_cut_neurons, cut_neurons
+from hasten.compress.cut.width import CutWidth, check_cut_width, cut_width
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
@@ -91,6 +95,10 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("sparsegpt", SparseGpt, prune, check_prune, stage=Stage.PRUNES),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
+        Transform("cut_neurons", CutNeurons, cut_neurons, check_cut_neurons, stage=Stage.SHAPES),
+        Transform("cut_heads", CutHeads, cut_heads, check_cut_heads, stage=Stage.SHAPES),
+        Transform("cut_width", CutWidth, cut_width, check_cut_width, stage=Stage.SHAPES),
+        Transform("cut_layers", CutLayers, cut_layers, check_cut_layers, stage=Stage.SHAPES),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
         Transform("kv_heads", KvHeads, kv_heads, check_kv_heads, stage=Stage.SHAPES),
         Transform("latent", Latent, latent, check_latent, stage=Stage.SHAPES),
