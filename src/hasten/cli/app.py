@@ -13,6 +13,7 @@ from hasten.cli.bench import bench
 from hasten.cli.cache import cache
 from hasten.cli.chat import chat
 from hasten.cli.compare import compare
+from hasten.cli.distill import distill
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
@@ -41,6 +42,7 @@ app.command("warm")(warm)
 app.command("quantize")(quantize)
 app.command("apply")(apply)
 app.command("train")(train)
+app.command("distill")(distill)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 
