@@ -150,7 +150,7 @@ def test_the_command_gates_on_the_loss_with_that_cache(tmp_path, monkeypatch, ca
     assert done.code == 0, done.err
     facts = json.loads(done.out)
     assert facts["cache"] == "fp8"
-    assert facts["rounded_share"] is None
+    assert "smaller" not in facts
     assert facts["loss"] != facts["base_loss"]
     read = load(tmp_path / "out")
     windows, window = gate_windows(read, Gate(tokens=1000))

@@ -43,7 +43,7 @@ def test_every_method_writes_what_loads_and_is_smaller(method, weights, share, t
     done = hasten("quantize", "code-8m", out, "--method", method, *asked, *QUICK, "--json", "--max-loss", "20")
     assert done.code == 0, done.err
     facts = json.loads(done.out)
-    assert facts["rounded_share"] < share
+    assert facts["smaller_share"] < share
     assert abs(facts["loss"] / facts["base_loss"] - 1) < 0.2
     assert 0 < facts["kl"] < 0.3
     assert 0.8 < facts["agreement"] <= 1
@@ -148,8 +148,9 @@ def test_what_is_read_back_as_it_was_is_kept(rounded, tmp_path):
 
 
 def test_a_layer_that_got_no_smaller_is_an_error(rounded):
-    before, after = require_smaller(load("code-8m"), rounded)
-    assert after / before < 0.51
+    shrunk = require_smaller(load("code-8m"), rounded)
+    assert shrunk.what == "rounded weights"
+    assert shrunk.after / shrunk.before < 0.51
     with pytest.raises(GateError, match="no smaller"):
         require_smaller(rounded, rounded)
     with pytest.raises(GateError, match="nothing to save"):

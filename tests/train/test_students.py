@@ -62,6 +62,24 @@ def test_an_early_exit_goes_with_its_block(directory):
     assert set(ended.weights) == set(lower(ended.spec).params)
 
 
+@pytest.mark.parametrize("layers", [(0, 1, 4), (1, 2, 3), (2, 3), (1,)])
+def test_layers_that_share_keep_their_matrices(directory, layers):
+    """Blocks 1 and 3 have the matrices of 0: cut, each plays what it played, whoever is left of them."""
+    model = load_directory(directory, "small")
+    blocks = [structs.replace(block, shares=0 if place in {1, 3} else None) for place, block in enumerate(model.spec.blocks)]
+    spec = structs.replace(model.spec, blocks=tuple(blocks))
+    shared = dataclasses.replace(model, spec=spec, source=None, weights=Weights({name: model.weights[name] for name in lower(spec).params}))
+    cut = students.cut_depth(shared, layers)
+    assert set(cut.weights) == set(lower(cut.spec).params)
+    plain = dict(model.weights)
+    for place in (1, 3):
+        plain |= {name: plain[name.replace(f"blocks.{place}.", "blocks.0.")] for name in plain
+                  if name.startswith(f"blocks.{place}.") and len(plain[name].shape) > 1}  # fmt: skip
+    expected = students.cut_depth(dataclasses.replace(model, weights=Weights(plain)), layers)
+    np.testing.assert_allclose(cut.logits(IDS), expected.logits(IDS), atol=1e-5)
+    assert len(cut.weights) < len(expected.weights) or len({0, 1, 3} & set(layers)) < 2
+
+
 @pytest.mark.parametrize("family", [family.name for family in all_families()])
 def test_a_config_says_the_cut_or_is_given_up(family):
     """Whatever config is kept describes the cut Spec."""

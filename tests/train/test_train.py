@@ -11,7 +11,7 @@ import transformers
 from hasten import train
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import load_directory
-from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, Steps, Work
+from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, SoftLabels, Steps, Work
 from hasten.train.muon import Muon, orthogonal
 
 VOCAB, STEPS = 97, 6
@@ -175,6 +175,20 @@ def test_only_answers_are_learned(model, tmp_path):
     logits = [torch.tensor(model.logits(each[:-1])) for each in ids]
     expected = [torch.nn.functional.cross_entropy(each[9:].float(), torch.tensor(one[10:])).item() for each, one in zip(logits, ids)]
     assert loss == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_a_student_comes_nearer_to_its_teacher(model, tmp_path):
+    asked = settings(budget=Steps(30))
+    program = asked.program(model.spec, 32)
+    teacher = {name: tensor.detach() for name, tensor in Plain.of(program, model.weights).weights().items()}
+    objective = SoftLabels(program, teacher, temperature=2.0)
+    same = run(model, tmp_path / "same", settings(budget=Steps(1)), objective=objective)
+    assert same.losses == pytest.approx([0.0], abs=1e-5)
+    student = Plain.of(program, train.untrained(program, 0))
+    found = train.train(program, student, BATCHES, objective, asked, Work(tmp_path / "student", 1))
+    assert found.losses[-1] < 0.5 * found.losses[0]
+    logged = [json.loads(line) for line in (tmp_path / "student" / "losses.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == pytest.approx(line["soft"]) and line["labels"] > 0 for line in logged)
 
 
 def test_it_says_when_it_cannot_go_on(model, tmp_path):

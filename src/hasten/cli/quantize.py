@@ -14,6 +14,7 @@ from hasten.cli.chosen import print_chosen
 from hasten.cli.terminal import notify, reporter, visible_line
 
 if TYPE_CHECKING:
+    from hasten.compress.gates import Shrunk
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
 
@@ -206,14 +207,12 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
 
     from hasten.checkpoint import unread_elsewhere
 
-    found, timed = made.comparison, made.timed
+    found, timed, shrunk = made.comparison, made.timed, made.shrunk
     return {
         "model": name,
         "out": str(out),
         "recipe": [{step.transform.name: msgspec.to_builtins(step.settings)} for step in steps],
-        "rounded_bytes_before": made.before,
-        "rounded_bytes": made.after,
-        "rounded_share": made.after / made.before if made.before else None,
+        **({} if shrunk is None else _shares(shrunk)),
         "base_bytes": base_bytes,
         "bytes": made.model.weights.nbytes,
         "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
@@ -228,10 +227,7 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
 def _print(facts: dict[str, Any]) -> None:
     names = ", ".join(key for step in facts["recipe"] for key in step)
     typer.echo(visible_line(f"{facts['model']} → {facts['out']} by {names}"))
-    if facts["rounded_share"] is None:
-        typer.echo(f"no weight was rounded; all weights {facts['bytes']:,} bytes")
-    else:
-        typer.echo(_shrunk(facts))
+    typer.echo(_shrunk(facts))
     if facts["cache"] is not None:
         typer.echo(f"keys and values are kept in {facts['cache']} wherever the model is played, unless --cache asks for another format")
     if "loss" in facts:
@@ -254,9 +250,18 @@ def _print(facts: dict[str, Any]) -> None:
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
 
 
+def _shares(shrunk: "Shrunk") -> dict[str, Any]:
+    return {
+        "smaller": shrunk.what, "smaller_bytes_before": shrunk.before, "smaller_bytes": shrunk.after,
+        "smaller_share": shrunk.after / shrunk.before,
+    }  # fmt: skip
+
+
 def _shrunk(facts: dict[str, Any]) -> str:
+    if "smaller" not in facts:
+        return f"no weight was made smaller; all weights {facts['bytes']:,} bytes"
     return (
-        f"rounded weights {facts['rounded_bytes_before']:,} → {facts['rounded_bytes']:,} bytes ({facts['rounded_share']:.3f}); "
+        f"{facts['smaller']} {facts['smaller_bytes_before']:,} → {facts['smaller_bytes']:,} bytes ({facts['smaller_share']:.3f}); "
         f"all weights {facts['base_bytes']:,} → {facts['bytes']:,}"
     )
 

@@ -30,7 +30,10 @@ TextOption = Annotated[
     ),
 ]
 GenerateOption = Annotated[
-    int | None, typer.Option("--generate", min=1, metavar="TOKENS", help="Learn from so many tokens that the model to learn from writes.")
+    int | None,
+    typer.Option(
+        "--generate", min=1, metavar="TOKENS", help="Learn from so many tokens that a model writes: the teacher, else the model itself."
+    ),
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write the loss curve as a picture, as in loss.png.")]
 EvalTokensOption = Annotated[int, typer.Option("--eval-tokens", min=1, help="Tokens of the held-out set to measure, before and after.")]
@@ -174,19 +177,18 @@ def text_of(
 
 def settings_of(learning: Learning) -> Any:
     """The trainer's settings. Raises ConfigError for what does not go together."""
-    from hasten.train import Minutes, Settings, Steps
+    from hasten.train import Minutes, Settings, Steps, precision_here
 
     if learning.steps is not None and learning.minutes is not None:
         raise ConfigError(f"--steps {learning.steps} and --minutes {learning.minutes} both say how long; give one")
     if learning.precision not in PRECISIONS:
         options.refuse("--precision", learning.precision, ", ".join(PRECISIONS))
     budget = Steps(learning.steps) if learning.steps is not None else Minutes(10.0 if learning.minutes is None else learning.minutes)
-    quick = hardware.detect().cpu.features & {"amx_bf16", "avx512_bf16"}
-    bfloat16 = learning.precision == "bfloat16" or learning.precision == "auto" and bool(quick)
+    precision = precision_here() if learning.precision == "auto" else learning.precision
     return Settings(
         budget=budget, rate=learning.rate, warmup=learning.warmup, decay=learning.decay, weight_decay=learning.weight_decay,
         muon=not learning.adamw, together=learning.together, recompute=learning.recompute,
-        precision="bfloat16" if bfloat16 else "float32",
+        precision="bfloat16" if precision == "bfloat16" else "float32",
     )  # fmt: skip
 
 

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import save
-from hasten.compress.learn import (
-    Lesson,
-    check_free,
-    check_trainable,
-    evidence_of,
-    longest,
-    measured,
-    read_lesson,
-    stored_like,
-)
+from hasten.compress.heal import check_trainable, learned_into, parameters_of
+from hasten.compress.learn import Lesson, check_free, evidence_of, longest, measured, read_lesson
 from hasten.compress.students import Pairs, check_pairs, check_together, pairs_of, weights_digest
 from hasten.formats.weights import Weights
 from hasten.measure import Evaluation
@@ -30,6 +22,7 @@ from hasten.program import Program
 from hasten.spec import Attention, LatentAttention, Spec
 from hasten.train import (
     AttentionMaps,
+    Beside,
     Divergence,
     Follows,
     Hidden,
@@ -126,13 +119,13 @@ def distill(
     if began is not None:
         began(text, sum(example.learned for example in batches.examples))
     programs = {name: lesson.settings.program(model.spec, longest(batches)) for name, model in models.items()}
-    plain, programs = programs, {**programs, STUDENT: projected(programs[STUDENT], projections)}
-    program = joined({name: each.with_outputs(taps_of(together, name)) for name, each in programs.items()})
+    played = {**programs, STUDENT: projected(programs[STUDENT], projections)}
+    program = joined({name: each.with_outputs(taps_of(together, name)) for name, each in played.items()})
     fixed = {TEACHER} if teaching.teacher == "fixed" else set()
-    parameters = _parameters(programs, models, fixed, lesson.seed)
+    parameters = _parameters(programs, models, played[STUDENT], fixed, lesson.seed)
     trained = train(program, parameters, batches, together, lesson.settings, work)
     made = {
-        name: dataclasses.replace(model, weights=_learned(model, plain[name], of_member(name, trained.weights)))
+        name: dataclasses.replace(model, weights=_learned(model, programs[name], of_member(name, trained.weights)))
         for name, model in models.items()
         if name not in fixed
     }
@@ -228,20 +221,24 @@ def _learners(names: Sequence[str], features: tuple[Follows, ...], teaching: Tea
     return tuple(made)
 
 
-def _parameters(programs: Mapping[str, Program], models: Mapping[str, Model], fixed: Collection[str], seed: int) -> Parameters:
-    """Those of every member: its own, and those of its projections, which begin from nothing."""
-    members = {}
+def _parameters(
+    programs: Mapping[str, Program], models: Mapping[str, Model], projected_student: Program, fixed: Collection[str], seed: int
+) -> Parameters:
+    """Those of every member, and those of the student's projections, which begin from nothing."""
+    members: dict[str, Parameters] = {}
     for name, program in programs.items():
-        own = {key: array for key, array in models[name].weights.arrays() if key in program.params}
-        others = {key: shape for key, shape in program.params.items() if key not in own}
-        begun = untrained(dataclasses.replace(program, params=others), seed)
-        members[name] = Plain.of(program, {**own, **begun}, program.params if name in fixed else ())
+        weights = models[name].weights
+        members[name] = Plain.of(program, weights, program.params) if name in fixed else parameters_of(program, weights)
+    fresh = {name: shape for name, shape in projected_student.params.items() if name not in programs[STUDENT].params}
+    if fresh:
+        begun = untrained(dataclasses.replace(projected_student, params=fresh), seed)
+        members[STUDENT] = Beside(members[STUDENT], Plain.of(projected_student, begun))
     return Joined(members)
 
 
 def _learned(model: Model, program: Program, weights: Mapping[str, Tensor]) -> Weights:
     """The weights of ``model`` as they were learned, without what served learning alone."""
-    return stored_like(model.weights, {name: weights[name] for name in program.params})
+    return learned_into(model.weights, {name: weights[name] for name in program.params})
 
 
 def block_output(program: Program, block: int) -> str:

@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from hasten.compress.gates import Shrunk
 from hasten.measure.compare import Comparison
 from hasten.measure.speed import Speeds, SpeedTest
 from hasten.model import Model, Provenance
@@ -32,9 +33,11 @@ class Timed:
         return self.made.lines("slower", "no faster")
 
 
-def with_evidence(model: Model, before: int, after: int, found: Comparison | None, gate: Gate, timed: Timed | None) -> Model:
+def with_evidence(model: Model, shrunk: Shrunk | None, found: Comparison | None, gate: Gate, timed: Timed | None) -> Model:
     """``model`` with a last entry of provenance that says what it was measured to be."""
-    evidence: dict[str, Any] = {"rounded_bytes_before": before, "rounded_bytes": after, "bytes": model.weights.nbytes}
+    evidence: dict[str, Any] = {"bytes": model.weights.nbytes}
+    if shrunk is not None:
+        evidence |= {"smaller": shrunk.what, "smaller_bytes_before": shrunk.before, "smaller_bytes": shrunk.after}
     if found is not None:
         evidence |= dataclasses.asdict(found) | {"increase": found.increase, "text": str(gate.path or "held-out standard library")}
     if timed is not None:

@@ -1,5 +1,6 @@
 """What must hold of a compressed model before it is kept."""
 
+import dataclasses
 import glob
 import secrets
 import shutil
@@ -25,21 +26,37 @@ class GateError(UserError):
     """A compressed model is not worth keeping."""
 
 
-def require_smaller(original: Model, model: Model) -> tuple[int, int]:
-    """Bytes of the weights that were rounded, before and after. Raises GateError for one that got no smaller, or where none was rounded."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shrunk:
+    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights", or "blocks" where their shapes changed."""
+
+    what: str
+    before: int
+    after: int
+
+
+def require_smaller(original: Model, model: Model) -> Shrunk:
+    """What got smaller. Raises GateError for a stored form that is no smaller than what it stands for, or where nothing is smaller."""
+    same = original.spec.blocks == model.spec.blocks and original.spec.width == model.spec.width
     before = after = 0
     for name, weight in model.weights.items():
         if not isinstance(weight, QuantizedWeight):
             continue
-        old = original.weights[name].nbytes
+        old = original.weights[name].nbytes if same and name in original.weights else 2 * weight.size
         if weight.nbytes >= old:
             raise GateError(
                 f"{name} takes {weight.nbytes:,} bytes in {weight.form} and took {old:,}: no smaller; skip it, or take fewer bits"
             )
         before, after = before + old, after + weight.nbytes
-    if not after:
+    if not same:
+        before, after = (_bytes_of_blocks(each) for each in (original, model))
+    if not after or after >= before:
         raise GateError("no weight was made smaller, so there is nothing to save")
-    return before, after
+    return Shrunk("rounded weights" if same else "blocks", before, after)
+
+
+def _bytes_of_blocks(model: Model) -> int:
+    return sum(weight.nbytes for name, weight in model.weights.items() if name.startswith("blocks."))
 
 
 def require_loss(found: Comparison, most: float) -> None:

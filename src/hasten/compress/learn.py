@@ -2,26 +2,24 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-from torch import Tensor
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import save
 from hasten.compress.examples import read_examples
 from hasten.compress.generated import Generated, generate_text
+from hasten.compress.heal import check_trainable, in_dtype, learned_into, parameters_of
 from hasten.engine.backends import choose_backend
-from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
-from hasten.formats.weights import DTYPES, Array, Weight, Weights
+from hasten.formats.weights import DTYPES, Weights
 from hasten.measure import Evaluation, cut_windows, held_out, score_windows
 from hasten.model import Model, Provenance
 from hasten.program import lower
 from hasten.spec import Spec
-from hasten.train import Batches, Labels, Plain, Settings, Trained, Work, train, untrained
+from hasten.train import Batches, Labels, Settings, Trained, Work, train, untrained
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,13 +68,6 @@ def fresh(spec: Spec, like: Model, name: str, seed: int) -> Model:
     return Model(name=name, spec=spec, weights=weights, tokenizer=tokenizer, generation=like.generation, source=source)
 
 
-def check_trainable(model: Model) -> None:
-    """Raise ConfigError for weights that are stored quantized: what rounding took cannot be learned back in place."""
-    for name, weight in model.weights.items():
-        if isinstance(weight, QuantizedWeight | DequantizedWeight):
-            raise ConfigError(f"{name} is stored quantized, so it cannot be trained as it is; start from the original")
-
-
 def learn(
     model: Model, lesson: Lesson, directory: Path, work: Work, *, overwrite: bool = False, began: Callable[[str, int], None] | None = None,
     tokens: int = 32768,
@@ -92,8 +83,8 @@ def learn(
     if began is not None:
         began(text, sum(example.learned for example in batches.examples))
     program = lesson.settings.program(model.spec, longest(batches))
-    trained = train(program, Plain.of(program, model.weights), batches, Labels(), lesson.settings, work)
-    made = dataclasses.replace(model, weights=stored_like(model.weights, trained.weights))
+    trained = train(program, parameters_of(program, model.weights), batches, Labels(), lesson.settings, work)
+    made = dataclasses.replace(model, weights=learned_into(model.weights, trained.weights))
     before, after = (measured(each, tokens) for each in (model, made))
     evidence = evidence_of(text, batches, trained)
     for when, found in (("before", before), ("after", after)):
@@ -133,20 +124,6 @@ def evidence_of(text: str, batches: Batches, trained: Trained) -> dict[str, Any]
         "text": text, "sha256": batches.sha256, "steps": steps, "epochs": round(batches.epochs(steps), 3),
         "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
     }  # fmt: skip
-
-
-def stored_like(weights: Weights, learned: Mapping[str, Tensor]) -> Weights:
-    """``weights`` with those that were learned in their place, each in the dtype it had."""
-    made: dict[str, Weight] = dict(weights)
-    for name, tensor in learned.items():
-        made[name] = in_dtype(tensor.numpy(), weights[name].dtype)
-    return Weights(made)
-
-
-def in_dtype(array: Array, dtype: np.dtype[Any]) -> Weight:
-    """An array as a weight of ``dtype``, rounded to nearest, half to even."""
-    made = array if array.dtype == dtype else array.astype(dtype)
-    return Weight(made.shape, made.dtype, lambda: made)
 
 
 def measured(model: Model, tokens: int) -> Evaluation | None:

@@ -10,9 +10,9 @@ import numpy as np
 from hasten.base.errors import UserError
 from hasten.compress.data import Text, cut_text, read_documents, text_of
 from hasten.compress.evidence import Gate, Timed, with_evidence
-from hasten.compress.gates import require_loss, require_smaller, save_checked
+from hasten.compress.gates import Shrunk, require_loss, require_smaller, save_checked
 from hasten.compress.preflight import Estimate, estimate
-from hasten.compress.recipe import Step, carry_out, check_recipe
+from hasten.compress.recipe import Stage, Step, carry_out, check_recipe
 from hasten.compress.walk import Run
 from hasten.measure import Windows, cut_windows, held_out, read_corpus
 from hasten.measure.compare import Comparison, compare, even_windows
@@ -33,12 +33,11 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Made:
-    """What was made: the model, bytes of its rounded weights before and after, and what it is next to the original, where that was
+    """What was made: the model, what of it got smaller (None where only its cache did), and what it is next to the original, where that was
     measured (a model without a tokenizer has no text to be measured on), and how fast it is, or why it was not timed."""
 
     model: Model
-    before: int
-    after: int
+    shrunk: Shrunk | None
     comparison: Comparison | None
     timed: Timed | str
 
@@ -73,17 +72,17 @@ def make(
     if began is not None:
         began(will_take)
     made = carry_out(model, recipe, text, run)
-    before, after = require_smaller(model, made) if any(step.transform.changes_weights for step in recipe) else (0, 0)
+    shrunk = require_smaller(model, made) if any(step.transform.stage is not Stage.MARKS for step in recipe) else None
     found = None
     if windows is not None:
         (found,) = compare(model, [made], windows, window, lambda done, of: run.report("held-out loss", done, of))
         if gate.most is not None:
             require_loss(found, gate.most)
     timed = time_both(model, made, speed, run)
-    made = with_evidence(made, before, after, found, gate, timed if isinstance(timed, Timed) else None)
+    made = with_evidence(made, shrunk, found, gate, timed if isinstance(timed, Timed) else None)
     save_checked(made, directory, overwrite=overwrite)
     shutil.rmtree(run.work, ignore_errors=True)
-    return Made(made, before, after, found, timed)
+    return Made(made, shrunk, found, timed)
 
 
 def gate_windows(model: Model, gate: Gate) -> tuple[Windows | None, int]:

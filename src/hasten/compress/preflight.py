@@ -10,6 +10,7 @@ from hasten.base import hardware
 from hasten.base.errors import UserError
 from hasten.compress.blocks import CHUNK, pieces
 from hasten.compress.data import Text
+from hasten.compress.heal import Heal
 from hasten.compress.mixed import Mixed
 from hasten.compress.recipe import Step
 from hasten.compress.rounding import Rounding, Uniform
@@ -73,7 +74,22 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
     windows = max((step.settings.measure for step in recipe if isinstance(step.settings, Mixed)), default=0)
     measured = 0 if text is None else 4 * sum(map(len, text.windows[:windows])) * (all_rows + 2 * rows)
     disk = (stored * 5 // 4 if rounding else 0) + max(measured, 0 if text is None else 16 * text.tokens * rows)
-    return Estimate(WORKING + max(most, _played(model, recipe)), disk)
+    learning = [_learning(model, step.settings) for step in recipe if isinstance(step.settings, Heal)]
+    return Estimate(
+        WORKING + max(most, _played(model, recipe), *(each.memory for each in learning)), max(disk, *(each.disk for each in learning), 0)
+    )
+
+
+def _learning(model: Model, settings: Heal) -> Estimate:
+    """Float32 masters with what they are played with, their gradients, two moments and the original; the values of the tokens that are
+    played at once, and twice those of their logits. On disk, masters and moments."""
+    program = settings.training().program(model.spec, settings.length(model))
+    size = sum(math.prod(shape) for shape in program.params.values())
+    values = sum(math.prod(value.features) for value in program.values.values())
+    tokens = max(settings.together, settings.length(model))
+    if settings.recompute:
+        values //= max(1, len(model.spec.blocks) // 2)
+    return Estimate(4 * (6 * size + tokens * (values + 3 * model.spec.vocab)), 12 * size)
 
 
 def _played(model: Model, recipe: Sequence[Step]) -> int:

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import enum
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -19,10 +20,14 @@ from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_lin
 from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
+from hasten.compress.heal import Heal, check_heal, heal
+from hasten.compress.low_rank import Rank, check_rank, rank
 from hasten.compress.mixed import Mixed, check_mixed, mixed
+from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
+from hasten.compress.share import Share, check_share, share
 from hasten.compress.static import Static, check_static, fed_int8, static_transform
 from hasten.compress.walk import Run
 from hasten.model import Model
@@ -33,31 +38,58 @@ RECIPE_LIMIT = 1 << 20
 """Bytes of a recipe that are read."""
 
 
+class Stage(enum.IntEnum):
+    """What a transform does to weights, which says where it may stand in a recipe. MARKS changes none; the others come in this order, but
+    what TRAINS may stand anywhere before what ROUNDS."""
+
+    MARKS = 0
+    TRAINS = 1
+    SHAPES = 2
+    PRUNES = 3
+    SCALES = 4
+    ROUNDS = 5
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transform:
     """A transform by name: its ``settings`` type, ``apply`` (model, settings, text, run) → model, ``check`` (model, settings), which raises
-    UserError for what cannot work, whether these settings look at text, and whether it changes weights, so that it cannot follow one that
-    rounds."""
+    UserError for what cannot work, whether these settings look at text, and where it stands in a recipe."""
 
     name: str
     settings: type[msgspec.Struct]
     apply: Callable[[Model, Any, Any, Run], Model]
     check: Callable[[Model, Any], None]
     needs_text: Callable[[Any], bool] = lambda settings: True
-    changes_weights: bool = True
+    stage: Stage = Stage.SCALES
 
 
-BUILT_IN: Mapping[str, Transform] = {
+@dataclasses.dataclass(frozen=True, slots=True)
+class Training:
+    """A transform that learns, from text that its settings name, and from what the recipe began with: ``apply`` (model, settings,
+    original, run) → model."""
+
+    name: str
+    settings: type[msgspec.Struct]
+    apply: Callable[[Model, Any, Model, Run], Model]
+    check: Callable[[Model, Any], None]
+    stage: Stage = Stage.TRAINS
+
+
+BUILT_IN: Mapping[str, Transform | Training] = {
     each.name: each
     for each in (
-        Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs"),
-        Transform("gptq", Gptq, gptq_transform, check_rounding),
-        Transform("mixed", Mixed, mixed, check_mixed),
+        Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs", stage=Stage.ROUNDS),
+        Transform("gptq", Gptq, gptq_transform, check_rounding, stage=Stage.ROUNDS),
+        Transform("mixed", Mixed, mixed, check_mixed, stage=Stage.ROUNDS),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
-        Transform("static", Static, static_transform, check_static, changes_weights=False),
-        Transform("cache", Cache, cache_transform, check_cache, changes_weights=False),
+        Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
+        Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),
+        Transform("rank", Rank, rank, check_rank, stage=Stage.SHAPES),
+        Transform("share", Share, share, check_share, lambda settings: False, stage=Stage.SHAPES),
+        Training("heal", Heal, heal, check_heal),
+        Training("qat", Qat, qat, check_qat, Stage.ROUNDS),
     )
 }
 
@@ -66,26 +98,26 @@ BUILT_IN: Mapping[str, Transform] = {
 class Step:
     """One transform of a recipe with its settings."""
 
-    transform: Transform
+    transform: Transform | Training
     settings: Any
 
     @property
     def needs_text(self) -> bool:
         """Whether it looks at activations."""
-        return self.transform.needs_text(self.settings)
+        return isinstance(self.transform, Transform) and self.transform.needs_text(self.settings)
 
 
 Recipe = tuple[Step, ...]
 
 
-def find_transform(name: object) -> Transform:
+def find_transform(name: object) -> Transform | Training:
     """The transform of that name, built in or of the entry points ``hasten.transforms``. Raises UnsupportedError listing all."""
     if isinstance(name, str) and name in BUILT_IN:
         return BUILT_IN[name]
     entries = {entry.name: entry for entry in metadata.entry_points(group=ENTRY_POINTS)}
     if isinstance(name, str) and name in entries:
         found = entries[name].load()
-        if not isinstance(found, Transform):
+        if not isinstance(found, Transform | Training):
             raise UnsupportedError(f"entry point {name} of {ENTRY_POINTS} is {one_line(found)}, which is no Transform; ask its author")
         return found
     raise UnsupportedError(f"no transform {one_line(name)}; there are {', '.join(sorted({*BUILT_IN, *entries}))}")
@@ -139,25 +171,38 @@ def recipe_of(listed: object, name: str = "recipe") -> Recipe:
 
 def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
     """Raise UserError, with the reason, for what cannot work, before anything is begun: of each step alone, and of their order."""
-    rounded: list[Step] = []
     for place, step in enumerate(recipe):
+        before = recipe[:place]
         step.transform.check(model, step.settings)
-        scaled = [its for its in recipe[:place] if isinstance(its.settings, Awq | SmoothQuant)]
-        if isinstance(step.settings, Rotate) and scaled:
-            raise ConfigError(f"rotate stands after {scaled[0].transform.name}, whose scales it would take back; put it before")
-        fed = {each.settings.activations for each in rounded}
-        if isinstance(step.settings, Static) and "int8" not in fed and not fed_int8(model):
+        _refuse_order(before, step)
+        if isinstance(step.settings, Static) and "int8" not in _fed(before) and not fed_int8(model):
             raise ConfigError("static finds no weights that are fed int8; put it behind a transform that rounds with activations: int8")
-        if rounded and step.transform.changes_weights and not isinstance(step.settings, Rounding):
-            before = rounded[-1].transform.name
-            raise ConfigError(f"{step.transform.name} stands after {before}, which rounds: it would scale codes; put it before")
-        if isinstance(step.settings, Rounding):
-            for earlier in rounded:
+        for earlier in before:
+            if isinstance(step.settings, Rounding) and isinstance(earlier.settings, Rounding):
                 _refuse_twice(model, earlier, step)
-            rounded.append(step)
-    if rounded or not any(step.transform.changes_weights for step in recipe):
+    stages = {step.transform.stage for step in recipe}
+    if stages & {Stage.SHAPES, Stage.PRUNES, Stage.ROUNDS} or stages == {Stage.MARKS}:
         return
     raise ConfigError(f"no transform of {', '.join(step.transform.name for step in recipe)} makes anything smaller; add rtn or gptq")
+
+
+def _refuse_order(before: Sequence[Step], step: Step) -> None:
+    name, stage = step.transform.name, step.transform.stage
+    if stage is Stage.MARKS:
+        return
+    for earlier in before:
+        other, what = earlier.transform.name, earlier.transform.stage
+        if what is Stage.ROUNDS and stage is not Stage.ROUNDS:
+            raise ConfigError(f"{name} stands after {other}, which rounds: it would change codes; put it before")
+        if what is Stage.PRUNES and stage in {Stage.SHAPES, Stage.SCALES}:
+            raise ConfigError(f"{name} stands after {other}, whose zeros it would fill or move; put it before")
+        if what is Stage.SCALES and stage is Stage.SHAPES or isinstance(step.settings, Rotate) and what is Stage.SCALES:
+            raise ConfigError(f"{name} stands after {other}, whose scales it would take back; put it before")
+
+
+def _fed(steps: Sequence[Step]) -> set[str]:
+    """What the weights that these round are multiplied with."""
+    return {step.settings.activations for step in steps if isinstance(step.settings, Rounding)}
 
 
 def _refuse_twice(model: Model, earlier: Step, later: Step) -> None:
@@ -184,7 +229,10 @@ def carry_out(model: Model, recipe: Sequence[Step], text: Text | None, run: Run)
     for number, step in enumerate(recipe):
         digest.update(step.transform.name.encode() + msgspec.json.encode(step.settings))
         part = run.part(f"{number}-{step.transform.name}-{digest.hexdigest()[:8]}")
-        model = step.transform.apply(model, step.settings, text if step.needs_text else None, part)
+        if isinstance(step.transform, Training):
+            model = step.transform.apply(model, step.settings, original, part)
+        else:
+            model = step.transform.apply(model, step.settings, text if step.needs_text else None, part)
     return settled(model, original)
 
 

@@ -11,7 +11,7 @@ from hasten.base.errors import ConfigError, UserError, one_line
 from hasten.families import find_family
 from hasten.formats.weights import Weights
 from hasten.model import Model, Provenance, Source
-from hasten.spec import Spec
+from hasten.spec import Block, Spec
 
 Pairs = tuple[tuple[int, int], ...]
 """Which block of a student is compared with which of its teacher, from 0."""
@@ -36,6 +36,7 @@ def cut_depth(model: Model, layers: Sequence[int]) -> Model:
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < blocks:
         raise ConfigError(f"layers {one_line(list(kept))} are no rising list of the blocks of {model.name}, which are 0 to {blocks - 1}")
     places = {old: new for new, old in enumerate(kept)}
+    owners = _owners(model.spec, kept)
     exits = [number for number, early in enumerate(model.spec.exits) if early.after in places and early.after != kept[-1]]
     moved = {f"blocks.{old}.": f"blocks.{new}." for old, new in places.items()}
     moved |= {f"exits.{old}.": f"exits.{new}." for new, old in enumerate(exits)}
@@ -46,9 +47,11 @@ def cut_depth(model: Model, layers: Sequence[int]) -> Model:
             weights[name] = weight
         elif (head := f"{kind}.{rest.partition('.')[0]}.") in moved:
             weights[moved[head] + name.removeprefix(head)] = weight
+        elif kind == "blocks" and (heir := owners.get(int(rest.partition(".")[0]))) is not None and len(weight.shape) > 1:
+            weights[f"blocks.{places[heir]}." + name.removeprefix(head)] = weight
     spec = structs.replace(
         model.spec,
-        blocks=tuple(model.spec.blocks[old] for old in kept),
+        blocks=tuple(_shared(model.spec.blocks[old], old, owners, places) for old in kept),
         exits=tuple(structs.replace(model.spec.exits[old], after=places[model.spec.exits[old].after]) for old in exits),
     )
     made = Provenance("cut-depth", {"layers": list(kept)}, {"of": model.name, "blocks": blocks, "bytes": model.weights.nbytes})
@@ -56,6 +59,23 @@ def cut_depth(model: Model, layers: Sequence[int]) -> Model:
         model, spec=spec, weights=Weights(weights), source=_source(model.source, spec, kept), cache=None,
         provenance=(*model.provenance, made),
     )  # fmt: skip
+
+
+def _owners(spec: Spec, kept: Sequence[int]) -> dict[int, int]:
+    """By block whose matrices others share: the first of them that was kept, itself among them, which has the matrices now."""
+    made: dict[int, int] = {}
+    for place in kept:
+        shares = spec.blocks[place].shares
+        made.setdefault(place if shares is None else shares, place)
+    return made
+
+
+def _shared(block: Block, old: int, owners: Mapping[int, int], places: Mapping[int, int]) -> Block:
+    """``block``, number ``old``, sharing with whoever has its matrices now."""
+    if block.shares is None:
+        return block
+    owner = owners[block.shares]
+    return structs.replace(block, shares=None if owner == old else places[owner])
 
 
 def pairs_of(student: int, teacher: int, cut: Sequence[int] | None = None) -> Pairs:
@@ -90,7 +110,7 @@ def check_together(student: Model, teacher: Model) -> None:
 
 
 def weights_digest(model: Model) -> str:
-    """sha256 over the Spec and every weight as it is stored, in hexadecimal: which model it was, whatever its name."""
+    """sha256 over the Spec and what every weight stands for, in hexadecimal: which model it was, whatever its name."""
     digest = hashlib.sha256(model.spec.to_json())
     for name, array in model.weights.arrays():
         digest.update(f"{name} {array.dtype} {array.shape}".encode())

@@ -97,6 +97,10 @@ def walk(
 
     Kept in ``run.work``: what was made of each block, and what reaches the next. A later call with the same model, ``settings`` and text
     goes on behind the last block that was finished, and comes to the same bits. Raises UserError where the folder is another run's."""
+    if text is not None and any(block.shares is not None for block in model.spec.blocks):
+        raise ConfigError(
+            "layers share weights, which working block by block would treat twice; round them with rtn, without clip: outputs"
+        )
     key = fingerprint(model, settings, text)
     run.work.mkdir(parents=True, exist_ok=True)
     claim(run.work, key)

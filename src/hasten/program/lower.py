@@ -97,6 +97,8 @@ class _Builder:
         self.params: dict[str, tuple[int, ...]] = {}
         self.fixed: dict[tuple[str, float], int] = {}  # rounded value, step → which of its roundings
         self.groups: dict[StateGroup, list[str]] = {}  # key with layers=0 → one entry per slot
+        self.owner: tuple[str, str] | None = None  # the path of the block being written, and of the one that has its matrices
+        self.ranks = {f"blocks.{index}.{low.layer}": low.rank for index, block in enumerate(spec.blocks) for low in block.low_rank}
 
     def build(self) -> Program:
         layers: list[Layer] = []
@@ -108,14 +110,18 @@ class _Builder:
         layer("embedding", 0)
         outputs: list[str] = []
         for index, block in enumerate(self.spec.blocks):
-            start = len(self.ops)
-            x = self.block(f"blocks.{index}", block, x)
-            layer(f"blocks.{index}", start)
+            start, path = len(self.ops), f"blocks.{index}"
+            self.owner = None if block.shares is None else (f"{path}.", f"blocks.{block.shares}.")
+            x = self.block(path, block, x)
+            layer(path, start)
+            self.owner = None
             for number, early in enumerate(self.spec.exits):
                 if early.after == index:
                     start = len(self.ops)
                     outputs.append(self.head(f"exits.{number}.", early.head, early.norm, x))
                     layer(f"exits.{number}", start)
+        if unknown := sorted(name for name in self.ranks if f"{name}.a" not in self.values):
+            raise ConfigError(f"{one_line(unknown[0])} is no linear layer, so it has no rank; see inspect --program")
         start = len(self.ops)
         outputs.append(self.head("", self.spec.head, self.spec.norm, x))
         layer("head", start)
@@ -134,6 +140,8 @@ class _Builder:
         return Out(name)
 
     def param(self, name: str, *shape: int) -> Param:
+        if self.owner is not None and len(shape) > 1:
+            name = self.owner[1] + name.removeprefix(self.owner[0])
         self.params[name] = shape
         return Param(name)
 
@@ -168,6 +176,9 @@ class _Builder:
         return y
 
     def linear(self, name: str, x: str, out: int, bias: bool = False, shard: ShardAxis | None = None) -> Out:
+        if (rank := self.ranks.get(name)) is not None:
+            low = self.product(f"{name}.a", x, self.param(f"{name}.a.weight", rank, self.width(x)), None, None)
+            return self.product(name, low, self.param(f"{name}.b.weight", out, rank), f"{name}.bias" if bias else None, shard)
         return self.product(name, x, self.param(f"{name}.weight", out, self.width(x)), f"{name}.bias" if bias else None, shard)
 
     def product(self, name: str, x: str, weight: Param, bias: str | None, shard: ShardAxis | None, dtype: Dtype | None = None) -> Out:

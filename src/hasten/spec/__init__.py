@@ -25,6 +25,7 @@ from hasten.spec.spec import (
     LinearScaling,
     Llama3Scaling,
     LongRope,
+    LowRank,
     Mamba,
     Mamba2,
     Mixer,
@@ -52,7 +53,7 @@ from hasten.spec.spec import (
 __all__ = [
     "Activation", "Alibi", "Attention", "BLOCK_LIMIT", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding",
     "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
-    "LinearScaling", "Llama3Scaling", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel",
+    "LinearScaling", "Llama3Scaling", "LongRope", "LowRank", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel",
     "Part", "PostNorm", "PreNorm", "RMSNorm", "ROTARY_LIMIT", "RelativeSinusoid", "Rotary", "Router", "SIZE_LIMIT", "Sandwich",
     "Scaling", "SegmentMemory", "SlidingWindow", "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
 ]  # fmt: skip

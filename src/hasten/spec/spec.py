@@ -404,16 +404,29 @@ class Parallel(Part, frozen=True):
 Wiring = PreNorm | Sandwich | BranchNorm | PostNorm | Parallel
 
 
-class Block(Part, frozen=True):
-    """One layer. Blocks of a model may differ in every field."""
+class LowRank(Part, frozen=True):
+    """A matrix as a product of two: the linear layer ``layer`` (as mixer.q, feed_forward.up) reads ``rank`` features of what it read."""
+
+    layer: str
+    rank: Size
+
+
+class Block(Part, frozen=True, omit_defaults=True):
+    """One layer. Blocks of a model may differ in every field.
+
+    With ``shares`` the matrices are those of the block of that number, an earlier one; its norms and biases are its own."""
 
     mixer: Mixer | None
     feed_forward: FeedForward | None
     wiring: Wiring
+    shares: Count | None = None
+    low_rank: tuple[LowRank, ...] = ()
 
     def _check(self) -> None:
         if self.mixer is None and self.feed_forward is None:
             raise ConfigError("a block needs a mixer, a feed-forward, or both")
+        if len({each.layer for each in self.low_rank}) < len(self.low_rank):
+            raise ConfigError(f"low_rank names a layer twice: {one_line([each.layer for each in self.low_rank])}")
 
 
 # --- ends
@@ -468,9 +481,19 @@ class Spec(Part, frozen=True, kw_only=True):
         relative = any(isinstance(b.mixer, Attention) and isinstance(b.mixer.position, RelativeSinusoid) for b in self.blocks)
         if relative and self.width % 2:
             raise ConfigError(f"width {self.width} is odd; relative sinusoids come in pairs of sine and cosine")
+        for index, block in enumerate(self.blocks):
+            if block.shares is not None:
+                self._check_shared(index, block, block.shares)
         for early in self.exits:
             if early.after >= len(self.blocks) - 1:
                 raise ConfigError(f"an exit after block {early.after} is not early in a model of {len(self.blocks)} blocks")
+
+    def _check_shared(self, index: int, block: Block, other: int) -> None:
+        if other >= index or self.blocks[other].shares is not None:
+            raise ConfigError(f"block {index} shares the weights of block {other}; one before it is needed that has its own")
+        owner = self.blocks[other]
+        if (owner.mixer, owner.feed_forward, owner.low_rank) != (block.mixer, block.feed_forward, block.low_rank):
+            raise ConfigError(f"block {index} shares the weights of block {other}, which has other parts")
 
     def to_json(self) -> bytes:
         """This Spec as indented UTF-8 JSON."""

@@ -69,6 +69,28 @@ class Joined:
         return {f"{name}.{key}": weight for name, member in self.members.items() for key, weight in member.weights().items()}
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beside:
+    """Parameters of one Program in parts: ``inner``, and ``more`` that it takes beside them, as projections are."""
+
+    inner: Parameters
+    more: Parameters
+
+    @property
+    def masters(self) -> Mapping[str, Tensor]:
+        """Those of both."""
+        return {**self.inner.masters, **self.more.masters}
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """Those of both."""
+        return self.inner.matrices | self.more.matrices
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Those of both."""
+        return {**self.inner.weights(), **self.more.weights()}
+
+
 def of_member(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What belongs to member ``name``, under its own names."""
     return {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}

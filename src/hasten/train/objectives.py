@@ -1,6 +1,7 @@
-"""What is to become small: a loss over values of a Program, the text's own first of all."""
+"""What is to become small: the loss of labels, or the distance from a teacher."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.program import Batch
+from hasten.backends.reference import play
+from hasten.program import Batch, Program
 from hasten.train.batches import Example
 
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
@@ -50,6 +52,37 @@ class Labels:
         rows, targets = learned_rows(examples)
         loss = F.cross_entropy(values["logits"][rows].float(), targets, reduction="sum")
         return Loss(loss, {"labels": loss.detach()})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SoftLabels:
+    """Distillation (Hinton et al. 2015, arXiv:1503.02531): ``labels`` of the loss is the text's, the rest T² times the divergence of the
+    student's distribution from the teacher's at ``temperature`` T. The teacher is played here, with ``weights``, and learns nothing."""
+
+    program: Program
+    weights: Mapping[str, Tensor]
+    temperature: float = 1.0
+    divergence: Divergence = "forward"
+    labels: float = 0.0
+    taps: tuple[str, ...] = ("logits",)
+
+    @property
+    def key(self) -> str:
+        """Of the teacher and how it teaches."""
+        digest = hashlib.sha256(self.program.text().encode())
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(name.encode() + tensor.detach().float().contiguous().numpy().data)
+        return f"soft {self.temperature} {self.divergence} {self.labels} {digest.hexdigest()}"
+
+    def __call__(self, values: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Loss:
+        """See Objective."""
+        rows, targets = learned_rows(examples)
+        with torch.no_grad():
+            teacher = play(self.program, self.weights, batch)[0]["logits"][rows].float()
+        student = values["logits"][rows].float()
+        soft = divergence(student / self.temperature, teacher / self.temperature, self.divergence) * self.temperature**2
+        hard = F.cross_entropy(student, targets, reduction="sum")
+        return Loss(self.labels * hard + (1 - self.labels) * soft, {"labels": hard.detach(), "soft": soft.detach()})
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: Divergence) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hasten.backends.reference import play
+from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
 from hasten.program import Batch, Precision, Program, lower
 from hasten.spec import Spec
@@ -29,7 +30,7 @@ from hasten.train.parameters import Parameters
 from hasten.train.schedule import Schedule
 from hasten.train.state import Progress, keep, take_up
 
-VERSION = 2
+VERSION = 1
 """Counts up whenever the same settings come to other numbers."""
 
 REHEARSED = 3
@@ -77,6 +78,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def program(self, spec: Spec, context: int) -> Program:
         """What is played: ``spec`` in this precision, the residual stream and logits in float32."""
         return lower(spec, context=context, precision=Precision("float32", self.precision, "float32"))
+
+
+def precision_here() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where this processor multiplies it faster."""
+    return "bfloat16" if hardware.detect().cpu.features & {"amx_bf16", "avx512_bf16"} else "float32"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -227,10 +233,8 @@ def _key(
     digest = hashlib.sha256(f"{VERSION} {torch.__version__} {work.threads} {batches.size} {batches.seed} {batches.sha256}".encode())
     digest.update(msgspec.json.encode(settings) + program.text().encode() + objective.key.encode())
     masters = parameters.masters
-    with torch.no_grad():
-        others = [
-            (name, each) for name, each in parameters.weights().items() if each is not masters.get(name)
-        ]  # fixed or masked: they count
+    with torch.no_grad():  # what is fixed, masked or rounded is no master, and counts
+        others = [(name, each) for name, each in parameters.weights().items() if each is not masters.get(name)]
     for name, tensor in (*sorted(masters.items()), *sorted(others, key=lambda each: each[0])):
         digest.update(name.encode() + np.ascontiguousarray(tensor.detach().float().numpy()).data)
     return digest.hexdigest()
