@@ -14,11 +14,13 @@ from hasten.checkpoint import load_directory
 from hasten.program import Batch
 from hasten.train import (
     AttentionMaps,
+    Beside,
     Follows,
     Hidden,
     Joined,
     Labels,
     Learner,
+    Masked,
     Plain,
     Relations,
     Soft,
@@ -192,6 +194,26 @@ def test_features_of_another_width_are_learned_through_a_projection(models, tmp_
         assert not np.allclose(own[f"{name}.weight"], begun[f"{name}.weight"], atol=1e-3)
     assert own.keys() - set(models["narrow"].weights) == {f"{name}.weight" for name in PROJECTIONS}
     same(of_member("teacher", found.weights), {n: torch.tensor(np.asarray(a)) for n, a in models["wide"].weights.arrays()}, atol=0)
+
+
+def test_a_projection_stands_beside_a_mask(models, tmp_path):
+    members, asked, name = {"teacher": models["wide"], "student": models["narrow"]}, settings(4), "blocks.1.feed_forward.up.weight"
+    plain = {member: asked.program(model.spec, 32) for member, model in members.items()}
+    whole = projected(plain["student"], PROJECTIONS)
+    keep = torch.rand(48, 24, generator=torch.Generator().manual_seed(0)) < 0.5
+    begun = untrained(dataclasses.replace(whole, params={f"{each}.weight": (32, 24) for each in PROJECTIONS}), 5)
+    student = Beside(Masked(Plain.of(plain["student"], models["narrow"].weights), {name: keep}), Plain.of(whole, begun))
+    assert student.matrices >= {name, "projection.0.weight", "projection.1.weight"}
+    parameters = Joined({"student": student, "teacher": Plain.of(plain["teacher"], models["wide"].weights, plain["teacher"].params)})
+    assert not any(master.startswith("teacher.") for master in parameters.masters)
+    together = features(models)
+    program = joined({"teacher": plain["teacher"].with_outputs(taps_of(together, "teacher")),
+                      "student": whole.with_outputs(taps_of(together, "student"))})  # fmt: skip
+    own = of_member("student", train(program, parameters, BATCHES, together, asked, Work(tmp_path, 1)).weights)
+    assert (own[name][~keep] == 0).all()
+    assert (own[name][keep] != 0).all()
+    for each in PROJECTIONS:
+        assert not np.allclose(own[f"{each}.weight"], begun[f"{each}.weight"], atol=1e-3)
 
 
 def test_a_projection_is_a_linear_map(models):
