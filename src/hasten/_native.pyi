@@ -168,7 +168,7 @@ class WeightBuffer:
         self, pool: ThreadPool, codes: NDArray[np.int8], scales: NDArray[np.float32], zeros: NDArray[np.int8] | None = None
     ) -> None:
         """Fill it from what is quantized already, as it is: ``codes`` [out, in_] (of fp8 their bytes), ``scales`` and, with zero points,
-        ``zeros`` [out, groups]. Raises ValueError for arrays that do not fit."""
+        ``zeros`` [out, groups]; a sparse weight leaves out codes of 0. Raises ValueError for arrays that do not fit."""
 
     def parts(self) -> list[NDArray[np.uint8]]:
         """All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed."""

@@ -112,7 +112,7 @@ def quantize(
         steps[last] = {name: {**settings, "head": head} for name, settings in steps[last].items()}
     if cache is not None:
         steps.append({"cache": {"format": cache}})
-    _make(model, steps, out, making, as_json)
+    run_recipe(model, steps, out, making, as_json)
 
 
 @options.spread
@@ -124,7 +124,7 @@ def apply(
     as_json: options.JsonOption = False,
 ) -> None:
     """Take a model through a recipe of transforms."""
-    _make(model, recipe, out, making, as_json)
+    run_recipe(model, recipe, out, making, as_json)
 
 
 def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
@@ -164,7 +164,8 @@ def short_form_by_layer(
     return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
 
 
-def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
+def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
+    """Take the model ``name`` through a recipe into ``out``, and print what came of it: a table, or JSON."""
     from rich.console import Console
     from rich.progress import Progress
 

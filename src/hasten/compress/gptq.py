@@ -24,13 +24,15 @@ def gptq(
     order: Order = "activation",
     static_groups: bool = True,
     clip: Clip = "none",
+    keep: Tensor | None = None,
 ) -> QuantizedLinear:
     """``weight`` [out, in] rounded so that ‖(W − Q)·X‖² stays small, where ``moments`` [in, in] are X·Xᵀ over the inputs seen.
 
     ``damp`` times the mean of the moments' diagonal is added to it. Groups' scales are chosen before anything is rounded, or, without
-    ``static_groups``, when their first column is reached, from what the columns have become. Computes in the weight's dtype, factors
-    moments in float64. Raises ConfigError for activation order without static groups, whose groups would not lie together, and for
-    damping that leaves the moments singular."""
+    ``static_groups``, when their first column is reached, from what the columns have become. Where ``keep`` [out, in] is False, as in a
+    weight that was pruned, the code is 0: what errors before would have made of it is made good by those behind (SparseGPT's joint
+    rounding, arXiv:2301.00774). Computes in the weight's dtype, factors moments in float64. Raises ConfigError for activation order
+    without static groups, whose groups would not lie together, and for damping that leaves the moments singular."""
     out, size = weight.shape
     group = form.group or size
     if order == "activation" and not static_groups and group < size:
@@ -38,7 +40,7 @@ def gptq(
             "activation order without static groups would spread a group over the inputs, which no stored format here can say; turn one off"
         )
     columns = torch.arange(size) if order == "given" else torch.argsort(moments.diagonal(), descending=True, stable=True)
-    grid = Grid.fit(weight, form, clip=clip, moments=moments)
+    grid = Grid.fit(_kept(weight, keep), form, clip=clip, moments=moments)
     scales, zeros = grid.scales.clone(), None if grid.zeros is None else grid.zeros.clone()
     left = weight[:, columns].clone()
     factor = inverse_factor(damped(moments, damp)[columns][:, columns]).to(weight.dtype)
@@ -51,13 +53,16 @@ def gptq(
             column = columns[start + j : start + j + 1]
             if not static_groups and (start + j) % group == 0 and group < size:
                 inside = slice(start + j, min(start + j + group, size))
-                own = Grid.fit(part[:, j : j + group], form, clip=clip, moments=moments[inside, inside])
+                its = _kept(part[:, j : j + group], None if keep is None else keep[:, inside])
+                own = Grid.fit(its, form, clip=clip, moments=moments[inside, inside])
                 index = (start + j) // group
                 scales[:, index] = own.scales[:, 0]
                 if zeros is not None and own.zeros is not None:
                     zeros[:, index] = own.zeros[:, 0]
                 grid = Grid(form, scales, zeros, group)
-            codes[:, start + j : start + j + 1] = code = grid.codes(part[:, j : j + 1], column)
+            codes[:, start + j : start + j + 1] = code = _kept(
+                grid.codes(part[:, j : j + 1], column), None if keep is None else keep[:, column]
+            )
             error = (part[:, j] - grid.dense(code, column)[:, 0]) / factor[start + j, start + j]
             part[:, j + 1 :] -= torch.outer(error, factor[start + j, start + j + 1 : stop])
             errors[:, j] = error
@@ -65,6 +70,10 @@ def gptq(
     result = torch.empty_like(codes)
     result[:, columns] = codes
     return grid.quantized(result)
+
+
+def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
+    return values if keep is None else torch.where(keep, values, 0.0)
 
 
 def damped(moments: Tensor, damp: float) -> Tensor:

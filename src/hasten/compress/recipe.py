@@ -23,6 +23,7 @@ from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
 from hasten.compress.low_rank import Rank, check_rank, rank
 from hasten.compress.mixed import Mixed, check_mixed, mixed
+from hasten.compress.pruning import Magnitude, SparseGpt, Wanda, check_prune, prune
 from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
@@ -81,6 +82,9 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs", stage=Stage.ROUNDS),
         Transform("gptq", Gptq, gptq_transform, check_rounding, stage=Stage.ROUNDS),
         Transform("mixed", Mixed, mixed, check_mixed, stage=Stage.ROUNDS),
+        Transform("magnitude", Magnitude, prune, check_prune, lambda settings: False, stage=Stage.PRUNES),
+        Transform("wanda", Wanda, prune, check_prune, stage=Stage.PRUNES),
+        Transform("sparsegpt", SparseGpt, prune, check_prune, stage=Stage.PRUNES),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
