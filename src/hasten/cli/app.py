@@ -14,6 +14,7 @@ from hasten.cli.cache import cache
 from hasten.cli.chat import chat
 from hasten.cli.compare import compare
 from hasten.cli.convert import convert
+from hasten.cli.distill import distill
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
@@ -45,6 +46,7 @@ app.command("prune")(prune)
 app.command("apply")(apply)
 app.command("convert")(convert)
 app.command("train")(train)
+app.command("distill")(distill)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 

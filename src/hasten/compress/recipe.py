@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
+from hasten.compress.block_qat import BlockQat, block_qat, check_block_qat
 from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.convert.heads import KvHeads, check_kv_heads, kv_heads
 from hasten.compress.convert.latent import Latent, check_latent, latent
@@ -109,6 +110,7 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("rank", Rank, rank, check_rank, stage=Stage.SHAPES),
         Transform("share", Share, share, check_share, lambda settings: False, stage=Stage.SHAPES),
         Training("heal", Heal, heal, check_heal),
+        Transform("block_qat", BlockQat, block_qat, check_block_qat, stage=Stage.ROUNDS),
         Training("qat", Qat, qat, check_qat, Stage.ROUNDS),
     )
 }

@@ -36,6 +36,10 @@ Rounder = Callable[[Tensor, Moments | None, LinearFormat], QuantizedLinear]
 """Rounds one weight [out, in], float32, given the moments of what it reads where there is text."""
 
 
+Refine = Callable[[Block, Mapping[str, QuantizedLinear]], tuple[dict[str, QuantizedLinear], dict[str, Any]]]
+"""Makes something better of all that was rounded of a block, and says of it what is kept beside each weight's error."""
+
+
 class Rounding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``activations`` are what the weights are to be multiplied with; ``layers`` and ``skip`` are globs over weight names within blocks.
     ``head`` and ``embedding`` are formats for these, which are left as they are without; norms and routers are always."""
