@@ -6,7 +6,7 @@ import typer
 
 from hasten.base.errors import ConfigError
 from hasten.cli import options
-from hasten.cli.quantize import MAKING, Making, OutArgument, run_recipe
+from hasten.cli.quantize import MAKING, HealOption, Making, OutArgument, healing, run_recipe
 
 
 @options.spread
@@ -29,12 +29,13 @@ def convert(
     layers: Annotated[
         str | None, typer.Option("--layers", help="Only these, counted from 0, as 0,2. [default: all with keys and values]")
     ] = None,
+    heal: HealOption = None,
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
     """Have a model's attention keep less of each token: the short form of a recipe. Give one of --kv-heads, --latent,
     --window and --share-kv."""
-    run_recipe(model, short_form(kv_heads, latent, rope_dim, window, share_kv, layers), out, making, as_json)
+    run_recipe(model, [*short_form(kv_heads, latent, rope_dim, window, share_kv, layers), *healing(heal)], out, making, as_json)
 
 
 def short_form(

@@ -44,6 +44,9 @@ WorkOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result.")]
 BatchOption = Annotated[str, typer.Option("--batch", help="Sequences at once at which original and result are timed, as 1,8.")]
 NoSpeedOption = Annotated[bool, typer.Option("--no-speed", help="Leave timing out.")]
+HealOption = Annotated[
+    float | None, typer.Option("--heal", help="Then train it for so many minutes towards the original, to learn back what that cost.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
 
 
@@ -163,6 +166,11 @@ def short_form_by_layer(
     if weights is not None:
         rounding["choices"] = [each.strip() for each in weights.split(",")]
     return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
+
+
+def healing(minutes: float | None) -> list[dict[str, Any]]:
+    """The part of a recipe that `--heal` is short for."""
+    return [] if minutes is None else [{"heal": {"minutes": minutes}}]
 
 
 def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from hasten.checkpoint import load_directory, save
 from hasten.engine.backends import choose_backend, open_scorer
 from hasten.formats.linear import QuantizedLinear
 from hasten.formats.mapped import release
-from hasten.formats.quantized import QuantizedWeight, StaticWeight
+from hasten.formats.quantized import QuantizedWeight, StaticWeight, is_pruned
 from hasten.measure.compare import Comparison
 from hasten.model import Model
 from hasten.program import Batch, lower
@@ -32,8 +32,8 @@ class GateError(UserError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shrunk:
-    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights"; where shapes changed "blocks", or where those
-    are no smaller A_CACHE."""
+    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights", or "pruned weights" where none was rounded; where
+    shapes changed "blocks", or where those are no smaller A_CACHE."""
 
     what: str
     before: int
@@ -53,7 +53,8 @@ def require_smaller(original: Model, model: Model) -> Shrunk:
                 f"{name} takes {weight.nbytes:,} bytes in {weight.form} and took {old:,}: no smaller; skip it, or take fewer bits"
             )
         before, after = before + old, after + weight.nbytes
-    shrunk = Shrunk("rounded weights", before, after)
+    rounded = any(isinstance(weight, QuantizedWeight) and not is_pruned(weight) for weight in model.weights.values())
+    shrunk = Shrunk("rounded weights" if rounded else "pruned weights", before, after)
     if not same:
         blocks, cache = (
             Shrunk(what, size(original), size(model)) for what, size in (("blocks", _bytes_of_blocks), (A_CACHE, _bytes_of_cache))

@@ -35,7 +35,7 @@ from hasten.compress.mixed import Mixed, check_mixed, mixed
 from hasten.compress.pruning import Magnitude, SparseGpt, Wanda, check_prune, prune
 from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
-from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
+from hasten.compress.rounding import Gptq, Rounding, Rtn, Uniform, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
 from hasten.compress.share import Share, check_share, share
 from hasten.compress.static import Static, check_static, fed_int8, static_transform
@@ -199,6 +199,11 @@ def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
         _refuse_order(before, step)
         if isinstance(step.settings, Static) and "int8" not in _fed(before) and not fed_int8(model):
             raise ConfigError("static finds no weights that are fed int8; put it behind a transform that rounds with activations: int8")
+        pruned = [each.transform.name for each in before if each.transform.stage is Stage.PRUNES]
+        if pruned and isinstance(step.settings, Uniform):
+            step.settings.form.as_sparse()
+        if pruned and isinstance(step.settings, Mixed):
+            raise ConfigError(f"mixed stands after {pruned[0]}, and bits are chosen by layer for dense weights only; round by rtn or gptq")
         for earlier in before:
             if isinstance(step.settings, Rounding) and isinstance(earlier.settings, Rounding):
                 _refuse_twice(model, earlier, step)

@@ -196,9 +196,6 @@ def round_blocks(
     )
 
 
-Refine = Callable[[Block, Mapping[str, QuantizedLinear]], tuple[dict[str, QuantizedLinear], dict[str, Any]]]
-"""Makes something better of all that was rounded of a block, and says what it did."""
-
 Facts = Mapping[str, Mapping[str, Any]]
 """By weight: what its storing cost."""
 

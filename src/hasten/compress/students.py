@@ -11,7 +11,7 @@ from hasten.base.errors import ConfigError, UserError, one_line
 from hasten.families import find_family
 from hasten.formats.weights import Weights
 from hasten.model import Model, Provenance, Source
-from hasten.spec import Block, Spec
+from hasten.spec import Block, CrossLayerAttention, Spec
 
 Pairs = tuple[tuple[int, int], ...]
 """Which block of a student is compared with which of its teacher, from 0."""
@@ -71,7 +71,12 @@ def _owners(spec: Spec, kept: Sequence[int]) -> dict[int, int]:
 
 
 def _shared(block: Block, old: int, owners: Mapping[int, int], places: Mapping[int, int]) -> Block:
-    """``block``, number ``old``, sharing with whoever has its matrices now."""
+    """``block``, number ``old``, sharing with whoever has its matrices now, and reading the keys and values it read. Raises ConfigError
+    where those went."""
+    if isinstance(block.mixer, CrossLayerAttention):
+        if block.mixer.source not in places:
+            raise ConfigError(f"block {old} reads the keys and values of block {block.mixer.source}; keep both, or neither")
+        block = structs.replace(block, mixer=structs.replace(block.mixer, source=places[block.mixer.source]))
     if block.shares is None:
         return block
     owner = owners[block.shares]
