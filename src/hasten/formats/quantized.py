@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from hasten.base.errors import ConfigError, one_line
+from hasten.formats.codebook import SIZE as CODEBOOK_SIZE
 from hasten.formats.linear import LinearFormat, QuantizedLinear
 from hasten.formats.weights import Array, Weight
 
@@ -19,7 +20,7 @@ class QuantizedWeight(Weight):
     """A weight [out, in], or weights stacked in one [count, out, in], stored in ``form``. ``load`` gives what it means, float32.
 
     ``quantized`` gives the stored numbers; ``activations`` (bf16, int8; int8-static: StaticWeight) are what it meets; ``bits`` are those of
-    a number in the file, its share of scales and zero points counted."""
+    a number in the file, its share of scales, zero points and codebook counted."""
 
     form: LinearFormat
     quantized: Callable[[], QuantizedLinear]
@@ -44,16 +45,13 @@ class QuantizedWeight(Weight):
         if bits is None:
             groups = -(-shape[-1] // form.group) if form.group else 1
             bits = form.bits + groups * (32 + form.bits * form.zero_points) / max(1, shape[-1])
+            bits += form.has_codebook * 8 * CODEBOOK_SIZE / max(1, shape[-2] * shape[-1])
         return cls(shape, _FLOAT32, lambda: quantized().dense(), form, quantized, activations, bits)
 
     @classmethod
     def from_array(cls, dense: Array, form: LinearFormat, activations: str = "bf16") -> Self:
         """``dense`` [out, in] or [count, out, in] rounded to nearest (LinearFormat.quantize), kept in memory."""
-        made = form.quantize(dense.reshape(-1, dense.shape[-1]))
-        rows = (*dense.shape[:-1], -1)
-        scales = None if made.scales is None else made.scales.reshape(rows)
-        zeros = None if made.zeros is None else made.zeros.reshape(rows)
-        whole = QuantizedLinear(made.q.reshape(rows), scales, zeros, made.group)
+        whole = form.quantize(dense)
         return cls.of(dense.shape, form, lambda: whole, activations)
 
     @property

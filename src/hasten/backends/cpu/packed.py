@@ -35,7 +35,7 @@ from hasten import __version__, _native
 from hasten.backends.cpu.sparse import advice, slower_than_dense
 from hasten.base import settings
 from hasten.base.priority import give_way
-from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.linear import ClusteredLinear, LinearFormat, QuantizedLinear
 from hasten.formats.mapped import release
 from hasten.formats.weights import Array, Origin, Weight
 
@@ -147,6 +147,9 @@ class PackedWeights:
         if (made := self._made.get((name, str(form)))) is not None:
             return made
         buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points, form.sparse)
+        if form.has_codebook:  # which is found here, and packed with its codes
+            self._request_codes(name, form, buffer, functools.partial(_clustered, form, dense), as_stored=False)
+            return buffer
         bits = _floats if form.zero_points or form.number in {"f32", "f16"} else _bf16
         if form.sparse:
             buffer.pack(self._pool, bits(dense()))
@@ -163,9 +166,15 @@ class PackedWeights:
         if (made := self._made.get((name, str(form)))) is not None:
             return made
         buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points)
-        pack = functools.partial(_pack_codes, buffer, self._pool)
-        self._requests.append(_Request(Wanted(name, str(form), out, in_, as_stored=True), buffer.parts(), load, pack, buffer.lie_in))
+        self._request_codes(name, form, buffer, load, as_stored=True)
         return buffer
+
+    def _request_codes(
+        self, name: str, form: LinearFormat, buffer: _native.WeightBuffer, load: Callable[[], QuantizedLinear], *, as_stored: bool
+    ) -> None:
+        wanted = Wanted(name, str(form), buffer.out, buffer.in_, as_stored)
+        pack = functools.partial(_pack_codes, buffer, self._pool)
+        self._requests.append(_Request(wanted, buffer.parts(), load, pack, buffer.lie_in))
 
     def table(self, name: str, weight: Weight) -> "Bits | _native.TableBuffer":
         """Rows of bf16 bits [rows, width] for looking up. Where a checkpoint has them as they are, they stay mapped: few are ever read.
@@ -247,7 +256,12 @@ def _pack_codes(buffer: _native.WeightBuffer, pool: _native.ThreadPool, its: Qua
     if its.scales is None:
         raise ValueError(f"weights in {buffer.format} without scales are packed from their numbers")
     zeros = None if its.zeros is None else np.ascontiguousarray(its.zeros, np.int8)
-    buffer.pack_codes(pool, np.ascontiguousarray(its.q).view(np.int8), np.ascontiguousarray(its.scales, np.float32), zeros)
+    codebook = np.ascontiguousarray(its.codebook, np.int8) if isinstance(its, ClusteredLinear) else None
+    buffer.pack_codes(pool, np.ascontiguousarray(its.q).view(np.int8), np.ascontiguousarray(its.scales, np.float32), zeros, codebook)
+
+
+def _clustered(form: LinearFormat, dense: Callable[[], Array]) -> QuantizedLinear:
+    return form.quantize(dense())
 
 
 def _pack(requests: Sequence[_Request]) -> int:
