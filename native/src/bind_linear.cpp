@@ -147,7 +147,8 @@ void take_codes(WeightBuffer& weight, ThreadPool& pool, const Array& codes, cons
                 const std::optional<Array>& codebook) {
     const PackedLinear& packed = weight.packed();
     const auto out = static_cast<std::size_t>(packed.out), in = static_cast<std::size_t>(packed.in), groups = static_cast<std::size_t>(scale_groups(packed));
-    if (packed.masks || !has_scales(packed.format)) refuse("codes are of a dense weight with scales, not of " + std::string(name(packed.format)));
+    if (packed.masks) refuse("a sparse weight is packed once");
+    if (!has_scales(packed.format)) refuse("codes are of a weight with scales, not of " + std::string(name(packed.format)));
     const auto* const its = data<const std::int8_t>("codes", codes, 2, "int8");
     const auto* const its_scales = data<const float>("scales", scales, 2, "float32");
     const auto* const its_zeros = zeros ? data<const std::int8_t>("zeros", *zeros, 2, "int8") : nullptr;
@@ -157,12 +158,14 @@ void take_codes(WeightBuffer& weight, ThreadPool& pool, const Array& codes, cons
     if (scales.shape(0) != out || scales.shape(1) != groups) refuse("scales" + shape);
     if (zeros && (zeros->shape(0) != out || zeros->shape(1) != groups)) refuse("zeros" + shape);
     const std::int8_t* const its_codebook = checked_codebook(packed, codebook);
-    const int bits = packed.format == WeightFormat::int4 ? 4 : packed.format == WeightFormat::int3 ? 3 : packed.format == WeightFormat::int2 ? 2 : 8;
+    const int bits = packed.format == WeightFormat::int4 || its_codebook ? 4 : packed.format == WeightFormat::int3 ? 3 : packed.format == WeightFormat::int2 ? 2 : 8;
+    const int least = its_codebook ? 0 : -(1 << (bits - 1)) + (weight.sparse() && bits == 8);  // see PackedLinear
     const auto fit = [&](const std::int8_t* from, std::size_t count) {
         int low = 0, high = 0;
         for (std::size_t i = 0; i < count; ++i) low = std::min<int>(low, from[i]), high = std::max<int>(high, from[i]);
-        if (low < (its_codebook ? 0 : -(1 << (bits - 1))) || high >= (its_codebook ? 16 : 1 << (bits - 1)))
-            refuse("codes from " + std::to_string(low) + " to " + std::to_string(high) + " do not fit into " + std::to_string(bits) + " bits");
+        if (low < least || high >= 1 << (bits - !its_codebook))
+            refuse("codes from " + std::to_string(low) + " to " + std::to_string(high) + " do not fit into " + std::to_string(bits) + " bits" +
+                   (weight.sparse() && bits == 8 ? ", -128 left out" : ""));
     };
     fit(its, out * in);
     if (its_zeros) fit(its_zeros, out * groups);
@@ -275,7 +278,8 @@ void bind_linear(nb::module_& m) {
              "Raises ValueError for an array that does not fit.")
         .def("pack_codes", take_codes, "pool"_a, "codes"_a, "scales"_a, "zeros"_a = nb::none(), "codebook"_a = nb::none(),
              "Fill it from what is quantized already, as it is: `codes` int8 [out, in_] (of fp8 their bytes), `scales` float32 and, with zero\n"
-             "points, `zeros` int8 [out, groups]; of lut4 places in `codebook` int8 [16]. Raises ValueError for arrays that do not fit.")
+             "points, `zeros` int8 [out, groups]; of lut4 places in `codebook` int8 [16]; a sparse weight leaves out codes of 0. Raises\n"
+             "ValueError for arrays that do not fit.")
         .def("parts",
              [](nb::handle self) {
                  nb::list found;

@@ -79,6 +79,7 @@ void WeightBuffer::pack_codes(ThreadPool& pool, const std::int8_t* codes, const 
         hasten::pack_codes(packed_.format, packed_.out, packed_.in, packed_.group, codes, scales, zeros, codebook, first, last, tiles_.data(),
                            reinterpret_cast<float*>(scales_.data()), reinterpret_cast<std::int8_t*>(zeros_.data()));
     });
+    if (sparse_) sparsify(pool);
 }
 
 void WeightBuffer::sparsify(ThreadPool& pool) {

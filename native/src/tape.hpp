@@ -37,6 +37,8 @@ class WeightBuffer {
     const PackedLinear& packed() const { return packed_; }
     std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + codebook_.size() + masks_.size() + sparse_panels_.size(); }
 
+    bool sparse() const { return sparse_; }
+
     // Whether every panel has two elements in every four k.
     bool two_of_four() const;
 

@@ -27,9 +27,9 @@ def loss_of(weight, quantized, x):
     return float((((weight.numpy() - quantized.dense().astype(np.float64)) @ x.numpy().T) ** 2).sum())
 
 
-def slow_gptq(weight, hessian, form: LinearFormat, scales, zeros, columns):
+def slow_gptq(weight, hessian, form: LinearFormat, scales, zeros, columns, keep=None):
     """Optimal brain quantization one column at a time, as in the paper's equations 2 and 3: the inverse of the Hessian of the columns not
-    yet rounded is made anew for every column."""
+    yet rounded is made anew for every column. Where ``keep`` is False, 0 is all that a weight may be rounded to."""
     weight, size = weight.copy(), weight.shape[1]
     group, limit = form.group or size, NUMBERS[form.number][1]
     codes, left = np.full(weight.shape, np.nan), list(columns)
@@ -44,6 +44,8 @@ def slow_gptq(weight, hessian, form: LinearFormat, scales, zeros, columns):
             least = -(2 ** (form.bits - 1))
             code = np.clip(np.rint(column / scale) + zeros[:, q // group], least, -least - 1)
             meant = (code - zeros[:, q // group]) * scale
+        if keep is not None:
+            code, meant = np.where(keep[:, q], code, 0), np.where(keep[:, q], meant, 0)
         codes[:, q] = code
         weight[:, left] -= np.outer((column - meant) / inverse[at, at], inverse[at])
         left.remove(q)

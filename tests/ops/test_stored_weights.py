@@ -156,8 +156,11 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(
-    ("forms", "activations"), [(["int4-g64", "int8", "fp8", "int3-g64-zp"], "bf16"), (["int8", "int4-g32-zp"], "int8"), (["lut4-g64", "lut4"], "bf16"),
-     (["lut4-g32"], "int8")],
+    ("forms", "activations"),
+    [
+        (["int4-g64", "int8", "fp8", "int3-g64-zp"], "bf16"), (["int8", "int4-g32-zp"], "int8"), (["lut4-g64", "lut4"], "bf16"),
+        (["lut4-g32"], "int8"),
+    ],
 )  # fmt: skip
 def test_a_model_is_played_as_it_is_stored_layer_by_layer(forms, activations):
     model = stored(forms, activations)
@@ -237,6 +240,22 @@ def test_what_was_packed_from_codes_is_kept_apart_from_what_was_rounded(tmp_path
         assert np.array_equal(found, model.weights[name].load()) is expected
     assert session.compiled.packed == 0  # the third came from the cache
     assert len(list(tmp_path.glob("*.packed"))) == 2
+
+
+@pytest.mark.parametrize("formats", [None, Formats("lut4-g64")])
+def test_a_codebook_is_kept_with_its_weight(formats, tmp_path, monkeypatch):
+    monkeypatch.setattr(PackedCache, "of_user", classmethod(lambda cls: cls(tmp_path, 1 << 30)))
+    model = stored(["lut4-g64"]) if formats is None else MODEL
+    model = dataclasses.replace(model, weights=Weights(dict(model.weights), MODEL.weights.origin))
+    name, found = "blocks.3.feed_forward.down.weight", []
+    for packs in (True, False, False):
+        session = CpuBackend().session(model, 64, formats)
+        wait_for_threads()
+        assert (session.compiled.packed > 0) is packs
+        found.append(session.compiled.store._made[name, "lut4-g64"].unpack())
+    meant = LinearFormat.parse("lut4-g64").quantize(model.weights.array(name)).dense() if formats else model.weights[name].load()
+    for each in found:
+        np.testing.assert_array_equal(each, meant)
 
 
 def wait_for_threads():

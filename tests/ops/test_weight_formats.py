@@ -169,7 +169,8 @@ def test_the_smallest_byte_in_groups(isa):
     [
         ("int5", "accepted are f32"), ("", "accepted are"), ("int4-g48", "no variant 'g48'"), ("f16-g32", "none"),
         ("int8-zp", "no variant 'zp'"),
-        ("fp8-sparse", "no variant"), ("lut4-zp", "no variant"), ("lut4-g64-sparse", "no variant"), ("lut3", "accepted are"), ("int4-zp-sparse", "zero points"), ("int4--", "no variant"),
+        ("fp8-sparse", "no variant"), ("lut4-zp", "no variant"),
+        ("lut4-g64-sparse", "no variant"), ("lut3", "accepted are"), ("int4-zp-sparse", "zero points"), ("int4--", "no variant"),
     ],
 )  # fmt: skip
 def test_names_that_mean_nothing(name, why):

@@ -43,9 +43,7 @@ def slow_best_cost(steps, weights):
     pairs = {(a, b): between(a, b) for a, b in itertools.combinations(levels, 2)}
     reached = {a: ((steps - a) ** 2 * weights)[steps <= a].sum() for a in levels if a <= 0}  # paths that have not passed 0 unseen
     for _ in range(SIZE - 1):
-        reached = {
-            b: min((cost + pairs[a, b] for a, cost in reached.items() if a < b and not a < 0 < b), default=np.inf) for b in levels
-        }
+        reached = {b: min((cost + pairs[a, b] for a, cost in reached.items() if a < b and not a < 0 < b), default=np.inf) for b in levels}
     return min(cost + ((steps - a) ** 2 * weights)[steps > a].sum() for a, cost in reached.items() if a >= 0)
 
 

@@ -46,6 +46,13 @@ CASES = {
         ),
         {**stored("m", 4, 6, 64, 2, True)[0], "m.weight_g_idx": (np.arange(64) // 32).astype(np.int32)},
     ),
+    "sparse": (
+        whole({"g": group(["re:m$"], layout="bitmask-sparse", num_bits=8, strategy="group", group_size=32)}),
+        {
+            "m.weight_bitmask": np.full((6, 8), 0b01010101, np.uint8), "m.weight_compressed": np.arange(-96, 96, dtype=np.int8),
+            "m.weight_scale": np.ones((6, 2), np.float32), "m.weight_shape": np.array([6, 64]),
+        },
+    ),
     "gptq": (
         gptq_and_awq.gptq_config(4, 32, 2, sym=False, dynamic={"m": {"bits": 4}}, meta={}, desc_act=False),
         {f"m.{name}": array for name, array in gptq_and_awq.GOOD.items()},
@@ -90,7 +97,7 @@ def other_tensors(arrays, dice):
                 changed[name] = array.reshape(-1)
             case 4:
                 changed[name] = array.copy()
-                changed[name].reshape(-1)[dice.randrange(array.size)] = dice.choice([0, -1, 100, 127])
+                changed[name].reshape(-1)[dice.randrange(array.size)] = np.array(dice.choice([0, -1, 100, 127])).astype(array.dtype)
     return changed
 
 

@@ -17,6 +17,7 @@ from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
+from hasten.cli.prune import prune
 from hasten.cli.quantize import apply, quantize
 from hasten.cli.serve import serve
 from hasten.cli.terminal import fail
@@ -39,6 +40,7 @@ app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("warm")(warm)
 app.command("quantize")(quantize)
+app.command("prune")(prune)
 app.command("apply")(apply)
 app.command("train")(train)
 app.add_typer(cache, name="cache")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
 
-METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "best")
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "codebook", "best")
+USUAL = {"smoothquant": "int8", "codebook": "lut4-g64"}
 BY_LAYER = ("rtn", "gptq")
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
@@ -75,7 +76,10 @@ def quantize(
     method: Annotated[str, typer.Option("--method", help=f"How weights are rounded: {', '.join(METHODS)}.")] = "gptq",
     weights: Annotated[
         str | None,
-        typer.Option("--weights", help="int8, int4, int3, int2, fp8 or a variant: int4-g64. [default: int4-g64; int8 for smoothquant]"),
+        typer.Option(
+            "--weights",
+            help="int8 to int2, fp8, lut4, or a variant: int4-g64. [default: int4-g64; int8 for smoothquant, lut4-g64 for codebook]",
+        ),
     ] = None,
     activations: Annotated[
         str | None,
@@ -112,7 +116,7 @@ def quantize(
         steps[last] = {name: {**settings, "head": head} for name, settings in steps[last].items()}
     if cache is not None:
         steps.append({"cache": {"format": cache}})
-    _make(model, steps, out, making, as_json)
+    run_recipe(model, steps, out, making, as_json)
 
 
 @options.spread
@@ -124,14 +128,14 @@ def apply(
     as_json: options.JsonOption = False,
 ) -> None:
     """Take a model through a recipe of transforms."""
-    _make(model, recipe, out, making, as_json)
+    run_recipe(model, recipe, out, making, as_json)
 
 
 def short_form(method: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
     """The recipe that `hasten quantize` is short for, as plain data."""
     from hasten.formats.quantized import STATIC
 
-    stored = weights or ("int8" if method == "smoothquant" else "int4-g64")
+    stored = weights or USUAL.get(method, "int4-g64")
     left: dict[str, Any] = {"skip": list(skip)} if skip else {}
     fed = activations or ("int8" if method in {"smoothquant", "rotate"} else "bf16")
     rounding = {"weights": stored, "activations": "int8" if fed == STATIC else fed, **left}
@@ -148,6 +152,8 @@ def _rounding(method: str, rounding: dict[str, Any], left: dict[str, Any]) -> li
             return [{"awq": {"weights": rounding["weights"], **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
         case "smoothquant":
             return [{"smoothquant": left}, {"rtn": rounding}]
+        case "codebook":
+            return [{"codebook": rounding}]
         case "rotate":
             return [{"rotate": {}}, {"gptq": {**rounding, "clip": "outputs"}}]
         case _:
@@ -164,7 +170,8 @@ def short_form_by_layer(
     return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
 
 
-def _make(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
+def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
+    """Take the model ``name`` through a recipe into ``out``, and print what came of it: a table, or JSON."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -17,12 +17,14 @@ def output_loss(weight: Tensor, other: Tensor, moments: Tensor) -> float:
 
 
 def descend(
-    weight: Tensor, start: QuantizedLinear, moments: Tensor, form: LinearFormat, *, damp: float = 0.01, rounds: int = 4
-) -> QuantizedLinear:
+    weight: Tensor, start: QuantizedLinear, moments: Tensor, form: LinearFormat, *, damp: float = 0.01, rounds: int = 4,
+    keep: Tensor | None = None,
+) -> QuantizedLinear:  # fmt: skip
     """``start`` moved closer to ``weight`` [out, in] in the norm of ``moments`` [in, in], damped as in gptq; its loss never rises.
 
     A round solves each row for its scales with codes fixed (normal equations), then sweeps the inputs, each code moved to the nearest
-    of its best value with all others fixed (Behdin et al. 2023, arXiv:2309.01885). Only for integers."""
+    of its best value with all others fixed (Behdin et al. 2023, arXiv:2309.01885). Codes stay 0 where ``keep`` [out, in] is False. Only
+    for integers."""
     hessian = damped(moments, damp)
     codes, best = torch.from_numpy(start.q).double(), start
     scales = torch.empty(0) if start.scales is None else torch.from_numpy(start.scales).double()
@@ -33,7 +35,7 @@ def descend(
         steps = codes if zeros is None else codes - zeros[:, torch.div(inputs, start.group, rounding_mode="floor")]
         scales = _solve_scales(target, steps, hessian, start.group, scales)
         grid = Grid(form, scales.float().double(), zeros, start.group)
-        codes = _sweep(target, codes, grid, hessian)
+        codes = _sweep(target, codes, grid, hessian, keep)
         made = grid.quantized(codes)
         loss = output_loss(target, torch.from_numpy(made.dense()), hessian)
         if loss >= least:
@@ -62,7 +64,7 @@ def _solve_scales(target: Tensor, steps: Tensor, hessian: Tensor, group: int, sc
     return torch.where((solved > 0) & ~empty, solved, scales)
 
 
-def _sweep(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+def _sweep(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, keep: Tensor | None) -> Tensor:
     """Every input once, in order."""
     size = codes.shape[1]
     codes, inputs = codes.clone(), torch.arange(size)
@@ -75,7 +77,8 @@ def _sweep(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor
         for j in range(start, stop):
             column = inputs[j : j + 1]
             wanted = dense[:, j] + part[:, j - start] / hessian[j, j]
-            codes[:, j : j + 1] = code = grid.codes(wanted[:, None], column)
+            code = grid.codes(wanted[:, None], column)
+            codes[:, j : j + 1] = code = code if keep is None else torch.where(keep[:, column], code, 0.0)
             new = grid.dense(code, column)[:, 0]
             moved[:, j - start] = change = new - dense[:, j]
             dense[:, j] = new

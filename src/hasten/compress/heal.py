@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.compress.examples import read_examples
 from hasten.compress.walk import Run
-from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, is_pruned
 from hasten.formats.weights import DTYPES, Array, Weight, Weights
 from hasten.model import Model, Provenance
 from hasten.program import Program
@@ -129,11 +129,6 @@ def check_trainable(model: Model) -> None:
     for name, weight in model.weights.items():
         if isinstance(weight, QuantizedWeight | DequantizedWeight) and not is_pruned(weight):
             raise ConfigError(f"{name} is stored quantized, so it cannot be trained as it is; start from the original")
-
-
-def is_pruned(weight: Weight) -> bool:
-    """Whether zeros were taken out of it, and nothing was rounded."""
-    return isinstance(weight, QuantizedWeight) and weight.form.sparse and not weight.form.is_integer
 
 
 def parameters_of(program: Program, weights: Weights) -> Parameters:

@@ -30,6 +30,7 @@ from hasten.compress.sensitivity import divergences
 from hasten.compress.sites import Layers, sites_of
 from hasten.compress.walk import Run
 from hasten.formats.linear import LinearFormat
+from hasten.formats.quantized import is_pruned
 from hasten.model import Model
 from hasten.program import lower
 
@@ -81,6 +82,7 @@ def check_mixed(model: Model, settings: Mixed) -> None:
     if settings.measure < 1:
         raise ConfigError(f"measure is {settings.measure}; at least 1 window is needed")
     check_layers(model, settings)
+    refuse_pruned(model, settings)
     shape = shape_of(model, settings)
     least, most = (shape.bits([pick(each) for each in shape.bytes.values()]) for pick in (min, max))
     if not least <= settings.bits <= most:
@@ -89,6 +91,7 @@ def check_mixed(model: Model, settings: Mixed) -> None:
 
 def mixed(model: Model, settings: Mixed, text: Text, run: Run) -> Model:
     """Measured, chosen and rounded on ``text``."""
+    refuse_pruned(model, settings)
     shape, forms = shape_of(model, settings), settings.forms
     rounder = rtn_rounder(settings.clip) if settings.method == "rtn" else gptq_rounder(_gptq(settings, forms[0]))
 
@@ -104,9 +107,16 @@ def mixed(model: Model, settings: Mixed, text: Text, run: Run) -> Model:
     return round_blocks(model, "mixed", settings, chosen, text, run.part("rounding"), rounder, evidence=evidence)
 
 
+def refuse_pruned(model: Model, settings: Mixed) -> None:
+    """Raise ConfigError for weights whose zeros this would fill."""
+    for name in weights_in_blocks(model, Layers(settings.layers, settings.skip)):
+        if is_pruned(model.weights[name]):
+            raise ConfigError(f"{name} was pruned, and bits are chosen by layer for dense weights only; round it by rtn or gptq")
+
+
 def shape_of(model: Model, settings: Mixed) -> Shape:
     """Of the weights that ``settings`` means."""
-    shapes = {name: model.weights[name].shape for name in weights_in_blocks(model, settings)}
+    shapes = {name: model.weights[name].shape for name in weights_in_blocks(model, Layers(settings.layers, settings.skip))}
     sizes = {name: model.weights[name].size for name in shapes}
     return Shape(
         sizes, {name: [stored_bytes(each, form, settings.activations) for form in settings.forms] for name, each in shapes.items()}

@@ -12,6 +12,7 @@ from hasten.compress.blocks import CHUNK, pieces
 from hasten.compress.data import Text
 from hasten.compress.heal import Heal
 from hasten.compress.mixed import Mixed
+from hasten.compress.pruning import Pruning
 from hasten.compress.recipe import Step
 from hasten.compress.rounding import Rounding, Uniform
 from hasten.compress.sites import Layers, sites_of
@@ -50,7 +51,7 @@ class Estimate:
 def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: int) -> Estimate:
     """One block's weights four times over (as they are, as they become, and being rounded), the moments of its widest input with their
     factors, a chunk of text a thread; or the embedding, or the result and the original as they are measured, where that is larger. On
-    disk, codes and the inputs of two blocks, in two ways.
+    disk, codes, bf16 of what is pruned, and the inputs of two blocks, in two ways.
 
     Where bits are chosen by layer, once more for every choice; on disk, the inputs of all blocks, of the windows that are measured on."""
     parts = pieces(model.spec, 2 if text is None else text.longest)
@@ -73,7 +74,8 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
     rounding = any(isinstance(step.settings, Rounding) for step in recipe)
     windows = max((step.settings.measure for step in recipe if isinstance(step.settings, Mixed)), default=0)
     measured = 0 if text is None else 4 * sum(map(len, text.windows[:windows])) * (all_rows + 2 * rows)
-    disk = (stored * 5 // 4 if rounding else 0) + max(measured, 0 if text is None else 16 * text.tokens * rows)
+    prunings = sum(isinstance(step.settings, Pruning) for step in recipe)  # of which each keeps bf16, zeros too
+    disk = 2 * stored * prunings + (stored * 5 // 4 if rounding else 0) + max(measured, 0 if text is None else 16 * text.tokens * rows)
     learning = [_learning(model, step.settings) for step in recipe if isinstance(step.settings, Heal)]
     return Estimate(
         WORKING + max(most, _played(model, recipe), *(each.memory for each in learning)), max(disk, *(each.disk for each in learning), 0)

@@ -88,7 +88,7 @@ def sparsegpt(weight: Tensor, moments: Tensor, pattern: Pattern, *, damp: float 
             if groups and j % groups == 0:
                 inside = slice(j, min(j + groups, stop - start))
                 keep[:, inside] = pattern.keep((part[:, inside] / diagonal[start + inside.start : start + inside.stop]) ** 2)
-            made = part[:, j] * keep[:, j]
+            made = torch.where(keep[:, j], part[:, j], 0.0)
             error = (part[:, j] - made) / diagonal[start + j]
             part[:, j] = made
             part[:, j + 1 :] -= torch.outer(error, factor[start + j, start + j + 1 : stop])

@@ -18,11 +18,13 @@ import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.cache import Cache, cache_transform, check_cache
+from hasten.compress.codebook import Cluster, check_codebook, codebook
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
 from hasten.compress.low_rank import Rank, check_rank, rank
 from hasten.compress.mixed import Mixed, check_mixed, mixed
+from hasten.compress.pruning import Magnitude, SparseGpt, Wanda, check_prune, prune
 from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
 from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
@@ -80,7 +82,11 @@ BUILT_IN: Mapping[str, Transform | Training] = {
     for each in (
         Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs", stage=Stage.ROUNDS),
         Transform("gptq", Gptq, gptq_transform, check_rounding, stage=Stage.ROUNDS),
+        Transform("codebook", Cluster, codebook, check_codebook, lambda settings: settings.needs_text, stage=Stage.ROUNDS),
         Transform("mixed", Mixed, mixed, check_mixed, stage=Stage.ROUNDS),
+        Transform("magnitude", Magnitude, prune, check_prune, lambda settings: False, stage=Stage.PRUNES),
+        Transform("wanda", Wanda, prune, check_prune, stage=Stage.PRUNES),
+        Transform("sparsegpt", SparseGpt, prune, check_prune, stage=Stage.PRUNES),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),

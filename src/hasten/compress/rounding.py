@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from hasten.compress.grid import Clip
 from hasten.compress.rtn import round_to_nearest
 from hasten.compress.sites import Layers, Site, by_value, sites_of
 from hasten.compress.threads import in_order
-from hasten.compress.walk import Block, Run, Treated, Walked, walk
-from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
-from hasten.formats.quantized import QuantizedWeight
+from hasten.compress.walk import Block, Run, Treated, walk
+from hasten.formats.linear import NUMBERS, ClusteredLinear, LinearFormat, QuantizedLinear, stacked
+from hasten.formats.quantized import QuantizedWeight, is_pruned
 from hasten.formats.safetensors import SafetensorsFile
 from hasten.formats.weights import Array, Weight, Weights
 from hasten.model import Model, Provenance
@@ -79,14 +80,18 @@ def check_rounding(model: Model, settings: Uniform) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     check_form(settings.form, settings.activations)
     check_layers(model, settings)
+    same_form(model, settings)
     if isinstance(settings, Gptq):
         check_gptq(settings)
 
 
 def check_form(form: LinearFormat, activations: str) -> None:
     """Raise ConfigError for a format that is not rounded to, or not multiplied with ``activations``."""
-    if not NUMBERS[form.number][1] or form.sparse:
-        raise ConfigError(f"weights {form} are not rounded to by a transform; accepted are int8, int4, int3, int2, fp8 and their variants")
+    if not NUMBERS[form.number][1] or form.sparse or form.has_codebook:
+        other = "; codebook clusters to them" if form.has_codebook else ""
+        raise ConfigError(
+            f"weights {form} are not rounded to by a transform; accepted are int8, int4, int3, int2, fp8 and their variants{other}"
+        )
     if activations not in form.activations:
         raise ConfigError(f"activations {activations} do not go with weights in {form}; accepted are {', '.join(form.activations)}")
 
@@ -96,7 +101,8 @@ def check_layers(model: Model, settings: Rounding) -> None:
     layers = Layers(settings.layers, settings.skip)
     program = lower(model.spec)
     layers.check(program)
-    done = [site.weight for site in sites_of(program, layers) if isinstance(model.weights[site.weight], QuantizedWeight)]
+    weights = {site.weight: model.weights[site.weight] for site in sites_of(program, layers)}
+    done = [name for name, weight in weights.items() if isinstance(weight, QuantizedWeight) and not is_pruned(weight)]
     for name, form in forms_of_ends(model.spec, settings.embedding, settings.head).items():
         check_form(form, form.activations[0])
         done += [name] if isinstance(model.weights[name], QuantizedWeight) else []
@@ -130,14 +136,15 @@ def gptq_transform(model: Model, settings: Gptq, text: Text, run: Run) -> Model:
 
 
 def same_form(model: Model, settings: Uniform) -> dict[str, LinearFormat]:
-    """The format of ``settings`` for every weight that it means."""
-    return dict.fromkeys(weights_in_blocks(model, settings), settings.form)
+    """The format of ``settings`` for every weight that it means, sparse for those that were pruned. Raises UnsupportedError where it cannot
+    be."""
+    names = weights_in_blocks(model, Layers(settings.layers, settings.skip))
+    return {name: settings.form.as_sparse() if is_pruned(model.weights[name]) else settings.form for name in names}
 
 
-def weights_in_blocks(model: Model, settings: Rounding) -> list[str]:
-    """The names that ``settings`` mean."""
-    sites = sites_of(lower(model.spec), Layers(settings.layers, settings.skip))
-    return [site.weight for site in sites if site.weight in Layers()]
+def weights_in_blocks(model: Model, layers: Layers) -> list[str]:
+    """The names that ``layers`` mean."""
+    return [site.weight for site in sites_of(lower(model.spec), layers) if site.weight in Layers()]
 
 
 def rtn_rounder(clip: Clip) -> Rounder:
@@ -155,15 +162,16 @@ def gptq_rounder(settings: Gptq) -> Rounder:
     def one(weight: Tensor, moments: Moments | None, form: LinearFormat) -> QuantizedLinear:
         if moments is None:
             raise ConfigError("gptq looks at activations, so it needs text to calibrate on")
+        keep = weight != 0 if form.sparse else None
         if moments.cross is not None:
             weight = aimed(weight, moments.square, moments.cross, settings.damp)
         made = gptq(
             weight, moments.square, form, damp=settings.damp, order=settings.order, static_groups=settings.static_groups,
-            clip=settings.clip,
+            clip=settings.clip, keep=keep,
         )  # fmt: skip
         if not settings.descend:
             return made
-        return descend(weight, made, moments.square, form, damp=settings.damp, rounds=settings.descend)
+        return descend(weight, made, moments.square, form, damp=settings.damp, rounds=settings.descend, keep=keep)
 
     return one
 
@@ -172,9 +180,29 @@ def round_blocks(
     model: Model, name: str, settings: Rounding, forms: Mapping[str, LinearFormat], text: Text | None, run: Run, rounder: Rounder, *,
     plain: bool = False, evidence: Mapping[str, Any] = MappingProxyType({}),
 ) -> Model:  # fmt: skip
-    """``model`` with the weights that ``forms`` names rounded by ``rounder``, each to its format, block by block, those that read one
-    value together, each fed what the rounded ones before it give; ``plain`` gives moments their ``cross``, ``evidence`` is kept beside
-    what is found here. The third party's way to a transform of one function."""
+    """``model`` with the weights that ``forms`` names rounded by ``rounder`` (see store_blocks), and its ends as ``settings`` ask;
+    ``evidence`` is kept beside what is found here. The third party's way to a transform of one function."""
+    stored, facts = store_blocks(model, name, settings, forms, text, run, rounder, activations=settings.activations, plain=plain)
+    ends = rounded_ends(model, forms_of_ends(model.spec, settings.embedding, settings.head), settings.activations, run)
+    made: dict[str, Weight] = {**model.weights, **stored, **ends}
+    found = {**evidence_of(facts, text), "left": left_alone(lower(model.spec), model.weights, made), **evidence}
+    return dataclasses.replace(
+        model,
+        weights=Weights(made),
+        provenance=(*model.provenance, Provenance(name, msgspec.to_builtins(settings), found)),
+    )
+
+
+Facts = Mapping[str, Mapping[str, Any]]
+"""By weight: what its storing cost."""
+
+
+def store_blocks(
+    model: Model, name: str, settings: msgspec.Struct, forms: Mapping[str, LinearFormat], text: Text | None, run: Run, rounder: Rounder, *,
+    activations: str = "bf16", plain: bool = False,
+) -> tuple[dict[str, QuantizedWeight], Facts]:  # fmt: skip
+    """The weights that ``forms`` names as ``rounder`` makes them, each in its format, block by block, those that read one value together,
+    each fed what the ones made before it give; ``plain`` gives moments their ``cross``."""
 
     def treat(block: Block) -> Treated:
         weights, arrays, facts = dict(block.weights), dict[str, Array](), dict[str, Any]()
@@ -192,18 +220,13 @@ def round_blocks(
         return Treated(arrays, facts, weights)
 
     walked = walk(model, _Asked(name, settings, {weight: str(form) for weight, form in forms.items()}), text, run, treat, plain=plain)
-    made: dict[str, Weight] = dict(model.weights)
-    for file in walked.files:
-        for key in file.entries:
-            if key.endswith(":q"):
-                made[key[:-2]] = _stored(file, key[:-2], model.weights[key[:-2]], forms[key[:-2]], settings.activations)
-    made |= rounded_ends(model, forms_of_ends(model.spec, settings.embedding, settings.head), settings.activations, run)
-    found = {**_evidence(walked, text), "left": left_alone(lower(model.spec), model.weights, made), **evidence}
-    return dataclasses.replace(
-        model,
-        weights=Weights(made),
-        provenance=(*model.provenance, Provenance(name, msgspec.to_builtins(settings), found)),
-    )
+    made = {
+        key[:-2]: _stored(file, key[:-2], model.weights[key[:-2]], forms[key[:-2]], activations)
+        for file in walked.files
+        for key in file.entries
+        if key.endswith(":q")
+    }
+    return made, walked.facts
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -226,11 +249,9 @@ def round_site(
         square = None if each is None else each.square.float()  # for a share that is told, that is enough
         lost += _energy(matrix - torch.from_numpy(result.dense()), square)
         whole += _energy(matrix, square)
-    joined = QuantizedLinear(
-        np.concatenate([each.q for each in made]), _joined([each.scales for each in made]), _joined([each.zeros for each in made]),
-        made[0].group,
-    )  # fmt: skip
-    return joined, {"error": lost / whole if whole else 0.0, "of": "weights" if moments is None else "outputs"}
+    joined = made[0] if weight.dim() == 2 else stacked(made)
+    fact = {"error": lost / whole if whole else 0.0, "of": "weights" if moments is None else "outputs"}
+    return joined, fact | ({"kept": int(np.count_nonzero(joined.q))} if form.sparse else {})
 
 
 def _energy(rows: Tensor, square: Tensor | None) -> float:
@@ -238,17 +259,15 @@ def _energy(rows: Tensor, square: Tensor | None) -> float:
     return float(((rows if square is None else rows @ square) * rows).sum(dtype=torch.float64))
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    return None if parts[0] is None else np.concatenate(parts)
-
-
 def _arrays(name: str, made: QuantizedLinear) -> dict[str, Array]:
     """The stored numbers as a file keeps them; `_quantized` reads them back."""
-    arrays: dict[str, Array] = {f"{name}:q": made.q}
+    arrays: dict[str, Array] = {f"{name}:q": made.q if made.scales is not None else made.q.astype(ml_dtypes.bfloat16)}
     if made.scales is not None:
         arrays[f"{name}:scales"] = made.scales
     if made.zeros is not None:
         arrays[f"{name}:zeros"] = made.zeros
+    if isinstance(made, ClusteredLinear):
+        arrays[f"{name}:codebook"] = made.codebook
     return arrays
 
 
@@ -257,19 +276,25 @@ def _stored(file: SafetensorsFile, name: str, before: Weight, form: LinearFormat
 
 
 def _quantized(file: SafetensorsFile, name: str, shape: tuple[int, ...], form: LinearFormat) -> QuantizedLinear:
+    q = file.read(f"{name}:q").reshape(shape)
+    if f"{name}:scales" not in file.entries:
+        return QuantizedLinear(q.astype(np.float32), None, None, 0)
     zeros = file.read(f"{name}:zeros") if f"{name}:zeros" in file.entries else None
-    q, scales = file.read(f"{name}:q").reshape(shape), file.read(f"{name}:scales")
+    scales = file.read(f"{name}:scales")
     beside = (*shape[:-1], scales.shape[-1])
+    if form.has_codebook:
+        return ClusteredLinear(q, scales.reshape(beside), None, form.group or shape[-1], file.read(f"{name}:codebook"))
     return QuantizedLinear(q, scales.reshape(beside), None if zeros is None else zeros.reshape(beside), form.group or shape[-1])
 
 
-def _evidence(walked: Walked, text: Text | None) -> dict[str, Any]:
-    errors = {name: fact["error"] for name, fact in walked.facts.items()}
+def evidence_of(facts: Facts, text: Text | None) -> dict[str, Any]:
+    """What provenance keeps of them."""
+    errors = {name: fact["error"] for name, fact in facts.items()}
     worst = max(errors, key=errors.__getitem__)
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "layers": len(errors), "mean_error": sum(errors.values()) / len(errors), "worst_layer": worst, "worst_error": errors[worst],
-        "error_of": walked.facts[worst]["of"],
+        "error_of": facts[worst]["of"],
     }  # fmt: skip
     return (
-        facts if text is None else facts | {"text": text.name, "windows": len(text.windows), "tokens": text.tokens, "sha256": text.sha256}
+        found if text is None else found | {"text": text.name, "windows": len(text.windows), "tokens": text.tokens, "sha256": text.sha256}
     )

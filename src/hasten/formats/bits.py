@@ -48,6 +48,16 @@ def pack(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     return octets.view("<i4")
 
 
+def pack_signed(numbers: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
+    """Words of signed numbers, each stored as one that is 2^(bits − 1) more and has no sign."""
+    return pack((numbers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), bits)
+
+
+def unpack_signed(words: NDArray[Any], bits: int, count: int) -> NDArray[np.int8]:
+    """The numbers of ``pack_signed``."""
+    return (unpack(words, bits, count) - np.uint8(1 << (bits - 1))).view(np.int8)
+
+
 def unpack_within(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
     """Words that hold 32 // bits numbers each, the bits left over unused: how 3 bits were packed before they crossed words."""
     per = 32 // bits

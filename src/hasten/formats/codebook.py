@@ -52,8 +52,8 @@ def nearest(steps: Floats, codebook: Codebook) -> NDArray[np.int8]:
 
 
 def fitted(weight: Floats, scales: Floats, group: int, importance: NDArray[np.floating] | None = None) -> Codebook:
-    """The best codebook for ``weight`` [out, in] with ``scales`` [out, groups], of ``group`` inputs each: that with the least squared error,
-    each input's weighed by ``importance`` [in]."""
+    """The best codebook for ``weight`` [out, in] with ``scales`` [out, groups], of ``group`` inputs each: that with the least squared
+    error, each input's weighed by ``importance`` [in]."""
     found = Histogram()
     for index in range(scales.shape[1]):
         part = slice(index * group, (index + 1) * group)

@@ -101,6 +101,14 @@ class LinearFormat:
         """What the format can be multiplied with, the usual first."""
         return ("int8", "bf16") if self.is_integer else ("f32",) if self.number in {"f32", "f16"} else ("bf16",)
 
+    def as_sparse(self) -> Self:
+        """The same with zeros left out, for a weight that was pruned. Raises UnsupportedError for a format that has no such form."""
+        if self.number not in SPARSE or self.zero_points:
+            raise UnsupportedError(
+                f"weights that were pruned are not stored in {self}, which has no sparse form; accepted: {', '.join(SPARSE)}, without -zp"
+            )
+        return dataclasses.replace(self, sparse=True)
+
     def quantize(self, dense: NDArray[np.generic]) -> "QuantizedLinear":
         """``dense`` [out, in], or matrices stacked, rounded to nearest, half to even, in float32; in a codebook to the larger of two.
 
@@ -112,7 +120,8 @@ class LinearFormat:
         out, size = weight.shape
         bits, limit, _ = NUMBERS[self.number]
         if not limit:
-            return QuantizedLinear(_rounded(weight, self.number), None, None, 0)  # as float32, which holds them all
+            rounded = _rounded(weight, self.number)  # as float32, which holds them all
+            return QuantizedLinear(rounded + np.float32(0) if self.sparse else rounded, None, None, 0)  # -0 + 0 is 0, which is left out
         group = self.group or size
         count = -(-size // group)
         scales, zeros = np.ones((out, count), np.float32), np.zeros((out, count), np.int32)

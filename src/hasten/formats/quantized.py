@@ -9,7 +9,7 @@ import numpy as np
 
 from hasten.base.errors import ConfigError, one_line
 from hasten.formats.codebook import SIZE as CODEBOOK_SIZE
-from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
 from hasten.formats.weights import Array, Weight
 
 _FLOAT32 = np.dtype(np.float32)
@@ -20,7 +20,7 @@ class QuantizedWeight(Weight):
     """A weight [out, in], or weights stacked in one [count, out, in], stored in ``form``. ``load`` gives what it means, float32.
 
     ``quantized`` gives the stored numbers; ``activations`` (bf16, int8; int8-static: StaticWeight) are what it meets; ``bits`` are those of
-    a number in the file, its share of scales, zero points and codebook counted."""
+    a number in the file, its share of scales, zero points, mask and codebook counted."""
 
     form: LinearFormat
     quantized: Callable[[], QuantizedLinear]
@@ -36,16 +36,15 @@ class QuantizedWeight(Weight):
         activations: str = "bf16",
         bits: float | None = None,
     ) -> Self:
-        """``quantized`` is called for every use, so it should make what it can of a mapped file. ``bits`` are counted with scales of
-        float32 unless given. Raises ConfigError for activations that the format is not multiplied with."""
+        """``quantized`` is called for every use, so it should make what it can of a mapped file; unless ``bits`` are given, at once for a
+        sparse weight, whose numbers are counted, and scales count as float32. Raises ConfigError for activations that the format is not
+        multiplied with."""
         if activations not in form.activations:
             raise ConfigError(
                 f"activations {one_line(activations)} do not go with weights in {form}; accepted: {', '.join(form.activations)}"
             )
         if bits is None:
-            groups = -(-shape[-1] // form.group) if form.group else 1
-            bits = form.bits + groups * (32 + form.bits * form.zero_points) / max(1, shape[-1])
-            bits += form.has_codebook * 8 * CODEBOOK_SIZE / max(1, shape[-2] * shape[-1])
+            bits = _bits_of(shape, form, int(np.count_nonzero(quantized().q)) if form.sparse else math.prod(shape))
         return cls(shape, _FLOAT32, lambda: quantized().dense(), form, quantized, activations, bits)
 
     @classmethod
@@ -56,8 +55,22 @@ class QuantizedWeight(Weight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored form, scales and zero points counted."""
+        """Bytes of the stored form, scales, zero points and mask counted."""
         return math.ceil(self.size * self.bits / 8)
+
+
+def _bits_of(shape: tuple[int, ...], form: LinearFormat, kept: int) -> float:
+    """Bits of a number, where ``kept`` of all are stored."""
+    width, groups = max(1, shape[-1]), -(-shape[-1] // form.group) if form.group else 1
+    scales = groups * (32 + form.bits * form.zero_points) if NUMBERS[form.number][1] else 0
+    mask = 8 * -(-width // 8) if form.sparse else 0
+    codebook = 8 * CODEBOOK_SIZE / max(1, math.prod(shape[-2:])) if form.has_codebook else 0
+    return form.bits * kept / max(1, math.prod(shape)) + (scales + mask) / width + codebook
+
+
+def is_pruned(weight: Weight) -> bool:
+    """Whether zeros were taken out of it, and nothing was rounded."""
+    return isinstance(weight, QuantizedWeight) and weight.form.sparse and not NUMBERS[weight.form.number][1]
 
 
 STATIC = "int8-static"

@@ -148,33 +148,35 @@ class PackedWeights:
             return made
         buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points, form.sparse)
         if form.has_codebook:  # which is found here, and packed with its codes
-            self._request_codes(name, form, buffer, functools.partial(_clustered, form, dense), as_stored=False)
+            found = functools.partial(_clustered, form, dense)
+            pack_codes = functools.partial(_pack_codes, buffer, self._pool)
+            self._requests.append(_Request(Wanted(name, str(form), out, in_), buffer.parts(), found, pack_codes, buffer.lie_in))
             return buffer
         bits = _floats if form.zero_points or form.number in {"f32", "f16"} else _bf16
+        pack = functools.partial(_pack_bits, buffer, self._pool, bits)
         if form.sparse:
-            buffer.pack(self._pool, bits(dense()))
-            self._at_once += 1
-            self._slower |= {form} if slower_than_dense(form, buffer.two_of_four, self._isa) else set()
+            self._pack_at_once(form, buffer, dense, pack)
         else:
-            wanted = Wanted(name, str(form), out, in_)
-            pack = functools.partial(_pack_bits, buffer, self._pool, bits)
-            self._requests.append(_Request(wanted, buffer.parts(), dense, pack, buffer.lie_in))
+            self._requests.append(_Request(Wanted(name, str(form), out, in_), buffer.parts(), dense, pack, buffer.lie_in))
         return buffer
 
     def stored(self, name: str, form: LinearFormat, out: int, in_: int, load: Callable[[], QuantizedLinear]) -> _native.WeightBuffer:
         """The same for a weight whose checkpoint has it in ``form``: its codes and scales are taken as they are."""
         if (made := self._made.get((name, str(form)))) is not None:
             return made
-        buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points)
-        self._request_codes(name, form, buffer, load, as_stored=True)
+        buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points, form.sparse)
+        pack = functools.partial(_pack_codes, buffer, self._pool)
+        if form.sparse:
+            self._pack_at_once(form, buffer, load, pack)
+        else:
+            self._requests.append(_Request(Wanted(name, str(form), out, in_, as_stored=True), buffer.parts(), load, pack, buffer.lie_in))
         return buffer
 
-    def _request_codes(
-        self, name: str, form: LinearFormat, buffer: _native.WeightBuffer, load: Callable[[], QuantizedLinear], *, as_stored: bool
-    ) -> None:
-        wanted = Wanted(name, str(form), buffer.out, buffer.in_, as_stored)
-        pack = functools.partial(_pack_codes, buffer, self._pool)
-        self._requests.append(_Request(wanted, buffer.parts(), load, pack, buffer.lie_in))
+    def _pack_at_once(self, form: LinearFormat, buffer: _native.WeightBuffer, load: Callable[[], Any], pack: Callable[[Any], None]) -> None:
+        pack(loaded := load())
+        release(_numbers(loaded))
+        self._at_once += 1
+        self._slower |= {form} if slower_than_dense(form, buffer.two_of_four, self._isa) else set()
 
     def table(self, name: str, weight: Weight) -> "Bits | _native.TableBuffer":
         """Rows of bf16 bits [rows, width] for looking up. Where a checkpoint has them as they are, they stay mapped: few are ever read.
@@ -254,7 +256,8 @@ def _pack_bits(buffer: _native.WeightBuffer, pool: _native.ThreadPool, bits: Cal
 
 def _pack_codes(buffer: _native.WeightBuffer, pool: _native.ThreadPool, its: QuantizedLinear) -> None:
     if its.scales is None:
-        raise ValueError(f"weights in {buffer.format} without scales are packed from their numbers")
+        buffer.pack(pool, _bf16(its.q))
+        return
     zeros = None if its.zeros is None else np.ascontiguousarray(its.zeros, np.int8)
     codebook = np.ascontiguousarray(its.codebook, np.int8) if isinstance(its, ClusteredLinear) else None
     buffer.pack_codes(pool, np.ascontiguousarray(its.q).view(np.int8), np.ascontiguousarray(its.scales, np.float32), zeros, codebook)

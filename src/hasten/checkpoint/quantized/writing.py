@@ -1,6 +1,7 @@
 """Writing weights that are stored quantized: as compressed-tensors where that format can say it, as hasten's own reading of it where not.
 
-hasten's own has the same tensors under canonical names, and besides: 3 bits, groups that end before they are full, stacked weights."""
+hasten's own has the same tensors under canonical names, and besides: 3 bits, groups that end before they are full, stacked weights, sparse
+ones (see sparse), and codebooks (see codebook)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from hasten.base.errors import UnsupportedError
+from hasten.checkpoint.quantized.codebook import LAYOUT as CODEBOOK_LAYOUT
+from hasten.checkpoint.quantized.codebook import codebook_parts
+from hasten.checkpoint.quantized.sparse import LAYOUT, sparse_parts
 from hasten.formats import bits as bit_packing
-from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
 from hasten.formats.quantized import STATIC, QuantizedWeight, StaticWeight
 from hasten.formats.weights import Array, Weight
 
@@ -22,8 +26,8 @@ def can_say(name: str, weight: Weight) -> bool:
     """Whether compressed-tensors has a way to store ``weight`` under ``name``."""
     if not isinstance(weight, QuantizedWeight):
         return True
-    whole = not weight.form.group or weight.shape[-1] % weight.form.group == 0
-    return name.endswith(SUFFIX) and len(weight.shape) == 2 and weight.form.number in SAID and whole
+    form, plain = weight.form, name.endswith(SUFFIX) and len(weight.shape) == 2
+    return plain and form.number in SAID and not form.sparse and (not form.group or weight.shape[-1] % form.group == 0)
 
 
 def packed_zero_points(weight: QuantizedWeight) -> bool:
@@ -92,7 +96,7 @@ _ACTIVATIONS = {"int8": {**_INT8, "strategy": "token", "dynamic": True}, STATIC:
 def _weights(form: LinearFormat) -> dict[str, Any]:
     return {
         "num_bits": form.bits,
-        "type": "float" if form.number == "fp8" else "int",
+        "type": "int" if form.is_integer else "float",
         "symmetric": not form.zero_points,
         "strategy": "group" if form.group else "channel",
         "group_size": form.group or None,
@@ -101,6 +105,10 @@ def _weights(form: LinearFormat) -> dict[str, Any]:
 
 
 def _layout(form: LinearFormat, activations: str) -> str:
+    if form.sparse:
+        return LAYOUT
+    if form.has_codebook:
+        return CODEBOOK_LAYOUT
     if form.number == "fp8":
         return "float-quantized"
     return "int-quantized" if form.number == "int8" and activations in _ACTIVATIONS else "pack-quantized"
@@ -111,12 +119,18 @@ def _parts(name: str, weight: QuantizedWeight) -> dict[str, Weight]:
     *rows, width = shape
     groups = -(-width // form.group) if form.group else 1
     packed = _layout(form, weight.activations) == "pack-quantized"
-    found = {f"{stem}.weight_scale": Weight((*rows, groups), np.dtype(np.float32), lambda: _scales(weight.quantized()))}
+    found: dict[str, Weight] = {}
+    if NUMBERS[form.number][1]:
+        found[f"{stem}.weight_scale"] = Weight((*rows, groups), np.dtype(np.float32), lambda: _scales(weight.quantized()))
     if isinstance(weight, StaticWeight):
         found[f"{stem}.input_scale"] = Weight((1,), np.dtype(np.float32), lambda: np.array([weight.input_scale], np.float32))
+    if form.sparse:
+        return found | sparse_parts(stem, weight)
+    if form.has_codebook:
+        return found | codebook_parts(stem, weight)
     if packed:
         words = (*rows, bit_packing.packed_width(width, form.bits))
-        found[f"{stem}.weight_packed"] = Weight(words, np.dtype("<i4"), lambda: _words(weight.quantized().q, form.bits))
+        found[f"{stem}.weight_packed"] = Weight(words, np.dtype("<i4"), lambda: bit_packing.pack_signed(weight.quantized().q, form.bits))
         found[f"{stem}.weight_shape"] = Weight((len(shape),), np.dtype("<i8"), lambda: np.array(shape, "<i8"))
     else:
         codes = np.dtype(ml_dtypes.float8_e4m3fn if form.number == "fp8" else np.int8)
@@ -130,14 +144,9 @@ def _parts(name: str, weight: QuantizedWeight) -> dict[str, Weight]:
     return found
 
 
-def _words(numbers: Array, bits: int) -> Array:
-    """Signed numbers as unsigned ones, 2^(bits − 1) more, in words along the last axis."""
-    return bit_packing.pack((numbers.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8), bits)
-
-
 def _zero_words(its: QuantizedLinear, bits: int) -> Array:
     """Zero points in words along the outputs."""
-    return np.swapaxes(_words(np.ascontiguousarray(np.swapaxes(_zeros(its), -1, -2)), bits), -1, -2)
+    return np.swapaxes(bit_packing.pack_signed(np.ascontiguousarray(np.swapaxes(_zeros(its), -1, -2)), bits), -1, -2)
 
 
 def _zeros(its: QuantizedLinear) -> Array:
