@@ -70,7 +70,7 @@ def read_corpus(path: Path) -> Corpus:
             return _corpus(str(path), [path])
     except OSError as error:
         raise _unreadable(path, error) from None
-    raise UserError(f"no file or folder {path}; give text to evaluate on, or leave it out for the held-out set")
+    raise UserError(f"no file or folder {path}; name text that is there, or leave it out for the standard library")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
