@@ -59,7 +59,7 @@ class Book:
             if best is not None and not lost < least:
                 break
             best, least = book, lost
-            scales = _solved(weight, made, each)
+            scales = book._solved(weight, made.q, each)
         if best is None:
             raise ConfigError(f"rounds is {rounds}; accepted: at least 1")
         return best
@@ -80,6 +80,16 @@ class Book:
     def quantized(self, codes: Tensor) -> ClusteredLinear:
         """All places [out, in] with what they go with."""
         return ClusteredLinear(codes.numpy().astype(np.int8), self.scales, None, self.group, self.codebook)
+
+    def _solved(self, weight: Floats, q: Codebook, importance: NDArray[np.floating]) -> Floats:
+        """The scales with which the numbers at ``q`` come nearest to ``weight``; where these are all 0, or turned, those there are."""
+        numbers, begins = self.codebook[q].astype(np.float64), np.arange(0, weight.shape[1], self.group)
+        wanted = np.add.reduceat(weight * numbers * importance, begins, axis=1)
+        energy = np.add.reduceat(np.square(numbers) * importance, begins, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = (wanted / energy).astype(np.float32)
+        solved: Floats = np.where((found > 0) & np.isfinite(found), found, self.scales)
+        return solved
 
     def _of(self, inputs: Tensor, like: Tensor) -> Tensor:
         return torch.from_numpy(self.scales).to(like.dtype)[:, torch.div(inputs, self.group, rounding_mode="floor")]
@@ -124,14 +134,3 @@ def _largest(weight: Floats, group: int) -> Floats:
     """Of each group's sizes, [out, groups]."""
     made: Floats = np.maximum.reduceat(np.abs(weight), np.arange(0, weight.shape[1], group), axis=1)
     return made
-
-
-def _solved(weight: Floats, made: ClusteredLinear, importance: NDArray[np.floating]) -> Floats:
-    """The scales with which the numbers that were chosen come nearest to ``weight``; where these are all 0, or turned, those they had."""
-    numbers, begins = made.codebook[made.q].astype(np.float64), np.arange(0, weight.shape[1], made.group)
-    wanted = np.add.reduceat(weight * numbers * importance, begins, axis=1)
-    energy = np.add.reduceat(np.square(numbers) * importance, begins, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = (wanted / energy).astype(np.float32)
-    solved: Floats = np.where((found > 0) & np.isfinite(found), found, made.scales)
-    return solved
