@@ -25,6 +25,7 @@ namespace {
 constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
+constexpr int kLookups = 16;       // rows up to which looking up in registers for each block is less than decoding once
 constexpr int kFew = 4;            // up to so many rows memory is the limit: a panel at a time is read in one run
 constexpr int kAheadBytes = 4096;  // of weights, prefetched
 
@@ -505,7 +506,7 @@ AVX2 void linear_avx2(const PackedLinear& weight, const Activations& x, int firs
         case Feed::bf16: return play<Bf16>(weight, x, first, last, bias, y, y_stride);
         default:
             if (weight.format == WeightFormat::int4 && !weight.masks) return play<Int4>(weight, x, first, last, bias, y, y_stride);
-            if (weight.format == WeightFormat::lut4 && x.count <= kRows) return play<Lut4>(weight, x, first, last, bias, y, y_stride);
+            if (weight.format == WeightFormat::lut4 && x.count <= kLookups) return play<Lut4>(weight, x, first, last, bias, y, y_stride);
             return play<Int8>(weight, x, first, last, bias, y, y_stride);
     }
 }

@@ -13,6 +13,8 @@ namespace {
 #if defined(__x86_64__)
 #define AVX2 HASTEN_EXPAND_AVX2
 #define VBMI2 HASTEN_EXPAND_VBMI2
+
+constexpr int kAheadBytes = 4096;  // of weights, prefetched
 #endif
 
 // --- lines of sparse tiles. Each returns the bytes taken.
@@ -64,6 +66,7 @@ struct Avx2 {
     AVX2 static void lookup(const std::int8_t* codebook, const std::byte* from, int count, std::int8_t* first, std::int8_t* second) {
         const __m256i low = _mm256_set1_epi8(0x0f), table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
         for (int i = 0; i < count; i += 32) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + i) + kAheadBytes, _MM_HINT_T0);
             const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + i), _mm256_shuffle_epi8(table, _mm256_and_si256(both, low)));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + i), _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(both, 4), low)));
@@ -96,6 +99,7 @@ struct Vbmi2 {
     VBMI2 static void lookup(const std::int8_t* codebook, const std::byte* from, int count, std::int8_t* first, std::int8_t* second) {
         const __m512i low = _mm512_set1_epi8(0x0f), table = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
         for (int i = 0; i < count; i += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + i) + kAheadBytes, _MM_HINT_T0);
             const __m512i both = _mm512_loadu_si512(from + i);
             _mm512_storeu_si512(first + i, _mm512_shuffle_epi8(table, _mm512_and_si512(both, low)));
             _mm512_storeu_si512(second + i, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low)));
