@@ -10,6 +10,7 @@ from hasten.spec import (
     BranchNorm,
     Causal,
     ClampedSwiglu,
+    CrossLayerAttention,
     Embedding,
     Exit,
     GatedDeltaNet,
@@ -25,6 +26,7 @@ from hasten.spec import (
     Mamba2,
     MixtureOfExperts,
     Parallel,
+    PerPair,
     PostNorm,
     PreNorm,
     RelativeSinusoid,
@@ -63,6 +65,17 @@ MIXERS = {
     "latent": LatentAttention(heads=2, q_rank=5, kv_rank=6, nope_dim=3, rope_dim=4, value_dim=3, scale=0.4, rotary=ROPE, norm=RMS),
     "latent-full-q": LatentAttention(
         heads=2, q_rank=None, kv_rank=6, nope_dim=3, rope_dim=4, value_dim=3, scale=0.4, rotary=ROPE, norm=RMS
+    ),
+    "latent-plain": LatentAttention(
+        heads=2,
+        q_rank=5,
+        kv_rank=6,
+        nope_dim=3,
+        rope_dim=4,
+        value_dim=3,
+        scale=0.4,
+        norm=None,
+        rotary=Rotary(base=100.0, dims=4, scaling=PerPair(divisors=(1.0, 0.5))),
     ),
     "mamba": Mamba(inner=10, state=3, conv=4, dt_rank=2),
     "mamba2": Mamba2(heads=4, head_dim=3, state=2, groups=2, conv=3, norm=RMS, dt_min=0.001, dt_max=0.5),
@@ -116,6 +129,10 @@ SPECS = {
         embedding=Embedding(scale=2.5, positions=LearnedPositions(count=20, offset=2), norm=LAYER), norm=None,
         head=Head(tied=True, softcap=3.0, scale=0.25, bias=True),
     ),
+    "cross-layer": spec_of(
+        block(), block(CrossLayerAttention(attention=attention(heads=6, bias=True, q_norm=RMS), source=0)), block("window"),
+        block(CrossLayerAttention(attention=attention(heads=2, sinks=True, gate=True), source=0)),
+    ),
     "exits": spec_of(
         block(), block("mamba"), block("window"),
         exits=(Exit(after=0, norm=RMS, head=Head(tied=True, softcap=2.0)), Exit(after=1, norm=LAYER, head=Head(tied=False, scale=2.0))),
@@ -161,7 +178,8 @@ def rotaries(draw, head_dim):
     half = draw(st.integers(1, head_dim // 2))
     factors = st.tuples(*[floats()] * half)
     long = structs(LongRope, short_factor=factors, long_factor=factors, original_context=sizes(), attention_factor=floats())
-    return draw(structs(Rotary, base=floats(1.5), dims=st.just(2 * half), interleaved=st.booleans(), scaling=maybe(SCALINGS | long)))
+    scalings = maybe(SCALINGS | long | structs(PerPair, divisors=factors))
+    return draw(structs(Rotary, base=floats(1.5), dims=st.just(2 * half), interleaved=st.booleans(), scaling=scalings))
 
 
 @st.composite
@@ -194,7 +212,7 @@ MAMBAS = structs(
 )  # fmt: skip
 LATENTS = structs(
     LatentAttention, heads=sizes(), q_rank=maybe(sizes()), kv_rank=sizes(), nope_dim=sizes(), rope_dim=st.just(4), value_dim=sizes(),
-    scale=floats(), rotary=rotaries(4), norm=NORMS, bias=st.booleans(),
+    scale=floats(), rotary=rotaries(4), norm=maybe(NORMS), bias=st.booleans(),
 )  # fmt: skip
 DELTAS = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
     lambda pair: structs(

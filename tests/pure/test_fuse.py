@@ -180,7 +180,7 @@ def test_fused_programs_are_trimmed_and_cut_like_others(name):
     fused = fuse(program)
     for value in fused.values:
         check(fused.with_outputs([value]))
-    for layer in fused.layers[:-1]:
+    for layer in filter(lambda layer: fused.can_cut(layer.label), fused.layers[:-1]):
         for part in fused.cut(layer.label):
             check(part)
 

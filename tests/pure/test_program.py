@@ -209,6 +209,10 @@ def test_parts_of_a_cut_hold_the_whole(name, tied):
     spec = SPECS[name]
     program = lower(msgspec.structs.replace(spec, head=msgspec.structs.replace(spec.head, tied=tied)))
     for layer in program.layers[:-1]:
+        if not program.can_cut(layer.label):
+            with pytest.raises(UnsupportedError, match="reads state that what is before writes"):
+                program.cut(layer.label)
+            continue
         first, second = program.cut(layer.label)
         check(first)
         check(second)
@@ -225,6 +229,12 @@ def test_parts_of_a_cut_hold_the_whole(name, tied):
             assert total == sum(getattr(group, measure)() for part in (first, second) for group in part.states)
         assert set(first.outputs) >= set(second.inputs)
         assert set(first.outputs) - set(second.inputs) | set(second.outputs) == set(program.outputs)
+
+
+def test_a_cut_between_layers_that_share_keys_and_values_is_refused():
+    program = lower(SPECS["cross-layer"])
+    assert [program.can_cut(layer.label) for layer in program.layers[:-1]] == [True, False, False, False, True]
+    assert [(group.layers, group.visible) for group in program.states] == [(1, Causal()), (1, SlidingWindow(size=3))]
 
 
 def test_a_tap_that_crosses_a_cut_comes_out_of_the_first_part_once():

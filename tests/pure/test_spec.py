@@ -12,12 +12,14 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.spec import (
     MLP,
     Alibi,
+    CrossLayerAttention,
     Exit,
     Head,
     LearnedPositions,
     LongRope,
     Mamba2,
     MixtureOfExperts,
+    PerPair,
     RelativeSinusoid,
     RMSNorm,
     Rotary,
@@ -166,6 +168,12 @@ def missing_field():
         (lambda: block(mixer=None, feed_forward=None), "a mixer, a feed-forward, or both"),
         (lambda: spec_of(exits=(Exit(after=1, norm=RMS, head=Head(tied=True)),)), "not early"),
         (missing_field, "width"),
+        (lambda: Rotary(base=10.0, dims=4, scaling=PerPair(divisors=(1.0,))), "1 divisors for 2 frequencies"),
+        (lambda: CrossLayerAttention(attention=attention(k_norm=RMS), source=0), "none of its own to normalize"),
+        (lambda: CrossLayerAttention(attention=MIXERS["relative"], source=0), "do not go with another block's keys"),
+        (lambda: spec_of(block(CrossLayerAttention(attention=attention(), source=0))), "block 0 reads keys and values of block 0"),
+        (lambda: spec_of(block("mamba"), block(CrossLayerAttention(attention=attention(), source=0))), "no earlier one with"),
+        (lambda: spec_of(block("window"), block(CrossLayerAttention(attention=attention(), source=0))), "no earlier one with"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(build, said):
@@ -190,7 +198,9 @@ def test_any_other_json_is_a_config_error(data):
 
 
 def test_every_kind_is_in_the_examples():
-    seen = {type(part).__name__ for part in (*MIXERS.values(), *FEED_FORWARDS.values()) if part is not None}
-    assert seen == {"Attention", "LatentAttention", "Mamba", "Mamba2", "GatedDeltaNet", "MLP", "GatedMLP", "MixtureOfExperts"}
+    blocks = (block for spec in SPECS.values() for block in spec.blocks)
+    seen = {type(part).__name__ for block in blocks for part in (block.mixer, block.feed_forward) if part is not None}
+    attentions = {"Attention", "CrossLayerAttention", "LatentAttention"}
+    assert seen == {*attentions, "Mamba", "Mamba2", "GatedDeltaNet", "MLP", "GatedMLP", "MixtureOfExperts"}
     assert isinstance(FEED_FORWARDS["moe"], MixtureOfExperts)
     assert attention().position == ROPE

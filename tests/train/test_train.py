@@ -139,7 +139,8 @@ def test_a_training_that_ended_anywhere_goes_on_to_the_same_bits(model, tmp_path
 
 def test_another_trainings_folder_is_refused(model, tmp_path):
     run(model, tmp_path / "work")
-    for other in ({"asked": settings(rate=0.02)}, {"batches": Batches(windows(seed=5), 4)}, {"masked": {}, "asked": settings(norm=2.0)}):
+    mask = {"norm.weight": torch.arange(32) > 0}
+    for other in ({"asked": settings(rate=0.02)}, {"batches": Batches(windows(seed=5), 4)}, {"masked": mask}):
         with pytest.raises(UserError, match="another model, text or settings"):
             run(model, tmp_path / "work", **other)
     assert run(model, tmp_path / "work").losses  # what was finished is given again
@@ -174,22 +175,6 @@ def test_only_answers_are_learned(model, tmp_path):
     logits = [torch.tensor(model.logits(each[:-1])) for each in ids]
     expected = [torch.nn.functional.cross_entropy(each[9:].float(), torch.tensor(one[10:])).item() for each, one in zip(logits, ids)]
     assert loss == pytest.approx(np.mean(expected), abs=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
-def test_divergences_by_hand(kind):
-    random = np.random.default_rng(0)
-    s, t = random.normal(size=(2, 5, 11))
-    q, p = (np.exp(each) / np.exp(each).sum(-1, keepdims=True) for each in (s, t))
-    m = (p + q) / 2
-
-    def kl(a, b):
-        return (a * np.log(a / b)).sum()
-
-    expected = {"forward": kl(p, q), "reverse": kl(q, p), "jensen-shannon": (kl(p, m) + kl(q, m)) / 2}[kind]
-    found = train.objectives.divergence(torch.tensor(s), torch.tensor(t), kind)
-    assert found.item() == pytest.approx(expected)
-    assert train.objectives.divergence(torch.tensor(s), torch.tensor(s), kind).item() == pytest.approx(0, abs=1e-9)
 
 
 def test_a_student_comes_nearer_to_its_teacher(model, tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from hasten.cache.groups import PageGroup, StatePages, TokenPages
 from hasten.cache.pool import PagePool
 from hasten.cache.tree import NONE, Match, Node, PrefixTree
-from hasten.program.pages import CopyPage, Move, PageLists, SwapIn, SwapOut
+from hasten.program.pages import CopyPage, Move, PageLists, SwapIn, SwapOut, pages_held
 
 STANDS_IN = 0  # in a list of pages, for one that went back
 
@@ -92,11 +92,8 @@ class Cache:
 
     def pages_for(self, index: int, length: int, step: int) -> int:
         """Most pages of a group that a sequence holds on its way to ``length`` tokens, at most ``step`` of them at once."""
-        group, whole = self.groups[index], -(-length // self.page)
-        if isinstance(group, StatePages):
-            return 1
-        seen = group.most_seen()
-        return whole if seen is None else min(whole, (seen + step - 2) // self.page + 2)
+        group = self.groups[index]
+        return 1 if isinstance(group, StatePages) else pages_held(group.most_seen(), length, step, self.page)
 
     def held(self, sequence: SequencePages, index: int) -> int:
         """Pages of a group that a sequence holds."""

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from hasten.program import RecurrentGroup, StateGroup, oldest_visible
-from hasten.spec import Causal, SegmentMemory, SlidingWindow, Visibility
+from hasten.program import RecurrentGroup, StateGroup, most_seen, oldest_visible
+from hasten.spec import Causal, Visibility
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,12 +27,7 @@ class TokenPages:
 
     def most_seen(self) -> int | None:
         """Most tokens that any one sees, itself included; None where that has no bound."""
-        match self.visible:
-            case SlidingWindow(size=size):
-                return size
-            case SegmentMemory(segment=segment, memory=memory):
-                return segment + memory
-        return None
+        return most_seen(self.visible)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from hasten.cli.bench import bench
 from hasten.cli.cache import cache
 from hasten.cli.chat import chat
 from hasten.cli.compare import compare
+from hasten.cli.convert import convert
+from hasten.cli.cut import cut, share_weights
+from hasten.cli.distill import distill
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
 from hasten.cli.generate import generate
@@ -42,7 +45,11 @@ app.command("warm")(warm)
 app.command("quantize")(quantize)
 app.command("prune")(prune)
 app.command("apply")(apply)
+app.command("cut")(cut)
+app.command("share")(share_weights)
+app.command("convert")(convert)
 app.command("train")(train)
+app.command("distill")(distill)
 app.add_typer(cache, name="cache")
 app.add_typer(bench)
 

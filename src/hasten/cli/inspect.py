@@ -72,12 +72,17 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
     import msgspec
 
     from hasten.formats.quantized import stored_as
+    from hasten.program import RecurrentGroup, most_seen
 
     parts: dict[str, dict[str, int]] = {}
     for name, weight in model.weights.items():
         part = parts.setdefault(_part(name), {"parameters": 0, "bytes": 0})
         part["parameters"] += weight.size
         part["bytes"] += weight.nbytes
+    seen: dict[Any, int] = {}  # tokens that are kept, None for all → bytes of each
+    for group in program.states:
+        if not isinstance(group, RecurrentGroup):
+            seen[most_seen(group.visible)] = seen.get(most_seen(group.visible), 0) + group.bytes_per_token()
     return {
         "model": model.name,
         "family": model.source.family if model.source else "hasten",
@@ -96,7 +101,8 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
             for block, same in groupby(model.spec.blocks)
         ],
         "parts": parts,
-        "cache_bytes_per_token": sum(group.bytes_per_token() for group in program.states),
+        "cache_bytes_per_token": seen.pop(None, 0),
+        "cache_windows": [{"tokens": tokens, "bytes_per_token": each} for tokens, each in sorted(seen.items())],
         "state_bytes_per_sequence": sum(group.bytes_per_sequence() for group in program.states),
         "tokenizer": model.tokenizer is not None,
         "formats": sorted({stored_as(weight) for weight in model.weights.values()}),
@@ -153,7 +159,8 @@ def _print(facts: dict[str, Any]) -> None:
     for block in facts["blocks"]:
         console.print(f"{block['count']} × {block['mixer']} + {block['feed_forward']}, {block['wiring'].split('(')[0]}", markup=False)
     cache, state = facts["cache_bytes_per_token"], facts["state_bytes_per_sequence"]
-    console.print(f"cache {cache:,} bytes a token ({facts['cache']})" + (f", state {state:,} bytes a sequence" if state else ""))
+    windows = "".join(f", {each['bytes_per_token']:,} of each of the last {each['tokens']:,}" for each in facts["cache_windows"])
+    console.print(f"cache {cache:,} bytes a token{windows} ({facts['cache']})" + (f", state {state:,} bytes a sequence" if state else ""))
     table = Table("part", "parameters", "bytes", "share", box=None)
     for column in table.columns[1:]:
         column.justify = "right"

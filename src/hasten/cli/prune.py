@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from hasten.cli import options
-from hasten.cli.quantize import MAKING, Making, OutArgument, run_recipe, short_form
+from hasten.cli.quantize import MAKING, HealOption, Making, OutArgument, healing, run_recipe, short_form
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -27,6 +27,7 @@ def prune(
         typer.Option("--activations", help="What rounded weights are multiplied with: bf16, int8, or int8-static. [default: bf16]"),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave these layers, as 'blocks.0.*'; repeatable.")] = None,
+    heal: HealOption = None,
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -35,14 +36,16 @@ def prune(
         options.refuse("--method", method, ", ".join(METHODS))
     if activations is not None and weights is None:
         options.refuse("--activations", activations, "what weights are rounded for: give --weights")
-    run_recipe(model, pruning_steps(method, sparsity, weights, activations, skip or []), out, making, as_json)
+    run_recipe(model, pruning_steps(method, sparsity, weights, activations, skip or [], heal), out, making, as_json)
 
 
-def pruning_steps(method: str, sparsity: str, weights: str | None, activations: str | None, skip: Sequence[str]) -> list[dict[str, Any]]:
+def pruning_steps(
+    method: str, sparsity: str, weights: str | None, activations: str | None, skip: Sequence[str], heal: float | None = None
+) -> list[dict[str, Any]]:
     """The recipe that `hasten prune` is short for, as plain data. Raises UnsupportedError for weights that no pruned one is rounded to."""
     from hasten.formats.linear import LinearFormat
 
-    steps: list[dict[str, Any]] = [{method: {"sparsity": sparsity, **({"skip": list(skip)} if skip else {})}}]
+    steps: list[dict[str, Any]] = [{method: {"sparsity": sparsity, **({"skip": list(skip)} if skip else {})}}, *healing(heal)]
     if weights is not None:
         LinearFormat.parse(weights).as_sparse()  # told now, rather than when pruning is done
         steps += short_form("gptq", weights, activations, skip)

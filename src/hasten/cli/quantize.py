@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hasten.compress.gates import Shrunk
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
+    from hasten.model import Provenance
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "codebook", "best")
 USUAL = {"smoothquant": "int8", "codebook": "lut4-g64"}
@@ -44,6 +45,9 @@ WorkOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result.")]
 BatchOption = Annotated[str, typer.Option("--batch", help="Sequences at once at which original and result are timed, as 1,8.")]
 NoSpeedOption = Annotated[bool, typer.Option("--no-speed", help="Leave timing out.")]
+HealOption = Annotated[
+    float | None, typer.Option("--heal", help="Then train it for so many minutes towards the original, to learn back what that cost.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
 
 
@@ -170,6 +174,11 @@ def short_form_by_layer(
     return [{"mixed": {**rounding, "method": method, "clip": "none" if method == "rtn" else "outputs"}}]
 
 
+def healing(minutes: float | None) -> list[dict[str, Any]]:
+    """The part of a recipe that `--heal` is short for."""
+    return [] if minutes is None else [{"heal": {"minutes": minutes}}]
+
+
 def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making: Making, as_json: bool) -> None:
     """Take the model ``name`` through a recipe into ``out``, and print what came of it: a table, or JSON."""
     from rich.console import Console
@@ -225,6 +234,7 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
         "unread_elsewhere": unread_elsewhere(made.model),
         "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
+        "cache_bytes_per_token": _cache_bytes(made.model.provenance),
         "cache": None if made.model.cache is None else made.model.cache.format,
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
         **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),
@@ -235,6 +245,9 @@ def _print(facts: dict[str, Any]) -> None:
     names = ", ".join(key for step in facts["recipe"] for key in step)
     typer.echo(visible_line(f"{facts['model']} → {facts['out']} by {names}"))
     typer.echo(_shrunk(facts))
+    if facts["cache_bytes_per_token"]:
+        before, after = facts["cache_bytes_per_token"]
+        typer.echo(f"cache {before:,} → {after:,} bytes a token, kept in bf16")
     if facts["cache"] is not None:
         typer.echo(f"keys and values are kept in {facts['cache']} wherever the model is played, unless --cache asks for another format")
     if "loss" in facts:
@@ -255,6 +268,12 @@ def _print(facts: dict[str, Any]) -> None:
     if facts["unread_elsewhere"]:
         typer.echo(visible_line(f"transformers does not load what was written: {facts['unread_elsewhere']}"))
     typer.echo("read back from disk: the same codes, and the same logits in the engine")
+
+
+def _cache_bytes(steps: Sequence["Provenance"]) -> list[int] | None:
+    """Before the first step that changed what a token keeps, and after the last; None where none did."""
+    found = [step.evidence["cache_bytes_per_token"] for step in steps if "cache_bytes_per_token" in step.evidence]
+    return [found[0][0], found[-1][1]] if found else None
 
 
 def _shares(shrunk: "Shrunk") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,30 @@ from hasten.cli import options
 from hasten.cli.terminal import notify, visible_line
 
 if TYPE_CHECKING:
+    from hasten.compress.generated import Generated
     from hasten.compress.learn import Learned
     from hasten.model import Model
+    from hasten.spec import Spec
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+
+TextOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="A file, a folder, or JSONL with a 'text' each, or a 'prompt' and an 'answer', of which the answer is learned. "
+        "[default: the standard library less the held-out set]",
+    ),
+]
+GenerateOption = Annotated[
+    int | None,
+    typer.Option(
+        "--generate", min=1, metavar="TOKENS", help="Learn from so many tokens that a model writes: the teacher, else the model itself."
+    ),
+]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write the loss curve as a picture, as in loss.png.")]
+EvalTokensOption = Annotated[int, typer.Option("--eval-tokens", min=1, help="Tokens of the held-out set to measure, before and after.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,20 +83,15 @@ def train(
         bool, typer.Option("--from-nothing", help="Only the Spec and tokenizer of the model; its weights anew.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="The model whose tokenizer a Spec takes. [default: code-8m]")] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            "--text",
-            help="A file, a folder, or JSONL with a 'text' each, or a 'prompt' and an 'answer', of which the answer is learned. "
-            "[default: the standard library less the held-out set]",
-        ),
+    text: TextOption = None,
+    generate: GenerateOption = None,
+    written_by: Annotated[
+        str | None, typer.Option("--written-by", metavar="MODEL", help="Who writes them. [default: the model itself]")
     ] = None,
     learning: Learning = LEARNING,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write the loss curve as a picture, as in loss.png.")] = None,
-    eval_tokens: Annotated[
-        int, typer.Option("--eval-tokens", min=1, help="Tokens of the held-out set to measure, before and after.")
-    ] = 32768,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")] = False,
+    plot: PlotOption = None,
+    eval_tokens: EvalTokensOption = 32768,
+    overwrite: OverwriteOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Train a model on text: further, or from nothing."""
@@ -86,7 +102,6 @@ def train(
 
     try:
         from hasten.compress.learn import Lesson, fresh, learn
-        from hasten.spec import Spec
         from hasten.train import Work, draw_curve, picture_curve
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -95,16 +110,17 @@ def train(
 
     settings = settings_of(learning)
     if spec.endswith(".json") and not from_nothing:
-        try:
-            read = Spec.from_json(Path(spec).read_bytes())
-        except OSError as error:
-            raise UserError(f"{spec} cannot be read: {error.strerror or error}; name a .json file with a Spec, or a model") from None
-        model: Model = fresh(read, load(tokenizer or "code-8m"), Path(spec).stem, learning.seed)
+        model: Model = fresh(read_spec(spec), load(tokenizer or "code-8m"), Path(spec).stem, learning.seed)
     elif tokenizer is not None:
         raise ConfigError("--tokenizer goes with a .json file: a model has its own; leave it out")
     else:
         model = load(spec)
         model = fresh(model.spec, model, model.name, learning.seed) if from_nothing else model
+    if generate is not None and written_by is None and (from_nothing or spec.endswith(".json")):
+        raise ConfigError("what begins from nothing has nothing to write: name who writes with --written-by")
+    if generate is None and written_by is not None:
+        raise ConfigError(f"--written-by {written_by} says who writes, but not how much: give --generate, too")
+    writer = model if written_by is None else load(written_by)
     place = learning.work or out.absolute().parent / f".{out.absolute().name}.work"
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -113,8 +129,12 @@ def train(
         def report(step: int, steps: int, loss: float) -> None:
             progress.update(task, description=f"learning, loss {loss:.3f}", completed=step, total=steps)
 
+        def writing(done: int, documents: int) -> None:
+            progress.update(task, description=f"{writer.name} is writing", completed=done, total=documents)
+
+        source = text_of(text, generate, writer, learning.seed, writing)
         learned = learn(
-            model, Lesson(settings, text, learning.sequence, learning.tokens, learning.seed), out,
+            model, Lesson(settings, source, learning.sequence, learning.tokens, learning.seed), out,
             Work(place, learning.threads or hardware.detect().cpu.cores, report), overwrite=overwrite, tokens=eval_tokens,
             began=lambda name, tokens: notify(f"{tokens:,} tokens of {name}; unfinished work lies in {place}"),
         )  # fmt: skip
@@ -132,6 +152,27 @@ def train(
         typer.echo(
             f"held-out loss {before.loss:.4f} → {after.loss:.4f}   top-1 {before.top1:.4f} → {after.top1:.4f}   ({after.tokens:,} tokens)"
         )
+
+
+def read_spec(path: str) -> "Spec":
+    """The Spec of a .json file. Raises UserError for what is none."""
+    from hasten.spec import Spec
+
+    try:
+        return Spec.from_json(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; name a .json file with a Spec, or a model") from None
+
+
+def text_of(
+    text: Path | None, generate: int | None, writer: "Model", seed: int, report: Callable[[int, int], None]
+) -> "Path | Generated | None":  # fmt: skip
+    """What a Lesson is of. Raises ConfigError where both are given."""
+    from hasten.compress.generated import Generated
+
+    if text is not None and generate is not None:
+        raise ConfigError(f"--text {text} and --generate {generate} both say what is learned from; give one")
+    return text if generate is None else Generated(writer, generate, seed, report=report)
 
 
 def settings_of(learning: Learning) -> Any:

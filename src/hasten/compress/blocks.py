@@ -28,7 +28,8 @@ Inputs = NDArray[np.int32]
 
 
 def pieces(spec: Spec, context: int) -> tuple[Program, ...]:
-    """The embedding, then each block, in float32: each part's outputs are the next one's inputs."""
+    """The embedding, then each block, in float32: each part's outputs are the next one's inputs. Blocks that read keys and values of one
+    before them are in one part with it."""
     return _cut(spec, context)[0]
 
 
@@ -40,6 +41,8 @@ def tail(spec: Spec, context: int) -> Program:
 def _cut(spec: Spec, context: int) -> tuple[tuple[Program, ...], Program]:
     rest, made = lower(spec, context=context, precision=Precision()), []
     for label in ["embedding", *(f"blocks.{index}" for index in range(len(spec.blocks)))]:
+        if not rest.can_cut(label):
+            continue
         part, rest = rest.cut(label)
         made.append(part.with_outputs(rest.inputs))  # without the exits on the way
     return tuple(made), rest

@@ -40,19 +40,17 @@ def cache_transform(model: Model, settings: Cache, text: Text, run: Run) -> Mode
     limit = rows.largest
 
     def treat(block: Block) -> Treated:
-        (append, *_) = [*_appends(block.piece), None]
-        if append is None:
-            return Treated({}, {}, block.weights)
-        read = {"k": append.k, "v": append.v or append.k}  # a latent row is both
-        largest = dict.fromkeys(read, 0.0)
-        for chunk in block.text().outputs(block.weights, list(dict.fromkeys(read.values()))):
-            for part, value in read.items():
-                largest[part] = max(largest[part], float(chunk[value].abs().max()))
-        path = f"blocks.{block.index}.mixer"
-        arrays: dict[str, Array] = {
-            f"{path}.{part}_scale": np.array([max(most / limit, LEAST_SCALE)], np.float32) for part, most in largest.items()
-        }
-        return Treated(arrays, {path: largest}, block.weights)
+        arrays, facts = dict[str, Array](), dict[str, dict[str, float]]()
+        for append in _appends(block.piece):
+            read = {"k": append.k, "v": append.v or append.k}  # a latent row is both
+            largest = dict.fromkeys(read, 0.0)
+            for chunk in block.text().outputs(block.weights, list(dict.fromkeys(read.values()))):
+                for part, value in read.items():
+                    largest[part] = max(largest[part], float(chunk[value].abs().max()))
+            path = ".".join(append.k.split(".")[:3])  # a piece may be of several blocks
+            facts[path] = largest
+            arrays |= {f"{path}.{part}_scale": np.array([max(most / limit, LEAST_SCALE)], np.float32) for part, most in largest.items()}
+        return Treated(arrays, facts, block.weights)
 
     walked = walk(model, settings, text, run, treat)
     scales: dict[str, Weight] = {key: one_scale(float(file.read(key)[0])) for file in walked.files for key in file.entries}

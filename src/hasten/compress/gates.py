@@ -14,12 +14,16 @@ from hasten.checkpoint import load_directory, save
 from hasten.engine.backends import choose_backend, open_scorer
 from hasten.formats.linear import ClusteredLinear, QuantizedLinear
 from hasten.formats.mapped import release
-from hasten.formats.quantized import QuantizedWeight, StaticWeight
+from hasten.formats.quantized import QuantizedWeight, StaticWeight, is_pruned
 from hasten.measure.compare import Comparison
 from hasten.model import Model
-from hasten.program import Batch
+from hasten.program import Batch, lower
+from hasten.program.pages import sequence_bytes
 
 PROBE = 64  # tokens that a reloaded model is compared on
+
+A_CACHE = "the cache of a whole sequence"
+PAGE = 16  # tokens of its pages
 
 
 class GateError(UserError):
@@ -28,7 +32,8 @@ class GateError(UserError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shrunk:
-    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights", or "blocks" where their shapes changed."""
+    """Bytes ``before`` and ``after`` of ``what`` was made smaller: "rounded weights", or "pruned weights" where none was rounded; where
+    shapes changed "blocks", or where those are no smaller A_CACHE."""
 
     what: str
     before: int
@@ -48,15 +53,24 @@ def require_smaller(original: Model, model: Model) -> Shrunk:
                 f"{name} takes {weight.nbytes:,} bytes in {weight.form} and took {old:,}: no smaller; skip it, or take fewer bits"
             )
         before, after = before + old, after + weight.nbytes
+    rounded = any(isinstance(weight, QuantizedWeight) and not is_pruned(weight) for weight in model.weights.values())
+    shrunk = Shrunk("rounded weights" if rounded else "pruned weights", before, after)
     if not same:
-        before, after = (_bytes_of_blocks(each) for each in (original, model))
-    if not after or after >= before:
+        blocks, cache = (
+            Shrunk(what, size(original), size(model)) for what, size in (("blocks", _bytes_of_blocks), (A_CACHE, _bytes_of_cache))
+        )
+        shrunk = blocks if blocks.after < blocks.before else cache
+    if not shrunk.after or shrunk.after >= shrunk.before:
         raise GateError("no weight was made smaller, so there is nothing to save")
-    return Shrunk("rounded weights" if same else "blocks", before, after)
+    return shrunk
 
 
 def _bytes_of_blocks(model: Model) -> int:
     return sum(weight.nbytes for name, weight in model.weights.items() if name.startswith("blocks."))
+
+
+def _bytes_of_cache(model: Model) -> int:
+    return sequence_bytes(lower(model.spec, cache="bfloat16"), PAGE)
 
 
 def require_loss(found: Comparison, most: float) -> None:

@@ -11,6 +11,7 @@ import msgspec
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import save
 from hasten.compress.examples import read_examples
+from hasten.compress.generated import Generated, generate_text
 from hasten.compress.heal import check_trainable, in_dtype, learned_into, parameters_of
 from hasten.engine.backends import choose_backend
 from hasten.formats.weights import DTYPES, Weights
@@ -27,10 +28,18 @@ class Lesson:
     context where that is less)."""
 
     settings: Settings
-    text: Path | None = None
+    text: Path | Generated | None = None
     sequence: int | None = None
     tokens: int = 8192
     seed: int = 0
+
+    def length(self, model: Model) -> int:
+        """Tokens of an example for ``model``."""
+        return min(512, model.spec.context) if self.sequence is None else self.sequence
+
+    def said(self, model: Model) -> dict[str, Any]:
+        """The settings, for provenance."""
+        return {**msgspec.to_builtins(self.settings), "sequence": self.length(model), "tokens": self.tokens, "seed": self.seed}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,33 +77,57 @@ def learn(
 
     Killed, it goes on where it was when called again, from ``work.folder``, which is removed at the end. Raises UserError, before anything
     is begun, for a directory that is taken, weights that cannot be trained, or text that teaches nothing."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
-        raise UserError(f"{directory} exists and is not empty; choose another directory, or --overwrite it on purpose")
+    check_free(directory, overwrite)
     check_trainable(model)
-    sequence = min(512, model.spec.context) if lesson.sequence is None else lesson.sequence
-    text, examples = read_examples(model, lesson.text, sequence)
-    batches = Batches(examples, max(1, lesson.tokens // sequence), lesson.seed)
+    text, batches = read_lesson(model, lesson, work.folder)
     if began is not None:
-        began(text, sum(example.learned for example in examples))
-    program = lesson.settings.program(model.spec, max(len(example.ids) for example in examples))
+        began(text, sum(example.learned for example in batches.examples))
+    program = lesson.settings.program(model.spec, longest(batches))
     trained = train(program, parameters_of(program, model.weights), batches, Labels(), lesson.settings, work)
     made = dataclasses.replace(model, weights=learned_into(model.weights, trained.weights))
-    before, after = (_evaluate(each, tokens) for each in (model, made))
-    evidence: dict[str, Any] = {
-        "text": text, "sha256": batches.sha256, "steps": len(trained.losses), "epochs": round(batches.epochs(len(trained.losses)), 3),
-        "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
-    }  # fmt: skip
+    before, after = (measured(each, tokens) for each in (model, made))
+    evidence = evidence_of(text, batches, trained)
     for when, found in (("before", before), ("after", after)):
         if found is not None:
             evidence |= {f"held_out_loss_{when}": found.loss, f"held_out_top1_{when}": found.top1}
-    settings = {**msgspec.to_builtins(lesson.settings), "sequence": sequence, "tokens": lesson.tokens, "seed": lesson.seed}
-    made = dataclasses.replace(made, provenance=(*model.provenance, Provenance("train", settings, evidence)))
+    made = dataclasses.replace(made, provenance=(*model.provenance, Provenance("train", lesson.said(model), evidence)))
     save(made, directory, overwrite=overwrite)
     shutil.rmtree(work.folder, ignore_errors=True)
     return Learned(made, trained, before, after)
 
 
-def _evaluate(model: Model, tokens: int) -> Evaluation | None:
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Raise UserError for a directory that is taken."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
+        raise UserError(f"{directory} exists and is not empty; choose another directory, or --overwrite it on purpose")
+
+
+def read_lesson(model: Model, lesson: Lesson, folder: Path) -> tuple[str, Batches]:
+    """What the text is called, and what each step learns; text that is generated lies in ``folder``. Raises UserError as read_examples."""
+    sequence = lesson.length(model)
+    if isinstance(lesson.text, Generated):
+        name, examples = lesson.text.name, read_examples(model, generate_text(lesson.text, folder, sequence), sequence)[1]
+    else:
+        name, examples = read_examples(model, lesson.text, sequence)
+    return name, Batches(examples, max(1, lesson.tokens // sequence), lesson.seed)
+
+
+def longest(batches: Batches) -> int:
+    """Tokens of the longest example."""
+    return max(len(example.ids) for example in batches.examples)
+
+
+def evidence_of(text: str, batches: Batches, trained: Trained) -> dict[str, Any]:
+    """What was learned from and how long, for provenance."""
+    steps = len(trained.losses)
+    return {
+        "text": text, "sha256": batches.sha256, "steps": steps, "epochs": round(batches.epochs(steps), 3),
+        "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
+    }  # fmt: skip
+
+
+def measured(model: Model, tokens: int) -> Evaluation | None:
+    """How well ``model`` predicts so many tokens of the held-out set; None where it has no tokenizer."""
     if model.tokenizer is None:
         return None
     window = min(512, model.spec.context)

@@ -17,8 +17,17 @@ from typing import Any
 import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
+from hasten.compress.block_qat import BlockQat, block_qat, check_block_qat
 from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.codebook import Cluster, check_codebook, codebook
+from hasten.compress.convert.heads import KvHeads, check_kv_heads, kv_heads
+from hasten.compress.convert.latent import Latent, check_latent, latent
+from hasten.compress.convert.share import ShareKv, check_share_kv, share_kv
+from hasten.compress.convert.window import Window, check_window, window
+from hasten.compress.cut.heads import CutHeads, check_cut_heads, cut_heads
+from hasten.compress.cut.layers import CutLayers, check_cut_layers, cut_layers
+from hasten.compress.cut.neurons import CutNeurons, check_cut_neurons, cut_neurons
+from hasten.compress.cut.width import CutWidth, check_cut_width, cut_width
 from hasten.compress.data import Text
 from hasten.compress.ends import forms_of_ends
 from hasten.compress.heal import Heal, check_heal, heal
@@ -27,7 +36,7 @@ from hasten.compress.mixed import Mixed, check_mixed, mixed
 from hasten.compress.pruning import Magnitude, SparseGpt, Wanda, check_prune, prune
 from hasten.compress.qat import Qat, check_qat, qat
 from hasten.compress.rotate import Rotate, check_rotate, rotate
-from hasten.compress.rounding import Gptq, Rounding, Rtn, check_rounding, gptq_transform, rtn
+from hasten.compress.rounding import Gptq, Rounding, Rtn, Uniform, check_rounding, gptq_transform, rtn
 from hasten.compress.scaling import Awq, SmoothQuant, awq, check_awq, check_smoothquant, smoothquant
 from hasten.compress.share import Share, check_share, share
 from hasten.compress.static import Static, check_static, fed_int8, static_transform
@@ -89,12 +98,21 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("sparsegpt", SparseGpt, prune, check_prune, stage=Stage.PRUNES),
         Transform("awq", Awq, awq, check_awq),
         Transform("smoothquant", SmoothQuant, smoothquant, check_smoothquant),
+        Transform("cut_neurons", CutNeurons, cut_neurons, check_cut_neurons, stage=Stage.SHAPES),
+        Transform("cut_heads", CutHeads, cut_heads, check_cut_heads, stage=Stage.SHAPES),
+        Transform("cut_width", CutWidth, cut_width, check_cut_width, stage=Stage.SHAPES),
+        Transform("cut_layers", CutLayers, cut_layers, check_cut_layers, stage=Stage.SHAPES),
         Transform("rotate", Rotate, rotate, check_rotate, lambda settings: False),
+        Transform("kv_heads", KvHeads, kv_heads, check_kv_heads, stage=Stage.SHAPES),
+        Transform("latent", Latent, latent, check_latent, stage=Stage.SHAPES),
+        Transform("window", Window, window, check_window, lambda settings: False, stage=Stage.SHAPES),
+        Transform("share_kv", ShareKv, share_kv, check_share_kv, stage=Stage.SHAPES),
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
         Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),
         Transform("rank", Rank, rank, check_rank, stage=Stage.SHAPES),
         Transform("share", Share, share, check_share, lambda settings: False, stage=Stage.SHAPES),
         Training("heal", Heal, heal, check_heal),
+        Transform("block_qat", BlockQat, block_qat, check_block_qat, stage=Stage.ROUNDS),
         Training("qat", Qat, qat, check_qat, Stage.ROUNDS),
     )
 }
@@ -183,6 +201,11 @@ def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
         _refuse_order(before, step)
         if isinstance(step.settings, Static) and "int8" not in _fed(before) and not fed_int8(model):
             raise ConfigError("static finds no weights that are fed int8; put it behind a transform that rounds with activations: int8")
+        pruned = [each.transform.name for each in before if each.transform.stage is Stage.PRUNES]
+        if pruned and isinstance(step.settings, Uniform):
+            step.settings.form.as_sparse()
+        if pruned and isinstance(step.settings, Mixed):
+            raise ConfigError(f"mixed stands after {pruned[0]}, and bits are chosen by layer for dense weights only; round by rtn or gptq")
         for earlier in before:
             if isinstance(step.settings, Rounding) and isinstance(earlier.settings, Rounding):
                 _refuse_twice(model, earlier, step)

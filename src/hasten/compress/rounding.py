@@ -36,6 +36,10 @@ Rounder = Callable[[Tensor, Moments | None, LinearFormat], QuantizedLinear]
 """Rounds one weight [out, in], float32, given the moments of what it reads where there is text."""
 
 
+Refine = Callable[[Block, Mapping[str, QuantizedLinear]], tuple[dict[str, QuantizedLinear], dict[str, Any]]]
+"""Makes something better of all that was rounded of a block, and says of it what is kept beside each weight's error."""
+
+
 class Rounding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``activations`` are what the weights are to be multiplied with; ``layers`` and ``skip`` are globs over weight names within blocks.
     ``head`` and ``embedding`` are formats for these, which are left as they are without; norms and routers are always."""
@@ -178,11 +182,13 @@ def gptq_rounder(settings: Gptq) -> Rounder:
 
 def round_blocks(
     model: Model, name: str, settings: Rounding, forms: Mapping[str, LinearFormat], text: Text | None, run: Run, rounder: Rounder, *,
-    plain: bool = False, evidence: Mapping[str, Any] = MappingProxyType({}),
+    plain: bool = False, refine: Refine | None = None, evidence: Mapping[str, Any] = MappingProxyType({}),
 ) -> Model:  # fmt: skip
     """``model`` with the weights that ``forms`` names rounded by ``rounder`` (see store_blocks), and its ends as ``settings`` ask;
     ``evidence`` is kept beside what is found here. The third party's way to a transform of one function."""
-    stored, facts = store_blocks(model, name, settings, forms, text, run, rounder, activations=settings.activations, plain=plain)
+    stored, facts = store_blocks(
+        model, name, settings, forms, text, run, rounder, activations=settings.activations, plain=plain, refine=refine
+    )  # fmt: skip
     ends = rounded_ends(model, forms_of_ends(model.spec, settings.embedding, settings.head), settings.activations, run)
     made: dict[str, Weight] = {**model.weights, **stored, **ends}
     found = {**evidence_of(facts, text), "left": left_alone(lower(model.spec), model.weights, made), **evidence}
@@ -199,13 +205,13 @@ Facts = Mapping[str, Mapping[str, Any]]
 
 def store_blocks(
     model: Model, name: str, settings: msgspec.Struct, forms: Mapping[str, LinearFormat], text: Text | None, run: Run, rounder: Rounder, *,
-    activations: str = "bf16", plain: bool = False,
+    activations: str = "bf16", plain: bool = False, refine: Refine | None = None,
 ) -> tuple[dict[str, QuantizedWeight], Facts]:  # fmt: skip
     """The weights that ``forms`` names as ``rounder`` makes them, each in its format, block by block, those that read one value together,
-    each fed what the ones made before it give; ``plain`` gives moments their ``cross``."""
+    each fed what the ones made before it give; ``plain`` gives moments their ``cross``. ``refine`` then has all of a block's at once."""
 
     def treat(block: Block) -> Treated:
-        weights, arrays, facts = dict(block.weights), dict[str, Array](), dict[str, Any]()
+        weights, stored, facts = dict(block.weights), dict[str, QuantizedLinear](), dict[str, dict[str, Any]]()
         for _, sites in by_value([site for site in sites_of(block.piece, Layers()) if site.weight in forms]):
             beside = None if block.plain is None else (block.plain, block.weights)
             moments = {} if text is None else block.text().moments(weights, sites, beside)
@@ -214,9 +220,14 @@ def store_blocks(
                 return round_site(weights[site.weight], moments.get(site), forms[site.weight], rounder)
 
             for site, (made, fact) in zip(sites, in_order(one, sites, block.threads)):
-                arrays.update(_arrays(site.weight, made))
-                facts[site.weight] = fact
+                stored[site.weight], facts[site.weight] = made, fact
                 weights[site.weight] = torch.from_numpy(made.dense().reshape(tuple(weights[site.weight].shape)))
+        if refine is not None and stored:
+            stored, found = refine(block, stored)
+            for weight, made in stored.items():
+                facts[weight] |= found
+                weights[weight] = torch.from_numpy(made.dense().reshape(tuple(weights[weight].shape)))
+        arrays = {key: array for weight, made in stored.items() for key, array in _arrays(weight, made).items()}
         return Treated(arrays, facts, weights)
 
     walked = walk(model, _Asked(name, settings, {weight: str(form) for weight, form in forms.items()}), text, run, treat, plain=plain)

@@ -19,6 +19,7 @@ from hasten.spec import (
     BranchNorm,
     Causal,
     ClampedSwiglu,
+    CrossLayerAttention,
     Dtype,
     FeedForward,
     GatedDeltaNet,
@@ -97,6 +98,7 @@ class _Builder:
         self.params: dict[str, tuple[int, ...]] = {}
         self.fixed: dict[tuple[str, float], int] = {}  # rounded value, step → which of its roundings
         self.groups: dict[StateGroup, list[str]] = {}  # key with layers=0 → one entry per slot
+        self.kept: dict[str, StateRef] = {}  # by the path of an attention: its keys and values
         self.owner: tuple[str, str] | None = None  # the path of the block being written, and of the one that has its matrices
         self.ranks = {f"blocks.{index}.{low.layer}": low.rank for index, block in enumerate(spec.blocks) for low in block.low_rank}
 
@@ -400,6 +402,24 @@ class _Builder:
             k = self.rotate(f"{path}.k_rotated", k, kv_heads, mixer.position)
         state = self.state(KvGroup("kv", 0, kv_heads, dim, mixer.value_dim, mixer.visible, self.cache), path)
         self.ops.append(ops.AppendKv(k=In(k), v=In(v), state=state))
+        self.kept[path] = state
+        return self.attended(mixer, path, x, q, state)
+
+    @mixer.register
+    def _(self, mixer: CrossLayerAttention, path: str, x: str) -> str:
+        its, state = mixer.attention, self.kept[f"blocks.{mixer.source}.mixer"]
+        q: str = self.linear(f"{path}.q", x, its.heads * its.head_dim, its.bias, "out")
+        if its.clip is not None:
+            q = self.clip(f"{path}.q.clipped", q, its.clip)
+        if its.q_norm is not None:
+            q = self.norm(f"{path}.q_norm", its.q_norm, q, group=its.head_dim if its.norm_span == "head" else None)
+        if isinstance(its.position, Rotary):
+            q = self.rotate(f"{path}.q_rotated", q, its.heads, its.position)
+        return self.attended(its, path, x, q, state)
+
+    def attended(self, mixer: Attention, path: str, x: str, q: str, state: StateRef) -> str:
+        """What queries ``q`` find in ``state``, through the gate and the output projection."""
+        heads, kv_heads, dim = mixer.heads, mixer.kv_heads, mixer.head_dim
         y = self.value(f"{path}.attended", heads * mixer.value_dim, self.precision.compute)
         if isinstance(mixer.position, RelativeSinusoid):
             self.ops.append(
@@ -429,7 +449,8 @@ class _Builder:
         heads, nope, rope = mixer.heads, mixer.nope_dim, mixer.rope_dim
         q: str = x
         if mixer.q_rank is not None:
-            q = self.norm(f"{path}.q_a_norm", mixer.norm, self.linear(f"{path}.q_a", x, mixer.q_rank, mixer.bias))
+            q = self.linear(f"{path}.q_a", x, mixer.q_rank, mixer.bias)
+            q = q if mixer.norm is None else self.norm(f"{path}.q_a_norm", mixer.norm, q)
         q = self.linear(f"{path}.q", q, heads * (nope + rope), False, "out")
         q_nope, q_rope = self.head_split(f"{path}.q", q, heads, nope=nope, rope=rope)
         rotated = self.rotate(f"{path}.q_rotated", q_rope, heads, mixer.rotary)
@@ -438,7 +459,8 @@ class _Builder:
 
         kv = self.linear(f"{path}.kv_a", x, mixer.kv_rank + rope, mixer.bias)
         latent, k_rope = self.split(f"{path}.kv_a", kv, latent=mixer.kv_rank, rope=rope)
-        latent = self.norm(f"{path}.kv_norm", mixer.norm, latent)
+        if mixer.norm is not None:
+            latent = self.norm(f"{path}.kv_norm", mixer.norm, latent)
         k = self.concat(f"{path}.k_latent", [latent, self.rotate(f"{path}.k_rotated", k_rope, 1, mixer.rotary)], 1)
         state = self.state(LatentGroup("latent", 0, mixer.kv_rank + rope, mixer.kv_rank, Causal(), self.cache), path)
         self.ops.append(ops.AppendKv(k=In(k), v=None, state=state))

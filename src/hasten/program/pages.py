@@ -6,7 +6,7 @@ group's layers; of a recurrent group it is one sequence's whole state."""
 import dataclasses
 from collections.abc import Mapping
 
-from hasten.program.program import Program, RecurrentGroup
+from hasten.program.program import Program, RecurrentGroup, StateGroup, most_seen
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,15 +45,39 @@ later token sees may have gone back, and any number may stand for it."""
 MOST_SEQUENCES = 64  # of full length, that pages are made for where memory allows it
 
 
+STEP = 512  # tokens of one sequence that a step is counted with, where a window slides over them
+
+
 def page_counts(program: Program, page: int, memory: int) -> Mapping[str, int]:
-    """How many pages of ``page`` tokens each state group has, by name: as many as ``memory`` bytes hold together, no fewer than one
-    sequence of full length needs, and no more than 64 do. Of recurrent states, as many again for snapshots."""
+    """How many pages of ``page`` tokens each state group has, by name: as many as ``memory`` bytes hold together, and no more than 64
+    sequences of full length need; no fewer than a whole one has, for scoring goes through it without giving pages back. Of recurrent
+    states, as many again for snapshots."""
     whole = -(-program.context // page)
     sequences = min(MOST_SEQUENCES, max(1.0, memory / max(1, sequence_bytes(program, page))))
-    return {group.name: 2 * int(sequences) if isinstance(group, RecurrentGroup) else int(sequences * whole) for group in program.states}
+    return {
+        group.name: 2 * int(sequences)
+        if isinstance(group, RecurrentGroup)
+        else max(whole, int(sequences * _pages_of(group, program.context, page)))
+        for group in program.states
+    }
 
 
 def sequence_bytes(program: Program, page: int) -> int:
-    """Bytes of what one sequence of full length keeps, in pages of ``page`` tokens; recurrent states twice, for a snapshot each."""
-    whole = -(-program.context // page) * page
-    return sum(group.bytes_per_token() * whole + 2 * group.bytes_per_sequence() for group in program.states)
+    """Bytes of what one sequence of full length keeps, in pages of ``page`` tokens: under a window, of the last ones; recurrent states
+    twice, for a snapshot each."""
+    return sum(
+        group.bytes_per_token() * page * _pages_of(group, program.context, page) + 2 * group.bytes_per_sequence()
+        for group in program.states
+    )
+
+
+def pages_held(seen: int | None, length: int, step: int, page: int) -> int:
+    """Most pages of ``page`` tokens that a sequence holds on its way to ``length`` tokens, at most ``step`` of them at once, where a token
+    sees the last ``seen`` (None: all)."""
+    whole = -(-length // page)
+    return whole if seen is None else min(whole, (seen + step - 2) // page + 2)
+
+
+def _pages_of(group: StateGroup, context: int, page: int) -> int:
+    """Pages of a group that a sequence of ``context`` tokens holds at most."""
+    return 0 if isinstance(group, RecurrentGroup) else pages_held(most_seen(group.visible), context, STEP, page)

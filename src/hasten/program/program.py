@@ -129,6 +129,17 @@ def oldest_visible(visible: Visibility, position: int) -> int:
             return max(0, position // segment * segment - memory)
 
 
+def most_seen(visible: Visibility) -> int | None:
+    """Most tokens that any one sees under ``visible``, itself included; None where that has no bound."""
+    match visible:
+        case Causal():
+            return None
+        case SlidingWindow(size=size):
+            return size
+        case SegmentMemory(segment=segment, memory=memory):
+            return segment + memory
+
+
 # --- the program
 
 
@@ -186,6 +197,8 @@ class Program:
         labels = [layer.label for layer in self.layers]
         if after not in labels[:-1]:
             raise UnsupportedError(f"cannot cut after {one_line(after)}; layers to cut after are {', '.join(labels[:-1])}")
+        if not self.can_cut(after):
+            raise UnsupportedError(f"cannot cut after {after}: what is behind reads state that what is before writes, and each has its own")
         index = labels.index(after) + 1
         stop = self.layers[index].start
         made = {name for op in self.ops[:stop] for name in op.outputs} | set(self.inputs)
@@ -195,6 +208,12 @@ class Program:
         first = self._part(0, stop, self.layers[:index], self.inputs, tuple(dict.fromkeys((*crossing, *kept))))
         second = self._part(stop, len(self.ops), self.layers[index:], crossing, tuple(n for n in self.outputs if n not in made))
         return first, second
+
+    def can_cut(self, after: str) -> bool:
+        """Does no op behind the layer labelled ``after`` read state that one before it writes, as keys and values of another layer?"""
+        stop = next(layer.stop for layer in self.layers if layer.label == after)
+        before = {ref for op in self.ops[:stop] for ref in op.state_refs}
+        return not any(ref in before for op in self.ops[stop:] for ref in op.state_refs)
 
     def text(self) -> str:
         """The Program for people: sizes, state, then one line per op; under a fused op, one per part."""

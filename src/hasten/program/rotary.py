@@ -4,7 +4,7 @@ import functools
 import math
 
 from hasten.base.errors import ConfigError, one_line
-from hasten.spec import LinearScaling, Llama3Scaling, LongRope, Rotary, Spec, Yarn
+from hasten.spec import LinearScaling, Llama3Scaling, LongRope, PerPair, Rotary, Spec, Yarn
 
 
 def lowering_contexts(spec: Spec, context: int) -> tuple[int, ...]:
@@ -36,6 +36,8 @@ def _scaled(rotary: Rotary, context: int) -> tuple[tuple[float, ...], float]:
             return frequencies, 1.0
         case LinearScaling(factor=factor):
             return tuple(f / factor for f in frequencies), 1.0
+        case PerPair(divisors=divisors):
+            return tuple(f / d for f, d in zip(frequencies, divisors, strict=True)), 1.0
         case Llama3Scaling():
             return tuple(_llama3(f, rotary.scaling) for f in frequencies), 1.0
         case Yarn():

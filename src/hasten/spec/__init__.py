@@ -12,6 +12,7 @@ from hasten.spec.spec import (
     BranchNorm,
     Causal,
     ClampedSwiglu,
+    CrossLayerAttention,
     Dtype,
     Embedding,
     Exit,
@@ -33,6 +34,7 @@ from hasten.spec.spec import (
     Norm,
     Parallel,
     Part,
+    PerPair,
     PostNorm,
     PreNorm,
     RelativeSinusoid,
@@ -51,9 +53,9 @@ from hasten.spec.spec import (
 )
 
 __all__ = [
-    "Activation", "Alibi", "Attention", "BLOCK_LIMIT", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "Dtype", "Embedding",
-    "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
+    "Activation", "Alibi", "Attention", "BLOCK_LIMIT", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "CrossLayerAttention", "Dtype",
+    "Embedding", "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
     "LinearScaling", "Llama3Scaling", "LongRope", "LowRank", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel",
-    "Part", "PostNorm", "PreNorm", "RMSNorm", "ROTARY_LIMIT", "RelativeSinusoid", "Rotary", "Router", "SIZE_LIMIT", "Sandwich",
+    "PerPair", "Part", "PostNorm", "PreNorm", "RMSNorm", "ROTARY_LIMIT", "RelativeSinusoid", "Rotary", "Router", "SIZE_LIMIT", "Sandwich",
     "Scaling", "SegmentMemory", "SlidingWindow", "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
 ]  # fmt: skip

@@ -114,7 +114,13 @@ class LongRope(Part, frozen=True):
             raise ConfigError(f"LongRope has {len(self.short_factor)} short and {len(self.long_factor)} long factors; they must match")
 
 
-Scaling = LinearScaling | Llama3Scaling | Yarn | LongRope
+class PerPair(Part, frozen=True):
+    """Every pair's frequency divided by its own of ``divisors``, one a pair: any frequencies, as of pairs picked from another rotation."""
+
+    divisors: tuple[Positive, ...]
+
+
+Scaling = LinearScaling | Llama3Scaling | Yarn | LongRope | PerPair
 
 
 class Rotary(Part, frozen=True):
@@ -132,6 +138,8 @@ class Rotary(Part, frozen=True):
             raise ConfigError(f"Rotary.dims is {self.dims}; rotation works on pairs, so an even number is needed")
         if isinstance(self.scaling, LongRope) and len(self.scaling.short_factor) != self.dims // 2:
             raise ConfigError(f"{len(self.scaling.short_factor)} LongRope factors for {self.dims // 2} frequencies; one each is needed")
+        if isinstance(self.scaling, PerPair) and len(self.scaling.divisors) != self.dims // 2:
+            raise ConfigError(f"{len(self.scaling.divisors)} divisors for {self.dims // 2} frequencies; one each is needed")
 
 
 class Alibi(Part, frozen=True):
@@ -225,10 +233,30 @@ class Attention(Part, frozen=True):
                 raise ConfigError("relative sinusoids do not go with a softcap or sinks")
 
 
+class CrossLayerAttention(Part, frozen=True):
+    """Attention over the keys and values of block ``source``, an earlier one (Brandon et al. 2024, arXiv:2405.12981): as ``attention``
+    says, without keys and values of its own."""
+
+    attention: Attention
+    source: Count
+
+    def _check(self) -> None:
+        if self.attention.k_norm is not None:
+            raise ConfigError("attention over another block's keys has none of its own to normalize; leave k_norm out")
+        if isinstance(self.attention.position, RelativeSinusoid):
+            raise ConfigError("relative sinusoids do not go with another block's keys")
+
+    def reads(self, other: Attention) -> bool:
+        """Are the keys and values of ``other`` of the shape, the positions and the visibility that this reads?"""
+        names = ("kv_heads", "head_dim", "value_dim", "position", "visible")
+        return all(getattr(self.attention, name) == getattr(other, name) for name in names)
+
+
 class LatentAttention(Part, frozen=True):
     """Multi-head latent attention (DeepSeek-V2, 2024): keys and values are up-projections of one cached vector per token.
 
-    A head's query is ``nope_dim`` features compared with the latent, then ``rope_dim`` rotated features compared with a shared key."""
+    A head's query is ``nope_dim`` features compared with the latent, then ``rope_dim`` rotated features compared with a shared key.
+    ``norm`` is over what is latent, of keys and values and of queries; without one they are read as they are."""
 
     heads: Size
     q_rank: Size | None
@@ -238,7 +266,7 @@ class LatentAttention(Part, frozen=True):
     value_dim: Size
     scale: Positive
     rotary: Rotary
-    norm: Norm
+    norm: Norm | None
     bias: bool = False
 
     def _check(self) -> None:
@@ -291,7 +319,7 @@ class GatedDeltaNet(Part, frozen=True):
             raise ConfigError(f"{self.value_heads} value heads cannot share {self.key_heads} key heads; the first must be a multiple")
 
 
-Mixer = Attention | LatentAttention | Mamba | Mamba2 | GatedDeltaNet
+Mixer = Attention | CrossLayerAttention | LatentAttention | Mamba | Mamba2 | GatedDeltaNet
 
 
 # --- feed-forwards
@@ -482,11 +510,21 @@ class Spec(Part, frozen=True, kw_only=True):
         if relative and self.width % 2:
             raise ConfigError(f"width {self.width} is odd; relative sinusoids come in pairs of sine and cosine")
         for index, block in enumerate(self.blocks):
+            if isinstance(block.mixer, CrossLayerAttention):
+                self._check_source(index, block.mixer)
             if block.shares is not None:
                 self._check_shared(index, block, block.shares)
         for early in self.exits:
             if early.after >= len(self.blocks) - 1:
                 raise ConfigError(f"an exit after block {early.after} is not early in a model of {len(self.blocks)} blocks")
+
+    def _check_source(self, index: int, mixer: CrossLayerAttention) -> None:
+        other = self.blocks[mixer.source].mixer if mixer.source < index else None
+        if not isinstance(other, Attention) or not mixer.reads(other):
+            raise ConfigError(
+                f"block {index} reads keys and values of block {mixer.source}, which is no earlier one with keys and values of that shape, "
+                f"position and visibility"
+            )
 
     def _check_shared(self, index: int, block: Block, other: int) -> None:
         if other >= index or self.blocks[other].shares is not None:

@@ -2,36 +2,54 @@
 
 from hasten.train.batches import Batches, Example, examples_of
 from hasten.train.curve import draw_curve, picture_curve, read_curve
+from hasten.train.distances import AttentionMaps, Distance, Hidden, Measure, Relations, Soft
+from hasten.train.joint import Beside, Joined, joined, of_member, projected
 from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLabels
 from hasten.train.parameters import Masked, Parameters, Plain, untrained
 from hasten.train.rounded import Grid, Rounded
 from hasten.train.schedule import Schedule
+from hasten.train.together import Follows, Learner, Together, taps_of
 from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, precision_here, train
 
 __all__ = [
+    "AttentionMaps",
     "Batches",
+    "Beside",
+    "Distance",
     "Divergence",
     "Example",
+    "Follows",
     "Grid",
+    "Hidden",
+    "Joined",
     "Labels",
+    "Learner",
     "Loss",
     "Masked",
+    "Measure",
     "Minutes",
     "Objective",
     "Parameters",
     "Plain",
+    "Relations",
     "Rounded",
     "Schedule",
     "Settings",
+    "Soft",
     "SoftLabels",
     "Steps",
+    "Together",
     "Trained",
     "Work",
     "draw_curve",
     "examples_of",
+    "joined",
+    "of_member",
     "picture_curve",
     "precision_here",
+    "projected",
     "read_curve",
+    "taps_of",
     "train",
     "untrained",
 ]

@@ -193,13 +193,14 @@ def _forward(parts: Sequence[Program], weights: Mapping[str, Tensor], batch: Bat
 
 
 def _parts(program: Program, cut: bool) -> tuple[Program, ...]:
-    """The Program, in pieces of a layer each where it is to be cut."""
+    """The Program, in pieces of a layer each where it is to be cut, or of several where one reads what another keeps."""
     if not cut:
         return (program,)
     made, rest = [], program
     for layer in program.layers[:-1]:
-        part, rest = rest.cut(layer.label)
-        made.append(part)
+        if rest.can_cut(layer.label):
+            part, rest = rest.cut(layer.label)
+            made.append(part)
     return (*made, rest)
 
 
@@ -232,8 +233,11 @@ def _key(
     """One string for everything that the losses depend on."""
     digest = hashlib.sha256(f"{VERSION} {torch.__version__} {work.threads} {batches.size} {batches.seed} {batches.sha256}".encode())
     digest.update(msgspec.json.encode(settings) + program.text().encode() + objective.key.encode())
-    for name, master in sorted(parameters.masters.items()):
-        digest.update(name.encode() + np.ascontiguousarray(master.detach().numpy()).data)
+    masters = parameters.masters
+    with torch.no_grad():  # what is fixed, masked or rounded is no master, and counts
+        others = [(name, each) for name, each in parameters.weights().items() if each is not masters.get(name)]
+    for name, tensor in (*sorted(masters.items()), *sorted(others, key=lambda each: each[0])):
+        digest.update(name.encode() + np.ascontiguousarray(tensor.detach().float().numpy()).data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""Transforms that change what attention keeps of each token: fewer heads, a latent row, a window, another layer's keys and values."""
