@@ -25,7 +25,7 @@ namespace {
 constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
-constexpr int kLookups = 16;       // rows up to which looking up in registers for each block is less than decoding once
+constexpr int kLookups = 8;        // rows up to which looking up in registers for each block is less than decoding once
 constexpr int kFew = 4;            // up to so many rows memory is the limit: a panel at a time is read in one run
 constexpr int kAheadBytes = 4096;  // of weights, prefetched
 
