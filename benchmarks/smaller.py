@@ -2,11 +2,13 @@
 
     python -m benchmarks.smaller sparsegpt-50-healed
 
-One JSON object. Losses and top-1 accuracy are of the whole held-out set; ``retained`` is top-1 over the original's. A recipe that was
+One JSON object. Losses and top-1 accuracy are of the whole held-out set; ``retained`` is top-1 over the original's, ``bytes`` and
+``cache_bytes`` are shares of the original's, ``decode`` is tokens a second at batch 1 over the original's, in turn. A recipe that was
 interrupted goes on where it was, and one that is done is not made again until what runs changes."""
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,9 +29,12 @@ def recipes(minutes):
     made = {f"{method}-{share}": [{method: {"sparsity": f"{share}%"}}] for method in PRUNERS for share in (50, 70, 90)}
     made |= {f"{method}-2of4": [{method: {"sparsity": "2:4"}}] for method in PRUNERS}
     made |= {f"{name}-healed": [*made[name], heal(minutes)] for name in ("sparsegpt-50", "sparsegpt-2of4")}
-    cuts = {"neurons": "cut_neurons", "heads": "cut_heads", "width": "cut_width", "layers": "cut_layers"}
-    for name, transform in cuts.items():
-        made[f"{name}-25"] = [{transform: {"share": 0.25}}]
+    cuts = {
+        "neurons": ("cut_neurons", {}), "heads": ("cut_heads", {}), "kv-heads": ("cut_heads", {"kind": "kv"}), "width": ("cut_width", {}),
+        "layers": ("cut_layers", {}),
+    }  # fmt: skip
+    for name, (transform, settings) in cuts.items():
+        made[f"{name}-25"] = [{transform: {"share": 0.25, **settings}}]
         made[f"{name}-25-healed"] = [*made[f"{name}-25"], heal(minutes)]
     for bits in ("int4-g64", "int3-g64"):
         made[f"rtn-{bits}"] = [{"rtn": {"weights": bits}}]
@@ -43,55 +48,82 @@ def recipes(minutes):
     made["rank-30-healed"] = [*made["rank-30"], heal(minutes)]
     made["one-kv-head"] = [{"kv_heads": {"count": 1}}]
     made["one-kv-head-healed"] = [*made["one-kv-head"], heal(minutes)]
-    made["latent"] = [{"latent": {"rank": 64}}]
+    made["latent"] = [{"latent": {"rank": 96}}]
     made["latent-healed"] = [*made["latent"], heal(minutes)]
     return made
 
 
-def figures(original, made):
-    """What is told of a result beside its original, both by `hasten eval` and `hasten inspect`."""
-    from hasten.engine.backends import choose_backend
-    from hasten.measure import Evaluation, cut_windows, held_out, score_windows
-    from hasten.program import lower
-
-    def of(model):
-        windows = cut_windows(model, held_out(), 512)
-        found = Evaluation.of([*score_windows(model, windows, window=512, backend=choose_backend(model)[0])])
-        blocks = sum(weight.nbytes for name, weight in model.weights.items() if name.startswith("blocks."))
-        return found, blocks, model.weights.nbytes, sum(group.bytes_per_token() for group in lower(model.spec).states)
-
-    (first, *before), (second, *after) = of(original), of(made)
-    blocks, whole, cache = (new / old for new, old in zip(after, before))
-    return {
-        "loss": second.loss, "base_loss": first.loss, "increase": second.loss / first.loss - 1, "top1": second.top1,
-        "base_top1": first.top1, "retained": second.top1 / first.top1, "tokens": second.tokens, "bytes_of_blocks": blocks,
-        "bytes_of_all": whole, "cache_bytes": cache,
-    }  # fmt: skip
+STUDENT = "--depth 4 --rate 5e-4 --decay 0.8 --weight-decay 0"
+STUDENTS = {
+    "student": "", "student-labels": "--soft 0 --labels 1", "student-features": "--hidden 1 --attention 1 --attention-by relations",
+    "student-online": "--online", "student-mutual": "--mutual",
+}  # fmt: skip
+"""What `hasten distill` is given, beside STUDENT."""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smaller", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(recipes(10)))
-    parser.add_argument("--minutes", type=float, default=10.0, help="that a recipe may heal for")
-    parser.add_argument("--work", type=Path, default=ROOT / ".evidence" / "smaller", help="where results lie")
-    given = parser.parse_args()
+def apply(name, out, minutes):
+    """Make the result of a recipe in ``out``."""
     from hasten.checkpoint import load
     from hasten.compress.evidence import Gate
     from hasten.compress.make import Calibration, make
     from hasten.compress.recipe import recipe_of
     from hasten.compress.walk import Run
 
+    run = Run.at(out.with_name(f".{out.name}.work"))
+    make(load(MODEL), recipe_of(recipes(minutes)[name]), out, calibration=Calibration(), gate=Gate(None, None, 2000), run=run)
+
+
+def distill(name, out, minutes):
+    """Make a student in ``out``."""
+    words = f"distill {MODEL} {out} {STUDENT} {STUDENTS[name]} --minutes {minutes} --eval-tokens 2000 --json".split()
+    subprocess.run([sys.executable, "-m", "hasten.cli", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def figures(original, made):
+    """What is told of a result beside its original."""
+    from hasten.engine.backends import choose_backend
+    from hasten.measure import Evaluation, cut_windows, held_out, score_windows
+    from hasten.measure.speed import SpeedTest, measure_speeds
+    from hasten.program import lower
+
+    def quality(model):
+        windows = cut_windows(model, held_out(), 512)
+        return Evaluation.of([*score_windows(model, windows, window=512, backend=choose_backend(model)[0])])
+
+    def size(model, part=""):
+        return sum(weight.nbytes for name, weight in model.weights.items() if part in name)
+
+    def cache(model):
+        return sum(group.bytes_per_token() for group in lower(model.spec).states)
+
+    first, second = quality(original), quality(made)
+    shares = {what or "all": size(made, what) / size(original, what) for what in ("", "blocks.", ".mixer.", ".feed_forward.")}
+    _, (speeds,) = measure_speeds(original, [made], SpeedTest((1,), prompt=64, new=32))
+    return {
+        "loss": second.loss, "base_loss": first.loss, "increase": second.loss / first.loss - 1, "top1": second.top1,
+        "base_top1": first.top1, "retained": second.top1 / first.top1, "tokens": second.tokens,
+        "bytes": {what.strip("."): share for what, share in shares.items()}, "cache_bytes": cache(made) / cache(original),
+        "decode": speeds.rows[0]["decode"]["median"],
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smaller", description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted({*recipes(10), *STUDENTS}))
+    parser.add_argument("--minutes", type=float, default=10.0, help="that a recipe may train for")
+    parser.add_argument("--work", type=Path, default=ROOT / ".evidence" / "smaller", help="where results lie")
+    given = parser.parse_args()
+    from hasten.checkpoint import load
+
     out = given.work / f"{given.name}-{given.minutes:g}-{source_digest()}"
-    original = load(MODEL)
     if not (out / "config.json").is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         print(f"{given.name} → {out}", file=sys.stderr, flush=True)
-        run = Run.at(out.with_name(f".{out.name}.work"))
-        make(original, recipe_of(recipes(given.minutes)[given.name]), out, calibration=Calibration(), gate=Gate(None, None, 2000), run=run)
+        (distill if given.name in STUDENTS else apply)(given.name, out, given.minutes)
     made = load(str(out))
     seconds = sum(entry.evidence.get("seconds", 0.0) for entry in made.provenance)
     history = [{entry.transform: msgspec.to_builtins(entry.settings)} for entry in made.provenance if entry.transform != "measured"]
-    print(json.dumps({"name": given.name, **figures(original, made), "seconds_of_training": seconds, "recipe": history}, indent=2))
+    print(json.dumps({"name": given.name, **figures(load(MODEL), made), "seconds_of_training": seconds, "recipe": history}, indent=2))
     return 0
 
 

@@ -26,6 +26,28 @@ class Ratio:
 
 
 @dataclasses.dataclass(frozen=True)
+class Inside:
+    """``key`` of the object that the only object of the only command has under ``of_what``."""
+
+    of_what: str
+    key: str
+
+    def of(self, rounds):
+        return statistics.median(_only(commands[0])[self.of_what][self.key] for commands in rounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovered:
+    """Which share of what the second command lost the first did not lose."""
+
+    def of(self, rounds):
+        return statistics.median(
+            1 - (_only(first)["loss"] - _only(first)["base_loss"]) / (_only(second)["loss"] - _only(second)["base_loss"])
+            for first, second in rounds
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class LeastStep:
     """``key`` of each of ``weights`` over that of the one before it, at ``batch``; the least of them."""
 

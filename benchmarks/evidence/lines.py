@@ -6,7 +6,19 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from benchmarks.evidence.figures import BestPeer, Field, LeastR2, LeastStep, Memory, OverBound, Passes, PeersAtBatch, Ratio
+from benchmarks.evidence.figures import (
+    BestPeer,
+    Field,
+    Inside,
+    LeastR2,
+    LeastStep,
+    Memory,
+    OverBound,
+    Passes,
+    PeersAtBatch,
+    Ratio,
+    Recovered,
+)
 
 Row = dict[str, Any]
 
@@ -241,7 +253,65 @@ SMALLER = [
         ("decode, batch 32", "1,8,32", 16, 8, "decode_tokens_per_s", 32), ("prefill 128", "1", 128, 2, "prefill_tokens_per_s", 1),
     )
 ]  # fmt: skip
+MADE = "python -m benchmarks.smaller %s"
+STUDENT = MADE % "student --minutes 24"
+LEARNED = [
+    Line("F", "a student with half the block parameters, 24 minutes: top-1 over the teacher's", (STUDENT,),
+         Field("retained"), least(0.96)),
+    Line("F", "the same: tokens a second at batch 1 over the teacher's", (STUDENT,), Field("decode"), least(1.45), unit="×"),
+    Line("F", "the same: bytes of all weights over the teacher's", (STUDENT,), Inside("bytes", "all"), most(0.62)),
+    *(
+        Line("F", f"{what} over labels alone, as long: loss", tuple(MADE % f"{name} --minutes 24" for name in (kind, "student-labels")),
+             Ratio("loss"), most(1), unit="×")
+        for what, kind in (("soft labels", "student"), ("features", "student-features"), ("online", "student-online"),
+                           ("mutual", "student-mutual"))
+    ),
+    *(
+        Line("F", f"{share} % unstructured, {method} over magnitude: loss",
+             tuple(MADE % f"{each}-{share}" for each in (method, "magnitude")), Ratio("loss"), most(1), unit="×")
+        for share in (50, 70, 90) for method in ("wanda", "sparsegpt")
+    ),
+    *(
+        Line("F", f"{what}, healed 10 minutes: loss over the original's, less 1", (MADE % f"{name}-healed",), Field("increase"),
+             most(asked))
+        for what, name, asked in (("50 %", "sparsegpt-50", 0.04), ("2:4", "sparsegpt-2of4", 0.08))
+    ),
+    *(
+        line
+        for what, part in (("neurons", "feed_forward"), ("kv-heads", "mixer"), ("width", "all"), ("layers", "blocks"))
+        for line in (
+            Line("F", f"{what} cut by 25 %, healed 10 minutes: top-1 over the original's", (MADE % f"{what}-25-healed",), Field("retained"),
+                 least(0.96)),
+            Line("F", f"the same: bytes of {part} over the original's", (MADE % f"{what}-25-healed",), Inside("bytes", part), most(0.75)),
+        )
+    ),
+    *(
+        line
+        for form in ("int4-g64", "int3-g64")
+        for line in (
+            Line("F", f"{form}, trained 10 minutes: share of what round-to-nearest loses that is recovered",
+                 (MADE % f"qat-{form}", MADE % f"rtn-{form}"), Recovered(), least(0.9)),
+            Line("F", "the same: loss over GPTQ's", (MADE % f"qat-{form}", MADE % f"gptq-{form}"), Ratio("loss"), most(1), unit="×"),
+        )
+    ),
+    *(
+        line
+        for what, name in (("pairs of layers share, healed", "shared-pairs-healed"), ("rank cut 30 %, healed", "rank-30-healed"))
+        for line in (
+            Line("F", f"{what}: loss over the original's, less 1", (MADE % name,), Field("increase")),
+            Line("F", "the same: bytes of blocks over the original's", (MADE % name,), Inside("bytes", "blocks")),
+        )
+    ),
+    *(
+        line
+        for what, name in (("one key/value head", "one-kv-head-healed"), ("latent attention", "latent-healed"))
+        for line in (
+            Line("F", f"{what}, healed 10 minutes: top-1 over the original's", (MADE % name,), Field("retained"), least(0.96)),
+            Line("F", "the same: bytes of a token in the cache over the original's", (MADE % name,), Field("cache_bytes"), most(0.5)),
+        )
+    ),
+]  # fmt: skip
 LINES: list[Line] = [
     *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING,
-    *THROUGHPUT, *RESPONSES, *RECALLED, *LOADED, *COMPRESSED, *SMALLER,
+    *THROUGHPUT, *RESPONSES, *RECALLED, *LOADED, *COMPRESSED, *SMALLER, *LEARNED,
 ]  # fmt: skip
