@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hasten.backends.cpu import CpuBackend
 from hasten.base.errors import UserError
 from hasten.checkpoint import load_directory
 from hasten.compress.codebook import Book, Cluster
@@ -137,3 +138,17 @@ def test_what_is_clustered_is_not_rounded_again(tmp_path):
     made = through(small(), [{"codebook": {"fit": "weights", "feedback": False}}], tmp_path)
     with pytest.raises(UserError, match="quantized already"):
         check_recipe(made, recipe_of(["gptq"]))
+
+
+def test_every_expert_has_a_codebook_of_its_own_and_plays_with_it(tmp_path):
+    model = small("MoE")
+    made = through(model, [{"codebook": {"weights": "lut4-g32", "rounds": 1}}], tmp_path)
+    stacked = {name: weight for name, weight in made.weights.items() if isinstance(weight, QuantizedWeight) and len(weight.shape) == 3}
+    assert stacked
+    packed = CpuBackend().session(made, 48).compiled.store._made
+    for name, weight in stacked.items():
+        books = weight.quantized().codebook
+        assert books.shape == (weight.shape[0], 16)
+        assert len(np.unique(books, axis=0)) > 1
+        for index, matrix in enumerate(weight.load()):
+            np.testing.assert_array_equal(packed[f"{name}[{index}]", "lut4-g32"].unpack(), matrix)
