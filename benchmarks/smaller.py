@@ -42,6 +42,8 @@ def recipes(minutes):
         made[f"qat-{bits}"] = [*made[f"gptq-{bits}"], {"qat": {"minutes": minutes}}]
     made["shared-pairs"] = ["share"]
     made["shared-pairs-healed"] = ["share", heal(minutes)]
+    made["codebook-16"] = [{"codebook": {"weights": "lut4-g64"}}]
+    made["codebook-16-nearest"] = [{"codebook": {"weights": "lut4-g64", "fit": "weights", "feedback": False}}]
     made["rank-30"] = [{"rank": {"share": 0.3}}]
     made["rank-30-healed"] = [*made["rank-30"], heal(minutes)]
     made["one-kv-head"] = [{"kv_heads": {"count": 1}}]

@@ -296,7 +296,8 @@ LEARNED = [
     ),
     *(
         line
-        for what, name in (("pairs of layers share, healed", "shared-pairs-healed"), ("rank cut 30 %, healed", "rank-30-healed"))
+        for what, name in (("pairs of layers share, healed", "shared-pairs-healed"), ("rank cut 30 %, healed", "rank-30-healed"),
+                           ("codebooks of 16", "codebook-16"))
         for line in (
             Line("F", f"{what}: loss over the original's, less 1", (MADE % name,), Field("increase")),
             Line("F", "the same: bytes of blocks over the original's", (MADE % name,), Inside("bytes", "blocks")),

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <new>
 #include <optional>
@@ -31,7 +32,8 @@ constexpr int kMostIn = 131072;  // so that no integer sum overflows
 
 constexpr std::pair<const char*, WeightFormat> kFormats[] = {
     {"f32", WeightFormat::f32},   {"f16", WeightFormat::f16},   {"bf16", WeightFormat::bf16}, {"fp8", WeightFormat::fp8},
-    {"int8", WeightFormat::int8}, {"int4", WeightFormat::int4}, {"int3", WeightFormat::int3}, {"int2", WeightFormat::int2}};
+    {"int8", WeightFormat::int8}, {"int4", WeightFormat::int4}, {"int3", WeightFormat::int3}, {"int2", WeightFormat::int2},
+    {"lut4", WeightFormat::lut4}};
 
 WeightFormat format_of(const std::string& wanted) {
     std::string accepted;
@@ -106,7 +108,7 @@ WeightLayout checked_layout(const std::string& format, std::int64_t out, std::in
     if (has_scales(its) ? !multiple : group != 0)
         refuse("group is " + std::to_string(group) + "; accepted: " +
                (has_scales(its) ? "0 (a scale per channel), 32, 64 or a multiple of 128 up to 1024" : "0, as " + format + " has no scales"));
-    if (zero_points && (!is_integer(its) || its == WeightFormat::int8)) refuse("zero points go with int4, int3 and int2, not " + format);
+    if (zero_points && (!is_integer(its) || its == WeightFormat::int8 || its == WeightFormat::lut4)) refuse("zero points go with int4, int3 and int2, not " + format);
     if (sparse && its != WeightFormat::bf16 && its != WeightFormat::int8 && its != WeightFormat::int4)
         refuse("sparse weights are bf16, int8 or int4, not " + format);
     if (sparse && zero_points) refuse("a sparse weight has no zero points: what is left out stands for 0");
@@ -116,6 +118,7 @@ WeightLayout checked_layout(const std::string& format, std::int64_t out, std::in
 void pack(WeightBuffer& weight, ThreadPool& pool, const Array& dense) {
     const PackedLinear& packed = weight.packed();
     if (packed.masks) refuse("a sparse weight is packed once");
+    if (packed.codebook) refuse("a weight with a codebook is packed from codes alone");
     const bool halves = dense.dtype() == nb::dtype<bf16>();
     const char* const type = "float32 (or uint16, bits of bf16)";
     const void* const values = halves ? static_cast<const void*>(data<const bf16>("dense", dense, 2, type)) : data<const float>("dense", dense, 2, type);
@@ -129,7 +132,19 @@ void pack(WeightBuffer& weight, ThreadPool& pool, const Array& dense) {
         weight.pack(pool, static_cast<const float*>(values));
 }
 
-void take_codes(WeightBuffer& weight, ThreadPool& pool, const Array& codes, const Array& scales, const std::optional<Array>& zeros) {
+// The codebook of a weight that has one. Raises ValueError for one that it cannot have, or lacks.
+const std::int8_t* checked_codebook(const PackedLinear& packed, const std::optional<Array>& codebook) {
+    if (!codebook != !packed.codebook) refuse(packed.codebook ? "the weight has a codebook; give it" : "the weight has no codebook");
+    if (!codebook) return nullptr;
+    const auto* const its = data<const std::int8_t>("codebook", *codebook, 1, "int8");
+    const auto count = static_cast<std::ptrdiff_t>(codebook->shape(0));
+    if (count != 16 || its[0] == -128 || std::adjacent_find(its, its + count, std::greater_equal<>()) != its + count || std::find(its, its + count, 0) == its + count)
+        refuse("codebook must have 16 numbers from -127 to 127, ascending, 0 among them");
+    return its;
+}
+
+void take_codes(WeightBuffer& weight, ThreadPool& pool, const Array& codes, const Array& scales, const std::optional<Array>& zeros,
+                const std::optional<Array>& codebook) {
     const PackedLinear& packed = weight.packed();
     const auto out = static_cast<std::size_t>(packed.out), in = static_cast<std::size_t>(packed.in), groups = static_cast<std::size_t>(scale_groups(packed));
     if (packed.masks) refuse("a sparse weight is packed once");
@@ -142,19 +157,20 @@ void take_codes(WeightBuffer& weight, ThreadPool& pool, const Array& codes, cons
     const std::string shape = " must be [" + std::to_string(out) + ", " + std::to_string(groups) + "]";
     if (scales.shape(0) != out || scales.shape(1) != groups) refuse("scales" + shape);
     if (zeros && (zeros->shape(0) != out || zeros->shape(1) != groups)) refuse("zeros" + shape);
-    const int bits = packed.format == WeightFormat::int4 ? 4 : packed.format == WeightFormat::int3 ? 3 : packed.format == WeightFormat::int2 ? 2 : 8;
-    const int least = -(1 << (bits - 1)) + (weight.sparse() && bits == 8);  // see PackedLinear
+    const std::int8_t* const its_codebook = checked_codebook(packed, codebook);
+    const int bits = packed.format == WeightFormat::int4 || its_codebook ? 4 : packed.format == WeightFormat::int3 ? 3 : packed.format == WeightFormat::int2 ? 2 : 8;
+    const int least = its_codebook ? 0 : -(1 << (bits - 1)) + (weight.sparse() && bits == 8);  // see PackedLinear
     const auto fit = [&](const std::int8_t* from, std::size_t count) {
         int low = 0, high = 0;
         for (std::size_t i = 0; i < count; ++i) low = std::min<int>(low, from[i]), high = std::max<int>(high, from[i]);
-        if (low < least || high >= 1 << (bits - 1))
+        if (low < least || high >= 1 << (bits - !its_codebook))
             refuse("codes from " + std::to_string(low) + " to " + std::to_string(high) + " do not fit into " + std::to_string(bits) + " bits" +
                    (weight.sparse() && bits == 8 ? ", -128 left out" : ""));
     };
     fit(its, out * in);
     if (its_zeros) fit(its_zeros, out * groups);
     nb::gil_scoped_release unlocked;
-    weight.pack_codes(pool, its, its_scales, its_zeros);
+    weight.pack_codes(pool, its, its_scales, its_zeros, its_codebook);
 }
 
 nb::object unpack(const WeightBuffer& weight) {
@@ -249,7 +265,7 @@ void bind_linear(nb::module_& m) {
 
     nb::class_<WeightBuffer>(m, "WeightBuffer",
                              "A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.\n\n"
-                             "`format` is f32, f16, bf16, fp8, int8, int4, int3 or int2; `group` is the number of inputs that share a scale, 0 for one\n"
+                             "`format` is f32, f16, bf16, fp8, int8, int4, int3, int2 or lut4; `group` is the number of inputs that share a scale, 0 for one\n"
                              "scale per channel (or none). Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse: only\n"
                              "elements that are not zero are stored. Raises ValueError for what cannot be packed, MemoryError if there is no room.")
         .def("__init__",
@@ -260,9 +276,10 @@ void bind_linear(nb::module_& m) {
         .def("pack", pack, "pool"_a, "dense"_a,
              "Fill it from `dense` [out, in_], float32 or the bits of bf16 numbers as uint16, on the pool's threads.\n\n"
              "Raises ValueError for an array that does not fit.")
-        .def("pack_codes", take_codes, "pool"_a, "codes"_a, "scales"_a, "zeros"_a = nb::none(),
+        .def("pack_codes", take_codes, "pool"_a, "codes"_a, "scales"_a, "zeros"_a = nb::none(), "codebook"_a = nb::none(),
              "Fill it from what is quantized already, as it is: `codes` int8 [out, in_] (of fp8 their bytes), `scales` float32 and, with zero\n"
-             "points, `zeros` int8 [out, groups]; a sparse weight leaves out codes of 0. Raises ValueError for arrays that do not fit.")
+             "points, `zeros` int8 [out, groups]; of lut4 places in `codebook` int8 [16]; a sparse weight leaves out codes of 0. Raises\n"
+             "ValueError for arrays that do not fit.")
         .def("parts",
              [](nb::handle self) {
                  nb::list found;

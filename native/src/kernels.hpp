@@ -22,7 +22,7 @@ Isa best_isa(Isa limit = Isa::amx);
 
 // --- linear layers -------------------------------------------------------------------------------------------------------------
 
-enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2 };
+enum class WeightFormat { f32, f16, bf16, fp8, int8, int4, int3, int2, lut4 };
 
 struct SparsePanel {
   std::uint64_t start;        // byte of `tiles` at which its elements begin
@@ -39,6 +39,7 @@ struct SparsePanel {
 //   int2: four int8 tiles (256 k) in the bit pairs of 1 KiB, the first in the lowest, as q + 2.                        Scales.
 //   int3: q + 4 of four int8 tiles: their lower bits as in int2, then 512 bytes whose bits 2j and 2j + 1 are the third bit of the
 //         first and second half of tile j.                                                                             Scales.
+//   lut4: two tiles (128 k) in the nibbles of 1 KiB, as int4, but places in the codebook, which stand for its bytes.        Scales.
 // Scales [panels][groups][16] are one per channel and group of `group` k: 0 (one group), 32, 64 or a multiple of 128 up to 1024.
 // Zero points, where there are any (int4, int3, int2), have the same shape; an element stands for (q − zero) · scale.
 // A sparse weight (bf16, int8, int4) has masks and its nonzero elements. Masks are 64 bits for 4 k of 16 channels: bit 4 c + j for k number
@@ -56,6 +57,7 @@ struct PackedLinear {
   const std::int8_t* zeros = nullptr;       // null: symmetric
   const std::uint64_t* masks = nullptr;     // null: dense
   const SparsePanel* sparse_panels = nullptr;  // [panels + 1], sparse only; the last one's start is the end
+  const std::int8_t* codebook = nullptr;       // [16], of lut4: ascending, 0 among them, never -128
 
   int panels() const { return (out + 15) / 16; }
   int padded_in() const;  // k in whole tiles
@@ -67,15 +69,15 @@ std::size_t packed_scale_count(WeightFormat format, int out, int in, int group);
 // Fill panels [first, last) of tiles, scales and (unless null) zeros from the rows of `dense` [out, in], rounding to nearest, half to
 // even. Symmetric: q = w / scale with scale = max|w| / limit, limit 127, 7, 3, 1 for int8 to int2, 448 for fp8, and scale 1 where all are
 // zero. With zero points: scale = (max(w, 0) − min(w, 0)) / (2^bits − 1), q = w / scale + zero, clipped to the format's integers, where
-// zero is what 0 rounds to.
+// zero is what 0 rounds to. lut4 is packed from codes alone.
 void pack_linear(WeightFormat format, int out, int in, int group, const bf16* dense, int first, int last, std::byte* tiles, float* scales);
 void pack_linear(WeightFormat format, int out, int in, int group, const float* dense, int first, int last, std::byte* tiles, float* scales,
                  std::int8_t* zeros);
 
 // The same from a weight that is quantized already: `codes` [out, in] (of fp8 their bytes), `code_scales` and, with zero points,
-// `code_zeros` [out, groups] as they are.
+// `code_zeros` [out, groups] as they are. Of lut4 they are places in `codebook`.
 void pack_codes(WeightFormat format, int out, int in, int group, const std::int8_t* codes, const float* code_scales, const std::int8_t* code_zeros,
-                int first, int last, std::byte* tiles, float* scales, std::int8_t* zeros);
+                const std::int8_t* codebook, int first, int last, std::byte* tiles, float* scales, std::int8_t* zeros);
 
 // The sparse form of a dense one: masks [panels · tiles][depth · 16 / 64] and, as `start`, the bytes of each panel's elements; then, where
 // starts are what they say, the elements.

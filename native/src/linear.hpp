@@ -26,7 +26,8 @@ constexpr TileShape tile_shape(WeightFormat format) {
         case WeightFormat::bf16: return {32, kTileBytes};
         case WeightFormat::fp8:
         case WeightFormat::int8: return {64, kTileBytes};
-        case WeightFormat::int4: return {128, kTileBytes};
+        case WeightFormat::int4:
+        case WeightFormat::lut4: return {128, kTileBytes};
         case WeightFormat::int3: return {256, kTileBytes + kTileBytes / 2};
         default: return {256, kTileBytes};
     }

@@ -25,6 +25,7 @@ namespace {
 constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
+constexpr int kLookups = 8;        // rows up to which looking up in registers for each block is less than decoding once
 constexpr int kFew = 4;            // up to so many rows memory is the limit: a panel at a time is read in one run
 constexpr int kAheadBytes = 4096;  // of weights, prefetched
 
@@ -56,7 +57,7 @@ AVX2 inline void store_sums(const Vector (&total)[rows][2], Sums<Sum> sums) {
 }
 
 // What a product multiplies: X, activations as widened; Sum, what sums are; kStretch, k widened at a time; widen(), k of one row; add(),
-// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, or, of Int4, as they lie.
+// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, or, of Int4 and Lut4, as they lie.
 
 struct F32 {
     using X = float;
@@ -237,6 +238,81 @@ struct Int4 {
     }
 };
 
+// Places in a codebook, looked up in registers; the product is Int8's.
+struct Lut4 {
+    using X = std::int8_t;
+    using Sum = std::int32_t;
+    static constexpr Feed kFeed = Feed::int8;
+    static constexpr int kStretch = 1024;
+    static constexpr int kUnit = 32;  // k
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { Int4::widen(row, at, k, to); }
+
+    // `at` is where in the panel the k begin.
+    template <int rows>
+    AVX2 static void add(const std::int8_t* codebook, const std::byte* panel, int at, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+        for (int i = 0; i < k;) {
+            const int unit = (at + i) / kUnit;
+            const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
+            if constexpr (rows <= 2)
+                if (unit % 4 == 0 && k - i >= 4 * kUnit) {
+                    add_tile<rows>(table, w, x + i, stride, sums);
+                    i += 4 * kUnit;
+                    continue;
+                }
+            if (unit & 2)
+                add_unit<rows, 4>(table, w, x + i, stride, sums);
+            else
+                add_unit<rows, 0>(table, w, x + i, stride, sums);
+            i += kUnit;
+        }
+    }
+
+   private:
+    // Four k of eight channels, with the numbers `q`.
+    AVX2 static __m256i product(__m256i q, const X* x) {
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(broadcast(x), q)), _mm256_set1_epi16(1));
+    }
+
+    // All 128 k of a tile: each byte is taken apart once.
+    template <int rows>
+    AVX2 static void add_tile(__m256i table, const std::byte* w, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i low = _mm256_set1_epi8(0x0f);
+        __m256i total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int unit = 0; unit < 2; ++unit, x += kUnit)
+            FOUR_TIMES for (int i = 0; i < kUnit; i += 4, w += 64) {
+                ahead(w);
+                UNROLLED for (int half = 0; half < 2; ++half) {
+                    const __m256i both = words(w + 32 * half);
+                    const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(both, low));
+                    const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(both, 4), low));
+                    UNROLLED for (int r = 0; r < rows; ++r) {
+                        const X* const from = x + r * stride + i;
+                        total[r][half] = _mm256_add_epi32(total[r][half], _mm256_add_epi32(product(first, from), product(second, from + 2 * kUnit)));
+                    }
+                }
+            }
+        store_sums<rows, Sum>(total, sums);
+    }
+
+    template <int rows, int shift>
+    AVX2 static void add_unit(__m256i table, const std::byte* w, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i low = _mm256_set1_epi8(0x0f);
+        __m256i total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        FOUR_TIMES for (int i = 0; i < kUnit; i += 4, w += 64) {
+            if (shift == 0) ahead(w);
+            UNROLLED for (int half = 0; half < 2; ++half) {
+                const __m256i q = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(words(w + 32 * half), shift), low));
+                UNROLLED for (int r = 0; r < rows; ++r) total[r][half] = _mm256_add_epi32(total[r][half], product(q, x + r * stride + i));
+            }
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+};
+
 // body.operator()<count>(row) for all rows, in blocks as even as can be.
 template <class Body>
 AVX2 inline void by_rows(int rows, const Body& body) {
@@ -275,6 +351,8 @@ struct PanelTiles {
 };
 template <>
 struct PanelTiles<Int4> {};
+template <>
+struct PanelTiles<Lut4> {};
 
 // The sums of one panel with a block of rows.
 template <class Product>
@@ -323,7 +401,7 @@ struct Body {
     const int groups = scale_groups(weight);
     const int depth = Product::kFeed == Feed::f32 ? weight.in : weight.group && groups ? std::min(weight.padded_in(), groups * weight.group) : weight.padded_in();
     const int per_group = groups && weight.group ? weight.group : depth;
-    static constexpr bool kNibbles = std::is_same_v<Product, Int4>;
+    static constexpr bool kNibbles = std::is_same_v<Product, Int4>, kPlaces = std::is_same_v<Product, Lut4>, kAsStored = kNibbles || kPlaces;
     const float factor = !kNibbles && shifted(weight) ? 0.0625f : 1.0f;
 
     // Panels [first, first + count), rows [row, row + rows).
@@ -331,7 +409,7 @@ struct Body {
         for (int p = 0; p < count; ++p) {
             std::memset(panels[p].group, 0, static_cast<std::size_t>(rows) * sizeof panels[p].group[0]);
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
-            if constexpr (!kNibbles) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
+            if constexpr (!kAsStored) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
         }
         for (int at = 0; at < depth; at += kStretch) {
             const int end = std::min(at + kStretch, depth);
@@ -363,7 +441,7 @@ struct Body {
 
     AVX2 void add_stretch(int panel, int rows, int at, int end, const Widened<Product>& widened, PanelSums<Product>& sums) const {
         const std::byte* tiles;
-        if constexpr (kNibbles)
+        if constexpr (kAsStored)
             tiles = panel_tiles(weight, panel);
         else
             tiles = sums.reader->next(kStretch);
@@ -374,12 +452,14 @@ struct Body {
             by_rows(rows, [&]<int some>(int r) {
                 if constexpr (kNibbles)
                     Product::template add<some>(tiles, from, k, widened.at(r, from), stride, sums.group + r);
+                else if constexpr (kPlaces)
+                    Product::template add<some>(weight.codebook, tiles, from, k, widened.at(r, from), stride, sums.group + r);
                 else
                     Product::template add<some>(tiles, k, widened.at(r, from), stride, sums.group + r);
             });
             if constexpr (kNibbles)
                 take_off(sums.group, rows, weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr, widened.sum(from));
-            else
+            else if constexpr (!kAsStored)
                 tiles += static_cast<std::ptrdiff_t>(k) * kChannels * element_bytes(Product::kFeed);
             if (groups && (until % per_group == 0 || until == depth))
                 fold<typename Product::Sum>(sums.group, sums.total, rows, panel_scales(weight, panel) + group * kChannels, factor);
@@ -426,6 +506,7 @@ AVX2 void linear_avx2(const PackedLinear& weight, const Activations& x, int firs
         case Feed::bf16: return play<Bf16>(weight, x, first, last, bias, y, y_stride);
         default:
             if (weight.format == WeightFormat::int4 && !weight.masks) return play<Int4>(weight, x, first, last, bias, y, y_stride);
+            if (weight.format == WeightFormat::lut4 && x.count <= kLookups) return play<Lut4>(weight, x, first, last, bias, y, y_stride);
             return play<Int8>(weight, x, first, last, bias, y, y_stride);
     }
 }

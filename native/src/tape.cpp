@@ -20,6 +20,8 @@ void by_panels(ThreadPool& pool, int panels, Body body) {
     });
 }
 
+constexpr std::size_t kCodebook = 16;
+
 void check_within(const MappedFile& file, std::size_t offset, std::size_t size) {
     if (offset % 64 || offset > file.size() || size > file.size() - offset) throw std::invalid_argument("the file does not hold the weight");
 }
@@ -50,8 +52,11 @@ WeightBuffer::WeightBuffer(const WeightLayout& layout)
       tiles_(packed_tile_bytes(layout.format, layout.out, layout.in)),
       scales_(packed_scale_count(layout.format, layout.out, layout.in, layout.group) * sizeof(float)),
       zeros_(layout.zero_points ? scales_.size() / sizeof(float) : 0),
+      codebook_(layout.format == WeightFormat::lut4 ? kCodebook : 0),
       packed_{layout.format, layout.out, layout.in, layout.group, tiles_.data(), reinterpret_cast<const float*>(scales_.data()),
-              reinterpret_cast<const std::int8_t*>(zeros_.data())} {}
+              reinterpret_cast<const std::int8_t*>(zeros_.data())} {
+    packed_.codebook = reinterpret_cast<const std::int8_t*>(codebook_.data());
+}
 
 void WeightBuffer::pack(ThreadPool& pool, const bf16* dense) {
     by_panels(pool, packed_.panels(), [&](int first, int last) {
@@ -68,9 +73,10 @@ void WeightBuffer::pack(ThreadPool& pool, const float* dense) {
     if (sparse_) sparsify(pool);
 }
 
-void WeightBuffer::pack_codes(ThreadPool& pool, const std::int8_t* codes, const float* scales, const std::int8_t* zeros) {
+void WeightBuffer::pack_codes(ThreadPool& pool, const std::int8_t* codes, const float* scales, const std::int8_t* zeros, const std::int8_t* codebook) {
+    if (codebook) std::memcpy(codebook_.data(), codebook, kCodebook);
     by_panels(pool, packed_.panels(), [&](int first, int last) {
-        hasten::pack_codes(packed_.format, packed_.out, packed_.in, packed_.group, codes, scales, zeros, first, last, tiles_.data(),
+        hasten::pack_codes(packed_.format, packed_.out, packed_.in, packed_.group, codes, scales, zeros, codebook, first, last, tiles_.data(),
                            reinterpret_cast<float*>(scales_.data()), reinterpret_cast<std::int8_t*>(zeros_.data()));
     });
     if (sparse_) sparsify(pool);
@@ -102,7 +108,7 @@ bool WeightBuffer::two_of_four() const {
 
 std::vector<std::span<std::byte>> WeightBuffer::parts() const {
     std::vector<std::span<std::byte>> filled;
-    for (const Buffer* buffer : {&tiles_, &scales_, &zeros_})
+    for (const Buffer* buffer : {&tiles_, &scales_, &zeros_, &codebook_})
         if (buffer->size()) filled.emplace_back(buffer->data(), buffer->size());
     return filled;
 }
@@ -116,6 +122,7 @@ void WeightBuffer::lie_in(std::shared_ptr<const MappedFile> file, std::span<cons
     packed_.tiles = place(tiles_);
     packed_.scales = reinterpret_cast<const float*>(place(scales_));
     packed_.zeros = reinterpret_cast<const std::int8_t*>(place(zeros_));
+    packed_.codebook = reinterpret_cast<const std::int8_t*>(place(codebook_));
     file_ = std::move(file);
 }
 

@@ -31,11 +31,11 @@ class WeightBuffer {
     void pack(ThreadPool& pool, const bf16* dense);
     void pack(ThreadPool& pool, const float* dense);
 
-    // Takes codes [out, in] with their scales and (unless null) zero points [out, groups] as they are.
-    void pack_codes(ThreadPool& pool, const std::int8_t* codes, const float* scales, const std::int8_t* zeros);
+    // Takes codes [out, in] with their scales and (unless null) zero points [out, groups] as they are; of lut4 with its codebook [16].
+    void pack_codes(ThreadPool& pool, const std::int8_t* codes, const float* scales, const std::int8_t* zeros, const std::int8_t* codebook = nullptr);
 
     const PackedLinear& packed() const { return packed_; }
-    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + masks_.size() + sparse_panels_.size(); }
+    std::size_t bytes() const { return tiles_.size() + scales_.size() + zeros_.size() + codebook_.size() + masks_.size() + sparse_panels_.size(); }
 
     bool sparse() const { return sparse_; }
 
@@ -53,7 +53,7 @@ class WeightBuffer {
     void sparsify(ThreadPool& pool);
 
     bool sparse_;
-    Buffer tiles_, scales_, zeros_, masks_, sparse_panels_;
+    Buffer tiles_, scales_, zeros_, codebook_, masks_, sparse_panels_;
     PackedLinear packed_;
     std::shared_ptr<const MappedFile> file_;
 };

@@ -13,6 +13,8 @@ namespace {
 #if defined(__x86_64__)
 #define AVX2 HASTEN_EXPAND_AVX2
 #define VBMI2 HASTEN_EXPAND_VBMI2
+
+constexpr int kAheadBytes = 4096;  // of weights, prefetched
 #endif
 
 // --- lines of sparse tiles. Each returns the bytes taken.
@@ -36,7 +38,19 @@ HASTEN_INLINE std::ptrdiff_t sparse_halves_body(const std::uint64_t* mask, int l
     return 2 * taken;
 }
 
+// The bytes of `codebook` at the nibbles of `count` bytes, a multiple of 64: the low ones to `first`, the high ones to `second`.
+HASTEN_INLINE void lookup_body(const std::int8_t* codebook, const std::byte* from, int count, std::int8_t* first, std::int8_t* second) {
+    for (int i = 0; i < count; ++i) {
+        const auto both = static_cast<std::uint8_t>(from[i]);
+        first[i] = codebook[both & 0x0f];
+        second[i] = codebook[both >> 4];
+    }
+}
+
 struct Generic {
+    static void lookup(const std::int8_t* codebook, const std::byte* from, int count, std::int8_t* first, std::int8_t* second) {
+        lookup_body(codebook, from, count, first, second);
+    }
     static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
         return sparse_bytes_body(mask, lines, from, to);
     }
@@ -49,6 +63,15 @@ struct Generic {
 #if defined(__x86_64__)
 
 struct Avx2 {
+    AVX2 static void lookup(const std::int8_t* codebook, const std::byte* from, int count, std::int8_t* first, std::int8_t* second) {
+        const __m256i low = _mm256_set1_epi8(0x0f), table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+        for (int i = 0; i < count; i += 32) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + i) + kAheadBytes, _MM_HINT_T0);
+            const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(first + i), _mm256_shuffle_epi8(table, _mm256_and_si256(both, low)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(second + i), _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(both, 4), low)));
+        }
+    }
     AVX2 static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
         const std::byte *const begin = from, *bits = reinterpret_cast<const std::byte*>(mask);
         for (int i = 0; i < 2 * lines; ++i, bits += 4, to += 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ExpandAvx2::bytes(bits, from));
@@ -73,6 +96,15 @@ struct Avx2 {
 };
 
 struct Vbmi2 {
+    VBMI2 static void lookup(const std::int8_t* codebook, const std::byte* from, int count, std::int8_t* first, std::int8_t* second) {
+        const __m512i low = _mm512_set1_epi8(0x0f), table = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+        for (int i = 0; i < count; i += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + i) + kAheadBytes, _MM_HINT_T0);
+            const __m512i both = _mm512_loadu_si512(from + i);
+            _mm512_storeu_si512(first + i, _mm512_shuffle_epi8(table, _mm512_and_si512(both, low)));
+            _mm512_storeu_si512(second + i, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(both, 4), low)));
+        }
+    }
     VBMI2 static std::ptrdiff_t sparse_bytes(const std::uint64_t* mask, int lines, const std::byte* from, std::byte* to) {
         const std::byte* const begin = from;
         for (int line = 0; line < lines; ++line, to += 64) _mm512_storeu_si512(to, ExpandVbmi2::bytes(mask[line], from));
@@ -305,6 +337,10 @@ void PanelReader::decode_bytes(int k, std::int8_t* bytes) {
             bytes -= k / 128 * 2 * kTile;
             if (weight_.zeros) Level::sixteenths(bytes, k * kChannels);
             break;
+        case WeightFormat::lut4:
+            for (int tile = 0; tile < k / 128; ++tile, bytes += 2 * kTile, elements_ += kTile)
+                Level::lookup(weight_.codebook, elements_, kTile, bytes, bytes + kTile);
+            return;
         case WeightFormat::int3:
         case WeightFormat::int2:
             for (int tile = 0; tile < k / 256; ++tile, elements_ += tile_shape(weight_.format).bytes)

@@ -1,4 +1,5 @@
 // From numbers to the stored form of every weight format, and back. bf16, int8 and int4 from bf16 are in linear.cpp, sparse in sparse_pack.cpp.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -112,7 +113,8 @@ HASTEN_INLINE void place_integers(WeightFormat format, const std::int8_t* q, std
     };
     switch (format) {
         case WeightFormat::int8: return scatter_quads(q, 64, tile + 4 * c);
-        case WeightFormat::int4: return joined(2, 4, 0);
+        case WeightFormat::int4:
+        case WeightFormat::lut4: return joined(2, 4, 0);
         case WeightFormat::int2: return joined(4, 2, 2);
         default: break;
     }
@@ -221,12 +223,13 @@ void pack_linear(WeightFormat format, int out, int in, int group, const float* d
 }
 
 void pack_codes(WeightFormat format, int out, int in, int group, const std::int8_t* codes, const float* code_scales, const std::int8_t* code_zeros,
-                int first, int last, std::byte* tiles, float* scales, std::int8_t* zeros) {
+                const std::int8_t* codebook, int first, int last, std::byte* tiles, float* scales, std::int8_t* zeros) {
     const PackedLinear weight{format, out, in, group, tiles, scales, zeros};
     const TileShape tile = tile_shape(format);
     const int padded = weight.padded_in();
     const std::ptrdiff_t groups = scale_groups(weight), panel_bytes = std::ptrdiff_t{padded / tile.depth} * tile.bytes;
     std::vector<std::int8_t> row(static_cast<std::size_t>(padded));
+    const auto nothing = static_cast<std::int8_t>(codebook ? std::find(codebook, codebook + 16, 0) - codebook : 0);
     for (int panel = first; panel < last; ++panel)
         for (int c = 0; c < kChannels; ++c) {
             const std::ptrdiff_t channel = panel * kChannels + c;
@@ -236,7 +239,7 @@ void pack_codes(WeightFormat format, int out, int in, int group, const std::int8
                 scales[to] = exists ? code_scales[from] : 1.0f;
                 if (zeros) zeros[to] = exists ? code_zeros[from] : std::int8_t{0};
             }
-            const std::int8_t padding = exists && zeros ? code_zeros[channel * groups + groups - 1] : std::int8_t{0};  // which stands for 0
+            const std::int8_t padding = exists && zeros ? code_zeros[channel * groups + groups - 1] : nothing;  // which stands for 0
             std::fill(row.begin(), row.end(), padding);
             if (exists) std::copy_n(codes + channel * in, in, row.begin());
             std::byte* to = tiles + panel * panel_bytes;

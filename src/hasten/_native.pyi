@@ -155,8 +155,8 @@ def available_isas() -> list[str]:
 class WeightBuffer:
     """A linear layer's weight [out, in_] in panels of 16 output channels, as the kernels read it: reserved, then packed.
 
-    ``format`` is f32, f16, bf16, fp8, int8, int4, int3 or int2; ``group`` inputs share a scale (32, 64 or a multiple of 128 up to 1024),
-    0 for one per channel or none. Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse.
+    ``format`` is f32, f16, bf16, fp8, int8, int4, int3, int2 or lut4; ``group`` inputs share a scale (32, 64 or a multiple of 128 up to
+    1024), 0 for one per channel or none. Integers of up to four bits may have zero points; bf16, int8 and int4 may be sparse.
     Raises ValueError for what cannot be packed, MemoryError if there is no room.
     """
 
@@ -165,10 +165,16 @@ class WeightBuffer:
         """Fill it from ``dense`` [out, in_], float32 or the bits of bf16 numbers. Raises ValueError for an array that does not fit."""
 
     def pack_codes(
-        self, pool: ThreadPool, codes: NDArray[np.int8], scales: NDArray[np.float32], zeros: NDArray[np.int8] | None = None
+        self,
+        pool: ThreadPool,
+        codes: NDArray[np.int8],
+        scales: NDArray[np.float32],
+        zeros: NDArray[np.int8] | None = None,
+        codebook: NDArray[np.int8] | None = None,
     ) -> None:
         """Fill it from what is quantized already, as it is: ``codes`` [out, in_] (of fp8 their bytes), ``scales`` and, with zero points,
-        ``zeros`` [out, groups]; a sparse weight leaves out codes of 0. Raises ValueError for arrays that do not fit."""
+        ``zeros`` [out, groups]; of lut4 places in ``codebook`` [16]; a sparse weight leaves out codes of 0. Raises ValueError for arrays
+        that do not fit."""
 
     def parts(self) -> list[NDArray[np.uint8]]:
         """All the memory that packing fills, as views, in an order that stays; not of a sparse weight, which has its own once packed."""

@@ -34,6 +34,7 @@ def hasten(monkeypatch, capsys):
         ("awq", "int4-g64-zp", 0.31),
         ("smoothquant", None, 0.51),
         ("rotate", "int4-g64", 0.30),
+        ("codebook", None, 0.30),
         ("best", "int4-g32", 0.33),
     ],
 )

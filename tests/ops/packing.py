@@ -4,6 +4,7 @@ import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu.packed import PackedWeights
+from hasten.formats.linear import LinearFormat
 
 POOL = _native.ThreadPool(1)
 
@@ -11,6 +12,10 @@ POOL = _native.ThreadPool(1)
 def weight_buffer(form, group, dense, zero_points=False, sparse=False):
     """``dense`` [out, in], float32 or bits of bf16, as the kernels read it."""
     weight = _native.WeightBuffer(form, *np.shape(dense), group, zero_points, sparse)
+    if form == "lut4":
+        its = LinearFormat(form, group).quantize(dense)
+        weight.pack_codes(POOL, its.q, its.scales, None, its.codebook)
+        return weight
     weight.pack(POOL, dense)
     return weight
 

@@ -37,7 +37,8 @@ def relative(a, b):
     [
         ("f32", None, 1e-2), ("f16", None, 1e-2), ("bf16", None, 2e-2), ("fp8", None, 2e-2), ("int8", None, 5e-2), ("int8", "bf16", 2e-2),
         ("int8-g64", None, 5e-2), ("int4", None, 5e-2), ("int4", "bf16", 2e-2), ("int4-g32-zp", None, 5e-2), ("int3-g32", "bf16", 3e-2),
-        ("int2-g32-zp", None, 5e-2), ("bf16-sparse", None, 2e-2), ("int8-sparse", None, 5e-2), ("int4-sparse", None, 5e-2),
+        ("int2-g32-zp", None, 5e-2), ("lut4-g32", None, 5e-2), ("lut4", "bf16", 3e-2),
+        ("bf16-sparse", None, 2e-2), ("int8-sparse", None, 5e-2), ("int4-sparse", None, 5e-2),
     ],
 )  # fmt: skip
 def test_logits_are_near_the_reference(isa, weights, activations, tolerance):
@@ -59,7 +60,7 @@ def test_formats_cost_what_they_should(weights):
 
 
 @pytest.mark.row("nondeterminism", "the same tokens however played")
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4", "lut4-g64"])
 def test_the_same_bits_however_the_batch_is_cut(weights):
     sessions = [CpuBackend(threads=threads).session(MODEL, 256, Formats(weights)) for threads in (1, 2)]
     assert_the_same_bits_however_cut(sessions, IDS)

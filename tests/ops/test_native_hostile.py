@@ -14,7 +14,21 @@ from tests.pure.test_checkpoint import tiny
 MODEL = tiny()
 VOCAB, CONTEXT, PAGE = MODEL.spec.vocab, 48, 16
 every_isa = pytest.mark.parametrize("isa", _native.available_isas())
-FORMATS = ["f32", "f16", "bf16", "fp8", "int8", "int8-g64", "int4", "int4-g32-zp", "int3", "int2-zp", "bf16-sparse", "int8-sparse"]
+FORMATS = [
+    "f32",
+    "f16",
+    "bf16",
+    "fp8",
+    "int8",
+    "int8-g64",
+    "int4",
+    "int4-g32-zp",
+    "int3",
+    "int2-zp",
+    "lut4-g64",
+    "bf16-sparse",
+    "int8-sparse",
+]
 every_format = pytest.mark.parametrize("weights", FORMATS)
 
 

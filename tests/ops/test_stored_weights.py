@@ -12,7 +12,7 @@ from hasten.backends.cpu import CpuBackend
 from hasten.backends.cpu.packed import PackedCache
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import UnsupportedError
-from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.linear import ClusteredLinear, LinearFormat, QuantizedLinear
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Weight, Weights
 from hasten.program import Formats
@@ -20,7 +20,7 @@ from tests.ops.packing import POOL
 
 ISAS = _native.available_isas()
 NAMES = ["fp8", "fp8-g128", "int8", "int8-g32", "int4", "int4-g64", "int4-channel", "int4-zp", "int4-g32-zp", "int3", "int3-g64-zp", "int2",
-         "int2-g32-zp"]  # fmt: skip
+         "int2-g32-zp", "lut4", "lut4-g32", "lut4-g64", "lut4-channel"]  # fmt: skip
 MODEL = load("code-8m")
 IDS = np.random.default_rng(0).integers(0, MODEL.spec.vocab, 40).tolist()
 
@@ -34,6 +34,10 @@ def codes(name, seed, out, size):
         q = random.integers(0, 256, (out, size)).astype(np.uint8)
         q[q & 0x7F == 0x7F] = 0  # not a number
         return QuantizedLinear(q.view(ml_dtypes.float8_e4m3fn), scales, None, form.group or size)
+    if form.has_codebook:
+        some = random.permutation(np.delete(np.arange(-126, 127), 126))[:13]
+        codebook = np.sort([-127, 0, 127, *some]).astype(np.int8)
+        return ClusteredLinear(random.integers(0, 16, (out, size), dtype=np.int8), scales, None, form.group or size, codebook)
     least = -(2 ** (form.bits - 1))
     q = random.integers(least, -least, (out, size), dtype=np.int8)
     zeros = random.integers(least, -least, (out, groups), dtype=np.int32) if form.zero_points else None
@@ -45,7 +49,8 @@ def packed(name, its):
     weight = _native.WeightBuffer(form.number, *its.q.shape, form.group, form.zero_points)
     for part in weight.parts():
         part[:] = 0xA5
-    weight.pack_codes(POOL, its.q.view(np.int8), its.scales, None if its.zeros is None else its.zeros.astype(np.int8))
+    zeros, codebook = None if its.zeros is None else its.zeros.astype(np.int8), getattr(its, "codebook", None)
+    weight.pack_codes(POOL, its.q.view(np.int8), its.scales, zeros, codebook)
     return weight
 
 
@@ -91,6 +96,23 @@ def test_the_smallest_code_against_the_largest_rows(isa, size):
             np.testing.assert_array_equal(y, np.full((rows, 20), -128.0 * each * size, np.float32))
 
 
+def test_codebooks_that_do_not_fit_are_refused():
+    q, scales, good = np.zeros((4, 64), np.int8), np.ones((4, 2), np.float32), np.arange(-8, 8, dtype=np.int8)
+    weight = _native.WeightBuffer("lut4", 4, 64, 32)
+    weight.pack_codes(POOL, q, scales, None, good)
+    np.testing.assert_array_equal(weight.unpack(), np.full((4, 64), -8, np.float32))
+    without_zero, twice, least = good.copy(), good.copy(), good.copy()
+    without_zero[8:], twice[0], least[0] = np.arange(1, 9), -7, -128
+    for bad in (None, good[:15].copy(), np.append(good, np.int8(9)), good[::-1].copy(), without_zero, twice, least, good.astype(np.int32)):
+        with pytest.raises(ValueError, match="codebook"):
+            weight.pack_codes(POOL, q, scales, None, bad)
+    for code in (-1, 16):
+        with pytest.raises(ValueError, match="4 bits"):
+            weight.pack_codes(POOL, np.full((4, 64), code, np.int8), scales, None, good)
+    with pytest.raises(ValueError, match="no codebook"):
+        _native.WeightBuffer("int4", 4, 64, 32).pack_codes(POOL, q, scales, None, good)
+
+
 def test_codes_that_do_not_fit_are_refused():
     weight = _native.WeightBuffer("int4", 4, 64, 32, True)
     q, scales, zeros = np.zeros((4, 64), np.int8), np.ones((4, 2), np.float32), np.zeros((4, 2), np.int8)
@@ -134,8 +156,12 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(
-    ("forms", "activations"), [(["int4-g64", "int8", "fp8", "int3-g64-zp"], "bf16"), (["int8", "int4-g32-zp"], "int8")]
-)
+    ("forms", "activations"),
+    [
+        (["int4-g64", "int8", "fp8", "int3-g64-zp"], "bf16"), (["int8", "int4-g32-zp"], "int8"), (["lut4-g64", "lut4"], "bf16"),
+        (["lut4-g32"], "int8"),
+    ],
+)  # fmt: skip
 def test_a_model_is_played_as_it_is_stored_layer_by_layer(forms, activations):
     model = stored(forms, activations)
     session = CpuBackend().session(model, 64)
@@ -214,6 +240,22 @@ def test_what_was_packed_from_codes_is_kept_apart_from_what_was_rounded(tmp_path
         assert np.array_equal(found, model.weights[name].load()) is expected
     assert session.compiled.packed == 0  # the third came from the cache
     assert len(list(tmp_path.glob("*.packed"))) == 2
+
+
+@pytest.mark.parametrize("formats", [None, Formats("lut4-g64")])
+def test_a_codebook_is_kept_with_its_weight(formats, tmp_path, monkeypatch):
+    monkeypatch.setattr(PackedCache, "of_user", classmethod(lambda cls: cls(tmp_path, 1 << 30)))
+    model = stored(["lut4-g64"]) if formats is None else MODEL
+    model = dataclasses.replace(model, weights=Weights(dict(model.weights), MODEL.weights.origin))
+    name, found = "blocks.3.feed_forward.down.weight", []
+    for packs in (True, False, False):
+        session = CpuBackend().session(model, 64, formats)
+        wait_for_threads()
+        assert (session.compiled.packed > 0) is packs
+        found.append(session.compiled.store._made[name, "lut4-g64"].unpack())
+    meant = LinearFormat.parse("lut4-g64").quantize(model.weights.array(name)).dense() if formats else model.weights[name].load()
+    for each in found:
+        np.testing.assert_array_equal(each, meant)
 
 
 def wait_for_threads():

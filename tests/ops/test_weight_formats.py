@@ -7,12 +7,13 @@ import pytest
 from hasten import _native
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat
-from tests.ops.packing import weight_buffer
+from tests.ops.packing import POOL, weight_buffer
 
 ISAS = _native.available_isas()
 NAMES = [
     "f32", "f16", "bf16", "fp8", "fp8-g128", "int8", "int8-g32", "int8-g128", "int4", "int4-g32", "int4-channel", "int4-zp", "int4-g64-zp",
     "int3", "int3-g32", "int3-channel", "int3-g64-zp", "int2", "int2-g32", "int2-g128-zp", "int2-channel-zp",
+    "lut4", "lut4-g32", "lut4-g64", "lut4-channel",
     "bf16-sparse", "int8-sparse", "int8-g64-sparse", "int4-sparse", "int4-g32-sparse",
 ]  # fmt: skip
 SHAPES = [(1, 1, 1), (3, 31, 15), (17, 300, 33), (5, 1100, 20), (66, 260, 47), (35, 2700, 16), (290, 130, 18)]  # rows, in, out
@@ -67,7 +68,7 @@ def test_what_is_packed_is_what_the_format_means(name, out, size):
     assert (weight.format, weight.out, weight.in_) == (LinearFormat.parse(name).number, out, size)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "zp" not in name and not name.startswith("f")])
+@pytest.mark.parametrize("name", [name for name in NAMES if "zp" not in name and not name.startswith(("f", "lut4"))])
 def test_packing_from_bf16_is_packing_from_float(name):
     dense = weights(name, 2, 35, 500)
     form = LinearFormat.parse(name)
@@ -168,7 +169,8 @@ def test_the_smallest_byte_in_groups(isa):
     [
         ("int5", "accepted are f32"), ("", "accepted are"), ("int4-g48", "no variant 'g48'"), ("f16-g32", "none"),
         ("int8-zp", "no variant 'zp'"),
-        ("fp8-sparse", "no variant"), ("int4-zp-sparse", "zero points"), ("int4--", "no variant"),
+        ("fp8-sparse", "no variant"), ("lut4-zp", "no variant"),
+        ("lut4-g64-sparse", "no variant"), ("lut3", "accepted are"), ("int4-zp-sparse", "zero points"), ("int4--", "no variant"),
     ],
 )  # fmt: skip
 def test_names_that_mean_nothing(name, why):
@@ -179,6 +181,15 @@ def test_names_that_mean_nothing(name, why):
 @every_format
 def test_names_come_back(name):
     assert str(LinearFormat.parse(name)) == name.replace("int2-g128-zp", "int2-zp")
+
+
+@pytest.mark.parametrize("dense", [np.zeros((20, 50), np.float32), np.zeros((20, 50), np.uint16)], ids=["float32", "bf16"])
+def test_a_weight_with_a_codebook_is_packed_from_codes_alone(dense):
+    with pytest.raises(ValueError, match="from codes alone"):
+        _native.WeightBuffer("lut4", 20, 50, 0).pack(POOL, dense)
+    for zero_points, sparse in [(True, False), (False, True)]:
+        with pytest.raises(ValueError, match="not lut4"):
+            _native.WeightBuffer("lut4", 20, 50, 0, zero_points, sparse)
 
 
 def test_what_cannot_be_packed_is_refused():

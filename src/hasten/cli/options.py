@@ -25,7 +25,7 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="How linear layers are stored: bf16, int8, int4, int3, int2, fp8, f16, f32, or a variant: int4-g64. "
+        help="How linear layers are stored: bf16, int8, int4, int3, int2, lut4, fp8, f16, f32, or a variant: int4-g64. "
         "[default: as in the checkpoint; bf16 where that is in plain numbers]",
     ),
 ]

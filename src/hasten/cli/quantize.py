@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from hasten.compress.recipe import Step
     from hasten.model import Provenance
 
-METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "best")
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "codebook", "best")
+USUAL = {"smoothquant": "int8", "codebook": "lut4-g64"}
 BY_LAYER = ("rtn", "gptq")
 
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")]
@@ -79,7 +80,10 @@ def quantize(
     method: Annotated[str, typer.Option("--method", help=f"How weights are rounded: {', '.join(METHODS)}.")] = "gptq",
     weights: Annotated[
         str | None,
-        typer.Option("--weights", help="int8, int4, int3, int2, fp8 or a variant: int4-g64. [default: int4-g64; int8 for smoothquant]"),
+        typer.Option(
+            "--weights",
+            help="int8 to int2, fp8, lut4, or a variant: int4-g64. [default: int4-g64; int8 for smoothquant, lut4-g64 for codebook]",
+        ),
     ] = None,
     activations: Annotated[
         str | None,
@@ -135,7 +139,7 @@ def short_form(method: str, weights: str | None, activations: str | None, skip: 
     """The recipe that `hasten quantize` is short for, as plain data."""
     from hasten.formats.quantized import STATIC
 
-    stored = weights or ("int8" if method == "smoothquant" else "int4-g64")
+    stored = weights or USUAL.get(method, "int4-g64")
     left: dict[str, Any] = {"skip": list(skip)} if skip else {}
     fed = activations or ("int8" if method in {"smoothquant", "rotate"} else "bf16")
     rounding = {"weights": stored, "activations": "int8" if fed == STATIC else fed, **left}
@@ -152,6 +156,8 @@ def _rounding(method: str, rounding: dict[str, Any], left: dict[str, Any]) -> li
             return [{"awq": {"weights": rounding["weights"], **left}}, {"rtn": {**rounding, "clip": "outputs"}}]
         case "smoothquant":
             return [{"smoothquant": left}, {"rtn": rounding}]
+        case "codebook":
+            return [{"codebook": rounding}]
         case "rotate":
             return [{"rotate": {}}, {"gptq": {**rounding, "clip": "outputs"}}]
         case _:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hasten.base.errors import CheckpointError, UserError
 from hasten.checkpoint import load_directory, save
 from hasten.engine.backends import choose_backend, open_scorer
-from hasten.formats.linear import QuantizedLinear
+from hasten.formats.linear import ClusteredLinear, QuantizedLinear
 from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight, StaticWeight, is_pruned
 from hasten.measure.compare import Comparison
@@ -142,4 +142,10 @@ def _kept(model: Model) -> tuple[str, dict[str, list[float]]] | None:
 
 def _equal(a: QuantizedLinear, b: QuantizedLinear) -> bool:
     pairs = [(a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros)]
-    return a.group == b.group and all((x is None) == (y is None) and (x is None or y is None or np.array_equal(x, y)) for x, y in pairs)
+    if isinstance(a, ClusteredLinear) and isinstance(b, ClusteredLinear):
+        pairs.append((a.codebook, b.codebook))
+    return (
+        a.group == b.group
+        and type(a) is type(b)
+        and all((x is None) == (y is None) and (x is None or y is None or np.array_equal(x, y)) for x, y in pairs)
+    )

@@ -1,6 +1,7 @@
 """GPTQ: rounding column by column, each column's error made good by those not yet rounded (Frantar et al. 2022, arXiv:2210.17323)."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def gptq(
     weight that was pruned, the code is 0: what errors before would have made of it is made good by those behind (SparseGPT's joint
     rounding, arXiv:2301.00774). Computes in the weight's dtype, factors moments in float64. Raises ConfigError for activation order
     without static groups, whose groups would not lie together, and for damping that leaves the moments singular."""
-    out, size = weight.shape
+    size = weight.shape[1]
     group = form.group or size
     if order == "activation" and not static_groups and group < size:
         raise ConfigError(
@@ -41,35 +42,73 @@ def gptq(
         )
     columns = torch.arange(size) if order == "given" else torch.argsort(moments.diagonal(), descending=True, stable=True)
     grid = Grid.fit(_kept(weight, keep), form, clip=clip, moments=moments)
+    if static_groups or group >= size:
+        return in_turn(weight, moments, grid, columns, damp=damp, keep=keep)
     scales, zeros = grid.scales.clone(), None if grid.zeros is None else grid.zeros.clone()
+
+    def anew(at: int, left: Tensor) -> Grid:
+        if at % group == 0:
+            inside = slice(at, min(at + group, size))
+            its = _kept(left[:, :group], None if keep is None else keep[:, inside])
+            own = Grid.fit(its, form, clip=clip, moments=moments[inside, inside])
+            scales[:, at // group] = own.scales[:, 0]
+            if zeros is not None and own.zeros is not None:
+                zeros[:, at // group] = own.zeros[:, 0]
+        return Grid(form, scales, zeros, group)
+
+    return in_turn(weight, moments, grid, columns, damp=damp, keep=keep, anew=anew, lazy=-(-LAZY // group) * group)
+
+
+class Numbers(Protocol):
+    """What a weight may be rounded to."""
+
+    def codes(self, columns: Tensor, inputs: Tensor) -> Tensor:
+        """Stored numbers of ``columns`` [out, n], the weights of ``inputs`` [n]: the nearest."""
+        ...
+
+    def dense(self, codes: Tensor, inputs: Tensor) -> Tensor:
+        """What stored numbers [out, n] of ``inputs`` [n] stand for."""
+        ...
+
+    def quantized(self, codes: Tensor) -> QuantizedLinear:
+        """All stored numbers [out, in] with what they go with."""
+        ...
+
+
+def in_turn(
+    weight: Tensor,
+    moments: Tensor,
+    numbers: Numbers,
+    columns: Tensor,
+    *,
+    damp: float = 0.01,
+    keep: Tensor | None = None,
+    anew: Callable[[int, Tensor], Numbers] | None = None,
+    lazy: int = LAZY,
+) -> QuantizedLinear:
+    """GPTQ's inner part: ``weight`` [out, in] rounded to ``numbers``, the inputs in the order of ``columns``, ``lazy`` at a time. ``anew``
+    gives other numbers from a place in that order on, given what the columns left of its part have become. See `gptq` for the rest."""
+    out, size = weight.shape
     left = weight[:, columns].clone()
     factor = inverse_factor(damped(moments, damp)[columns][:, columns]).to(weight.dtype)
     codes = torch.empty_like(left)
-    lazy = LAZY if static_groups or group >= size else -(-LAZY // group) * group
     for start in range(0, size, lazy):
         stop = min(start + lazy, size)
         part, errors = left[:, start:stop].clone(), torch.empty(out, stop - start, dtype=weight.dtype)
         for j in range(stop - start):
             column = columns[start + j : start + j + 1]
-            if not static_groups and (start + j) % group == 0 and group < size:
-                inside = slice(start + j, min(start + j + group, size))
-                its = _kept(part[:, j : j + group], None if keep is None else keep[:, inside])
-                own = Grid.fit(its, form, clip=clip, moments=moments[inside, inside])
-                index = (start + j) // group
-                scales[:, index] = own.scales[:, 0]
-                if zeros is not None and own.zeros is not None:
-                    zeros[:, index] = own.zeros[:, 0]
-                grid = Grid(form, scales, zeros, group)
+            if anew is not None:
+                numbers = anew(start + j, part[:, j:])
             codes[:, start + j : start + j + 1] = code = _kept(
-                grid.codes(part[:, j : j + 1], column), None if keep is None else keep[:, column]
+                numbers.codes(part[:, j : j + 1], column), None if keep is None else keep[:, column]
             )
-            error = (part[:, j] - grid.dense(code, column)[:, 0]) / factor[start + j, start + j]
+            error = (part[:, j] - numbers.dense(code, column)[:, 0]) / factor[start + j, start + j]
             part[:, j + 1 :] -= torch.outer(error, factor[start + j, start + j + 1 : stop])
             errors[:, j] = error
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     result = torch.empty_like(codes)
     result[:, columns] = codes
-    return grid.quantized(result)
+    return numbers.quantized(result)
 
 
 def _kept(values: Tensor, keep: Tensor | None) -> Tensor:

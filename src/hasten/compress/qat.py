@@ -58,10 +58,10 @@ def qat(model: Model, settings: Qat, original: Model, run: Run) -> Model:
 
 
 def _learns(weight: Weight) -> bool:
-    """Whether it has codes and scales of integers; of sparse ones the zeros would not stay."""
-    return (
-        isinstance(weight, QuantizedWeight) and weight.form.is_integer and not weight.form.sparse and not isinstance(weight, StaticWeight)
-    )
+    """Whether it has codes and scales of integers; of sparse ones the zeros would not stay, and places in a codebook are no steps."""
+    if not isinstance(weight, QuantizedWeight) or isinstance(weight, StaticWeight):
+        return False
+    return weight.form.is_integer and not weight.form.sparse and not weight.form.has_codebook
 
 
 def _same(made: QuantizedLinear) -> QuantizedLinear:

@@ -19,6 +19,7 @@ import msgspec
 from hasten.base.errors import ConfigError, UnsupportedError, UserError, one_line
 from hasten.compress.block_qat import BlockQat, block_qat, check_block_qat
 from hasten.compress.cache import Cache, cache_transform, check_cache
+from hasten.compress.codebook import Cluster, check_codebook, codebook
 from hasten.compress.convert.heads import KvHeads, check_kv_heads, kv_heads
 from hasten.compress.convert.latent import Latent, check_latent, latent
 from hasten.compress.convert.share import ShareKv, check_share_kv, share_kv
@@ -90,6 +91,7 @@ BUILT_IN: Mapping[str, Transform | Training] = {
     for each in (
         Transform("rtn", Rtn, rtn, check_rounding, lambda settings: settings.clip == "outputs", stage=Stage.ROUNDS),
         Transform("gptq", Gptq, gptq_transform, check_rounding, stage=Stage.ROUNDS),
+        Transform("codebook", Cluster, codebook, check_codebook, lambda settings: settings.needs_text, stage=Stage.ROUNDS),
         Transform("mixed", Mixed, mixed, check_mixed, stage=Stage.ROUNDS),
         Transform("magnitude", Magnitude, prune, check_prune, lambda settings: False, stage=Stage.PRUNES),
         Transform("wanda", Wanda, prune, check_prune, stage=Stage.PRUNES),

@@ -23,7 +23,7 @@ from hasten.compress.rtn import round_to_nearest
 from hasten.compress.sites import Layers, Site, by_value, sites_of
 from hasten.compress.threads import in_order
 from hasten.compress.walk import Block, Run, Treated, walk
-from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
+from hasten.formats.linear import NUMBERS, ClusteredLinear, LinearFormat, QuantizedLinear, stacked
 from hasten.formats.quantized import QuantizedWeight, is_pruned
 from hasten.formats.safetensors import SafetensorsFile
 from hasten.formats.weights import Array, Weight, Weights
@@ -91,8 +91,11 @@ def check_rounding(model: Model, settings: Uniform) -> None:
 
 def check_form(form: LinearFormat, activations: str) -> None:
     """Raise ConfigError for a format that is not rounded to, or not multiplied with ``activations``."""
-    if not NUMBERS[form.number][1] or form.sparse:
-        raise ConfigError(f"weights {form} are not rounded to by a transform; accepted are int8, int4, int3, int2, fp8 and their variants")
+    if not NUMBERS[form.number][1] or form.sparse or form.has_codebook:
+        other = "; codebook clusters to them" if form.has_codebook else ""
+        raise ConfigError(
+            f"weights {form} are not rounded to by a transform; accepted are int8, int4, int3, int2, fp8 and their variants{other}"
+        )
     if activations not in form.activations:
         raise ConfigError(f"activations {activations} do not go with weights in {form}; accepted are {', '.join(form.activations)}")
 
@@ -257,10 +260,7 @@ def round_site(
         square = None if each is None else each.square.float()  # for a share that is told, that is enough
         lost += _energy(matrix - torch.from_numpy(result.dense()), square)
         whole += _energy(matrix, square)
-    joined = QuantizedLinear(
-        np.concatenate([each.q for each in made]), _joined([each.scales for each in made]), _joined([each.zeros for each in made]),
-        made[0].group,
-    )  # fmt: skip
+    joined = made[0] if weight.dim() == 2 else stacked(made)
     fact = {"error": lost / whole if whole else 0.0, "of": "weights" if moments is None else "outputs"}
     return joined, fact | ({"kept": int(np.count_nonzero(joined.q))} if form.sparse else {})
 
@@ -270,10 +270,6 @@ def _energy(rows: Tensor, square: Tensor | None) -> float:
     return float(((rows if square is None else rows @ square) * rows).sum(dtype=torch.float64))
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    return None if parts[0] is None else np.concatenate(parts)
-
-
 def _arrays(name: str, made: QuantizedLinear) -> dict[str, Array]:
     """The stored numbers as a file keeps them; `_quantized` reads them back."""
     arrays: dict[str, Array] = {f"{name}:q": made.q if made.scales is not None else made.q.astype(ml_dtypes.bfloat16)}
@@ -281,6 +277,8 @@ def _arrays(name: str, made: QuantizedLinear) -> dict[str, Array]:
         arrays[f"{name}:scales"] = made.scales
     if made.zeros is not None:
         arrays[f"{name}:zeros"] = made.zeros
+    if isinstance(made, ClusteredLinear):
+        arrays[f"{name}:codebook"] = made.codebook
     return arrays
 
 
@@ -295,6 +293,8 @@ def _quantized(file: SafetensorsFile, name: str, shape: tuple[int, ...], form: L
     zeros = file.read(f"{name}:zeros") if f"{name}:zeros" in file.entries else None
     scales = file.read(f"{name}:scales")
     beside = (*shape[:-1], scales.shape[-1])
+    if form.has_codebook:
+        return ClusteredLinear(q, scales.reshape(beside), None, form.group or shape[-1], file.read(f"{name}:codebook"))
     return QuantizedLinear(q, scales.reshape(beside), None if zeros is None else zeros.reshape(beside), form.group or shape[-1])
 
 

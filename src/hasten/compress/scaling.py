@@ -51,7 +51,7 @@ class SmoothQuant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def check_awq(model: Model, settings: Awq) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     form = LinearFormat.parse(settings.weights)
-    if not NUMBERS[form.number][1] or form.sparse:
+    if not NUMBERS[form.number][1] or form.sparse or form.has_codebook:
         raise ConfigError(f"awq has nothing to search for weights {form}; accepted are int8, int4, int3, int2, fp8 and their variants")
     if not 1 <= settings.steps <= 200:
         raise ConfigError(f"steps is {settings.steps}; accepted are 1 to 200")

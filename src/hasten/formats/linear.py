@@ -2,9 +2,11 @@
 
 A name is a number format, then what differs from the usual, with hyphens: ``int4``, ``int4-g32``, ``int4-channel``, ``int3-g64-zp``,
 ``int8-g128``, ``bf16-sparse``. Formats with scales share one per output channel (fp8, int8) or per channel and 128 inputs (int4, int3,
-int2) unless the name says ``-gN`` or ``-channel``; ``-zp`` adds zero points; ``-sparse`` stores what is not zero, and a mask."""
+int2, lut4) unless the name says ``-gN`` or ``-channel``; ``-zp`` adds zero points; ``-sparse`` stores what is not zero, and a mask.
+lut4 stores places in a codebook of 16 numbers of one byte, which a whole matrix shares."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Self
 
 import ml_dtypes
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.base.errors import UnsupportedError, one_line
+from hasten.formats.codebook import LIMIT, Codebook, fitted, places
 
 Floats = NDArray[np.float32]
 
@@ -19,8 +22,10 @@ Floats = NDArray[np.float32]
 NUMBERS = {
     "f32": (32, 0.0, 0), "f16": (16, 0.0, 0), "bf16": (16, 0.0, 0), "fp8": (8, 448.0, 0),
     "int8": (8, 127.0, 0), "int4": (4, 7.0, 128), "int3": (3, 3.0, 128), "int2": (2, 1.0, 128),
+    "lut4": (4, float(LIMIT), 128),
 }  # fmt: skip
 WITH_ZERO_POINTS = ("int4", "int3", "int2")
+WITH_CODEBOOK = ("lut4",)
 SPARSE = ("bf16", "int8", "int4")
 GROUPS = (32, 64, *range(128, 1025, 128))
 
@@ -78,13 +83,18 @@ class LinearFormat:
 
     @property
     def bits(self) -> int:
-        """Of a stored number, its share of scales not counted."""
+        """Of a stored number, its share of scales and codebook not counted."""
         return NUMBERS[self.number][0]
 
     @property
     def is_integer(self) -> bool:
         """Whether products with int8 activations are exact sums of integers."""
-        return self.number.startswith("int")
+        return self.number.startswith("int") or self.has_codebook
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether what is stored are places in a codebook (ClusteredLinear)."""
+        return self.number in WITH_CODEBOOK
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -100,10 +110,12 @@ class LinearFormat:
         return dataclasses.replace(self, sparse=True)
 
     def quantize(self, dense: NDArray[np.generic]) -> "QuantizedLinear":
-        """``dense`` [out, in] rounded to nearest, half to even, in float32.
+        """``dense`` [out, in], or matrices stacked, rounded to nearest, half to even, in float32; in a codebook to the larger of two.
 
         Symmetric: scale = max|w| / limit. With zero points: scale = (max(w, 0) − min(w, 0)) / (2^bits − 1), zero = what 0 rounds to.
-        A group of zeros has scale 1."""
+        A group of zeros has scale 1. A codebook is the one with the least squared error, each matrix has its own."""
+        if dense.ndim > 2:
+            return stacked([self.quantize(matrix) for matrix in dense])
         weight = dense.astype(np.float32)
         out, size = weight.shape
         bits, limit, _ = NUMBERS[self.number]
@@ -119,6 +131,8 @@ class LinearFormat:
             high, low = part.max(1, initial=0), part.min(1, initial=0)
             span = (high - low) / np.float32(2**bits - 1) if self.zero_points else np.maximum(high, -low) / np.float32(limit)
             scale = scales[:, index] = np.where(span == 0, np.float32(1), span)
+            if self.has_codebook:
+                continue
             with np.errstate(invalid="ignore"):  # of what is not finite the scale tells
                 steps = part / scale[:, None]
             if self.number == "fp8":
@@ -130,6 +144,9 @@ class LinearFormat:
             else:
                 rounded = np.nan_to_num(np.clip(np.rint(steps), -limit, limit))
             q[:, index * group : (index + 1) * group] = rounded
+        if self.has_codebook:
+            codebook = fitted(weight, scales, group)
+            return ClusteredLinear(places(weight, scales, group, codebook), scales, None, group, codebook)
         return QuantizedLinear(q, scales, zeros if self.zero_points else None, group)
 
 
@@ -160,6 +177,37 @@ class QuantizedLinear:
                     part -= self.zeros[..., index, None]
                 part *= self.scales[..., index, None]
         return dense
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClusteredLinear(QuantizedLinear):
+    """``q`` are places in ``codebook`` int8 [16], ascending, 0 among them; stacked weights have a codebook each, [count, 16]."""
+
+    codebook: Codebook
+
+    def __getitem__(self, index: int) -> Self:
+        """The weight of that number, of stacked ones."""
+        plain = QuantizedLinear.__getitem__(self, index)
+        return dataclasses.replace(self, q=plain.q, scales=plain.scales, codebook=self.codebook[index])
+
+    def dense(self) -> Floats:
+        """What the places stand for: codebook[q] · scale, float32 [out, in]."""
+        numbers = np.take_along_axis(self.codebook[..., None, :], self.q.astype(np.int64), axis=-1)
+        return QuantizedLinear(numbers, self.scales, None, self.group).dense()
+
+
+def stacked(matrices: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """Weights of one format and shape, with an axis before theirs."""
+    first = matrices[0]
+    q, scales, zeros = (_stack([getattr(each, name) for each in matrices]) for name in ("q", "scales", "zeros"))
+    if not isinstance(first, ClusteredLinear):
+        return QuantizedLinear(q, scales, zeros, first.group)
+    codebooks = np.stack([each.codebook for each in matrices if isinstance(each, ClusteredLinear)])
+    return ClusteredLinear(q, scales, zeros, first.group, codebooks)
+
+
+def _stack(arrays: Sequence[Any]) -> Any:
+    return None if arrays[0] is None else np.stack(arrays)
 
 
 def _rounded(values: Floats, number: str) -> Floats:

@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from hasten.base.errors import ConfigError, one_line
+from hasten.formats.codebook import SIZE as CODEBOOK_SIZE
 from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
 from hasten.formats.weights import Array, Weight
 
@@ -19,7 +20,7 @@ class QuantizedWeight(Weight):
     """A weight [out, in], or weights stacked in one [count, out, in], stored in ``form``. ``load`` gives what it means, float32.
 
     ``quantized`` gives the stored numbers; ``activations`` (bf16, int8; int8-static: StaticWeight) are what it meets; ``bits`` are those of
-    a number in the file, its share of scales, zero points and mask counted."""
+    a number in the file, its share of scales, zero points, mask and codebook counted."""
 
     form: LinearFormat
     quantized: Callable[[], QuantizedLinear]
@@ -49,11 +50,7 @@ class QuantizedWeight(Weight):
     @classmethod
     def from_array(cls, dense: Array, form: LinearFormat, activations: str = "bf16") -> Self:
         """``dense`` [out, in] or [count, out, in] rounded to nearest (LinearFormat.quantize), kept in memory."""
-        made = form.quantize(dense.reshape(-1, dense.shape[-1]))
-        rows = (*dense.shape[:-1], -1)
-        scales = None if made.scales is None else made.scales.reshape(rows)
-        zeros = None if made.zeros is None else made.zeros.reshape(rows)
-        whole = QuantizedLinear(made.q.reshape(rows), scales, zeros, made.group)
+        whole = form.quantize(dense)
         return cls.of(dense.shape, form, lambda: whole, activations)
 
     @property
@@ -67,7 +64,8 @@ def _bits_of(shape: tuple[int, ...], form: LinearFormat, kept: int) -> float:
     width, groups = max(1, shape[-1]), -(-shape[-1] // form.group) if form.group else 1
     scales = groups * (32 + form.bits * form.zero_points) if NUMBERS[form.number][1] else 0
     mask = 8 * -(-width // 8) if form.sparse else 0
-    return form.bits * kept / max(1, math.prod(shape)) + (scales + mask) / width
+    codebook = 8 * CODEBOOK_SIZE / max(1, math.prod(shape[-2:])) if form.has_codebook else 0
+    return form.bits * kept / max(1, math.prod(shape)) + (scales + mask) / width + codebook
 
 
 def is_pruned(weight: Weight) -> bool:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from hasten.base.errors import CheckpointError
-from hasten.formats.linear import QuantizedLinear
+from hasten.formats.linear import ClusteredLinear, QuantizedLinear
 from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, StaticWeight, dequantized, static_as
 from hasten.formats.weights import Array, Weight
 
@@ -412,6 +412,8 @@ def _mapped_quantized(
     alike = {(weight.form, weight.activations, weight.shape[-1]) for weight in stored}
     if scales is None or len(stored) != len(weights) or len(alike) != 1 or any(len(shape) < 2 for shape in shapes):
         return None
+    if first.form.has_codebook and (len(stored) != 1 or shapes != [first.shape] or (len(first.shape) != 2 and mapping.steps)):
+        return None  # a codebook is of one matrix, all of it
     made = _QuantizedTargets(mapping, scales, stored)
     bits = sum(weight.bits * weight.size for weight in stored) / sum(weight.size for weight in stored)
     fed = "int8" if isinstance(first, StaticWeight) else first.activations
@@ -441,6 +443,8 @@ class _QuantizedTargets:
         zeros = [source.zeros for source in sources if source.zeros is not None]
         made_scales = self._scales.apply(scales) if scales else [None] * len(q)
         made_zeros = self._scales.apply(zeros) if zeros else [None] * len(q)
+        if isinstance(sources[0], ClusteredLinear):
+            return [dataclasses.replace(sources[0], q=q[0], scales=made_scales[0])]
         return [QuantizedLinear(*each, group) for each in zip(q, made_scales, made_zeros, strict=True)]
 
 

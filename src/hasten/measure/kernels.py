@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,12 +15,12 @@ from hasten.backends.cpu.rows import padded_width, row_stride
 from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import random_model
-from hasten.formats.linear import LinearFormat
+from hasten.formats.linear import ClusteredLinear, LinearFormat
 from hasten.measure.roofline import Arithmetic, Limits
 from hasten.program import KvGroup, Program, lower, ops
 from hasten.spec import SlidingWindow
 
-WEIGHTS = (("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"))
+WEIGHTS = (("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("lut4", "int8"))
 """Weights and activations that linear layers are measured in."""
 
 _COPIES = 16  # of an op that reads no weights: its values are as warm as in a step
@@ -202,8 +203,12 @@ def _linear_cases(weights: str, activations: str, out: int, width: int, rows: tu
             if not packed:
                 dense = _bf16((out, width))
                 packed.extend(_native.WeightBuffer(form.number, out, width, form.group) for _ in range(copies))
+                its = form.quantize(dense.view(ml_dtypes.bfloat16)) if form.has_codebook else None
                 for weight in packed:
-                    weight.pack(pool, dense)
+                    if isinstance(its, ClusteredLinear):
+                        weight.pack_codes(pool, its.q, np.ascontiguousarray(its.scales), None, its.codebook)
+                    else:
+                        weight.pack(pool, dense)
             most, element = _tile_rows(count), 1 if activations == "int8" else 2
             stride = row_stride(width, element)
             tape, (x, fed, scales, y) = _tape(pool, isa, most, [most * width * 4, most * stride * element, most * 4, most * out * 4])

@@ -35,7 +35,7 @@ from hasten import __version__, _native
 from hasten.backends.cpu.sparse import advice, slower_than_dense
 from hasten.base import settings
 from hasten.base.priority import give_way
-from hasten.formats.linear import LinearFormat, QuantizedLinear
+from hasten.formats.linear import ClusteredLinear, LinearFormat, QuantizedLinear
 from hasten.formats.mapped import release
 from hasten.formats.weights import Array, Origin, Weight
 
@@ -147,6 +147,11 @@ class PackedWeights:
         if (made := self._made.get((name, str(form)))) is not None:
             return made
         buffer = self._made[name, str(form)] = _native.WeightBuffer(form.number, out, in_, form.group, form.zero_points, form.sparse)
+        if form.has_codebook:  # which is found here, and packed with its codes
+            found = functools.partial(_clustered, form, dense)
+            pack_codes = functools.partial(_pack_codes, buffer, self._pool)
+            self._requests.append(_Request(Wanted(name, str(form), out, in_), buffer.parts(), found, pack_codes, buffer.lie_in))
+            return buffer
         bits = _floats if form.zero_points or form.number in {"f32", "f16"} else _bf16
         pack = functools.partial(_pack_bits, buffer, self._pool, bits)
         if form.sparse:
@@ -254,7 +259,12 @@ def _pack_codes(buffer: _native.WeightBuffer, pool: _native.ThreadPool, its: Qua
         buffer.pack(pool, _bf16(its.q))
         return
     zeros = None if its.zeros is None else np.ascontiguousarray(its.zeros, np.int8)
-    buffer.pack_codes(pool, np.ascontiguousarray(its.q).view(np.int8), np.ascontiguousarray(its.scales, np.float32), zeros)
+    codebook = np.ascontiguousarray(its.codebook, np.int8) if isinstance(its, ClusteredLinear) else None
+    buffer.pack_codes(pool, np.ascontiguousarray(its.q).view(np.int8), np.ascontiguousarray(its.scales, np.float32), zeros, codebook)
+
+
+def _clustered(form: LinearFormat, dense: Callable[[], Array]) -> QuantizedLinear:
+    return form.quantize(dense())
 
 
 def _pack(requests: Sequence[_Request]) -> int:

@@ -64,8 +64,7 @@ def weights_of(program: Program, weights: Weights, device: str = "cpu", dtype: t
             if isinstance(weight, QuantizedWeight) and str(weight.form) == form:  # array is what it means
                 tensors[stored_name(name, form)] = tensors[name]
                 continue
-            rows = array.reshape(-1, array.shape[-1])  # experts lie one after the other
-            meant = as_tensor(LinearFormat.parse(form).quantize(rows).dense().reshape(array.shape)).to(device)
+            meant = as_tensor(LinearFormat.parse(form).quantize(array).dense()).to(device)
             tensors[stored_name(name, form)] = meant if dtype is None else meant.to(dtype)
     return tensors
 

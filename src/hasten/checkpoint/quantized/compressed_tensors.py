@@ -1,4 +1,5 @@
-"""Reading compressed-tensors: pack-quantized, int-, float- and naive-quantized weights; and hasten's own sparse ones beside them.
+"""Reading compressed-tensors: pack-quantized, int-, float- and naive-quantized weights; and hasten's own beside them, sparse or with a
+codebook.
 
 Source: https://github.com/vllm-project/compressed-tensors, quantization/quant_args.py, quant_scheme.py and compressors/."""
 
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from hasten.base.errors import CheckpointError, UnsupportedError, one_line
+from hasten.checkpoint.quantized.codebook import ENDS as CODEBOOK_ENDS
+from hasten.checkpoint.quantized.codebook import LAYOUT as CODEBOOK_LAYOUT
+from hasten.checkpoint.quantized.codebook import check_codebook, read_codebook
 from hasten.checkpoint.quantized.order import in_order, order_of
 from hasten.checkpoint.quantized.patterns import MOST_PATTERNS, pattern
 from hasten.checkpoint.quantized.sparse import ENDS as SPARSE_ENDS
@@ -17,17 +21,17 @@ from hasten.checkpoint.quantized.sparse import check_sparse, sparse_numbers, spa
 from hasten.checkpoint.quantized.tensors import F8, SCALES, Parts, checked_size, gathered
 from hasten.families.config import ConfigReader
 from hasten.formats import bits as bit_packing
-from hasten.formats.linear import NUMBERS, SPARSE, LinearFormat, QuantizedLinear
+from hasten.formats.linear import NUMBERS, SPARSE, ClusteredLinear, LinearFormat, QuantizedLinear
 from hasten.formats.mapped import release
 from hasten.formats.quantized import STATIC, DequantizedWeight, QuantizedWeight, static
 from hasten.formats.weights import Array, Weight
 
 ENDS = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale", "input_zero_point",
-    *SPARSE_ENDS,
+    *SPARSE_ENDS, *CODEBOOK_ENDS,
 )  # fmt: skip
 CACHE_ENDS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point", "q_zero_point")
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", SPARSE_LAYOUT)
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", SPARSE_LAYOUT, CODEBOOK_LAYOUT)
 MIXED = "mixed-precision"
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 WHERE = "config.json: quantization_config"
@@ -98,16 +102,21 @@ def _scheme(group: ConfigReader, overall: str) -> Scheme:
         if one_scale or block is not None or (form.group and not NUMBERS[form.number][1]):
             raise group.wrong("weights", None, f"sparse {form.number} needs strategy 'channel'{' or group' * form.is_integer}")
         form = dataclasses.replace(form, sparse=True)
+    if layout == CODEBOOK_LAYOUT:
+        if one_scale or block is not None:
+            raise group.wrong("weights", None, "weights with a codebook need strategy 'channel' or 'group'")
+        form = dataclasses.replace(form, number="lut4")
     activations = _activations(group.section("input_activations"), form)
     group.finish()
-    return Scheme(targets, layout == "pack-quantized", form, one_scale, block, activations)
+    return Scheme(targets, layout in {"pack-quantized", CODEBOOK_LAYOUT}, form, one_scale, block, activations)
 
 
 def _layouts(form: LinearFormat) -> tuple[str, ...]:
     """How weights in ``form`` may be stored."""
     sparse = (SPARSE_LAYOUT,) if form.number in SPARSE and not form.zero_points else ()
     if form.is_integer:
-        return ("pack-quantized", "int-quantized", "naive-quantized", *sparse)
+        clustered = (CODEBOOK_LAYOUT,) if form.number == "int4" and not form.zero_points else ()
+        return ("pack-quantized", "int-quantized", "naive-quantized", *sparse, *clustered)
     return ("float-quantized", "naive-quantized") if form.number == "fp8" else sparse
 
 
@@ -177,6 +186,8 @@ def _weight(scheme: Scheme, parts: Parts) -> Weight:
     form = scheme.form
     if form.sparse != ("weight_bitmask" in parts):
         parts.wrong("weight_bitmask", "is missing" if form.sparse else "is there", f"what {form} is stored with, as config.json says")
+    if form.has_codebook != ("weight_codebook" in parts):
+        parts.wrong("weight_codebook", "is missing" if form.has_codebook else "is there", "what config.json says of the weight")
     if form.sparse:
         shape = sparse_shape(parts)
     else:
@@ -194,6 +205,10 @@ def _weight(scheme: Scheme, parts: Parts) -> Weight:
         _check_scales(scheme, parts, tuple(stack), out, groups)
     if form.sparse:
         check_sparse(parts, form)
+    if form.has_codebook:
+        check_codebook(parts, tuple(stack))
+        if "weight_g_idx" in parts:
+            parts.wrong("weight_g_idx", "is there", "no order of groups beside a codebook, which is written without")
     if form.zero_points:
         zeros = (*stack, bit_packing.packed_width(out, form.bits), groups) if scheme.packed else (*stack, out, groups)
         if scheme.one_scale and not scheme.packed:
@@ -208,6 +223,8 @@ def _weight(scheme: Scheme, parts: Parts) -> Weight:
         scales = _scales(scheme, parts, (*stack, out, groups)) if scaled else None
         zeros = _zeros(scheme, parts, (*stack, out, groups)) if form.zero_points else None
         q = sparse_numbers(parts, form, shape) if form.sparse else _codes(scheme, parts, width)
+        if form.has_codebook and scales is not None:
+            return ClusteredLinear(q, scales, None, form.group or width, read_codebook(parts))
         return QuantizedLinear(q, scales, zeros, (form.group or width) if scaled else 0)
 
     if "weight_g_idx" in parts and (order := order_of(parts, "weight_g_idx", width, form.group)) is not None:
@@ -253,7 +270,7 @@ def _codes(scheme: Scheme, parts: Parts, width: int) -> Array:
     within = words.shape[-1] != bit_packing.packed_width(width, bits)
     numbers = bit_packing.unpack_within(words, bits, width) if within else bit_packing.unpack(words, bits, width)
     release(words)
-    return (numbers - np.uint8(1 << (bits - 1))).view(np.int8)
+    return (numbers if scheme.form.has_codebook else numbers - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
 def _check_scales(scheme: Scheme, parts: Parts, stack: tuple[int, ...], out: int, groups: int) -> None:

@@ -1,7 +1,7 @@
 """Writing weights that are stored quantized: as compressed-tensors where that format can say it, as hasten's own reading of it where not.
 
 hasten's own has the same tensors under canonical names, and besides: 3 bits, groups that end before they are full, stacked weights, sparse
-ones (see sparse)."""
+ones (see sparse), and codebooks (see codebook)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from hasten.base.errors import UnsupportedError
+from hasten.checkpoint.quantized.codebook import LAYOUT as CODEBOOK_LAYOUT
+from hasten.checkpoint.quantized.codebook import codebook_parts
 from hasten.checkpoint.quantized.sparse import LAYOUT, sparse_parts
 from hasten.formats import bits as bit_packing
 from hasten.formats.linear import NUMBERS, LinearFormat, QuantizedLinear
@@ -105,6 +107,8 @@ def _weights(form: LinearFormat) -> dict[str, Any]:
 def _layout(form: LinearFormat, activations: str) -> str:
     if form.sparse:
         return LAYOUT
+    if form.has_codebook:
+        return CODEBOOK_LAYOUT
     if form.number == "fp8":
         return "float-quantized"
     return "int-quantized" if form.number == "int8" and activations in _ACTIVATIONS else "pack-quantized"
@@ -122,6 +126,8 @@ def _parts(name: str, weight: QuantizedWeight) -> dict[str, Weight]:
         found[f"{stem}.input_scale"] = Weight((1,), np.dtype(np.float32), lambda: np.array([weight.input_scale], np.float32))
     if form.sparse:
         return found | sparse_parts(stem, weight)
+    if form.has_codebook:
+        return found | codebook_parts(stem, weight)
     if packed:
         words = (*rows, bit_packing.packed_width(width, form.bits))
         found[f"{stem}.weight_packed"] = Weight(words, np.dtype("<i4"), lambda: bit_packing.pack_signed(weight.quantized().q, form.bits))
