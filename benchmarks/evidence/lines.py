@@ -258,8 +258,8 @@ STUDENT = MADE % "student --minutes 24"
 LEARNED = [
     Line("F", "a student with half the block parameters, 24 minutes: top-1 over the teacher's", (STUDENT,),
          Field("retained"), least(0.96)),
-    Line("F", "the same: tokens a second at batch 1 over the teacher's", (STUDENT,), Field("decode"), least(1.45), unit="×"),
-    Line("F", "the same: bytes of all weights over the teacher's", (STUDENT,), Inside("bytes", "all"), most(0.62)),
+    Line("F", "that student: tokens a second at batch 1 over the teacher's", (STUDENT,), Field("decode"), least(1.45), unit="×"),
+    Line("F", "that student: bytes of all weights over the teacher's", (STUDENT,), Inside("bytes", "all"), most(0.62)),
     *(
         Line("F", f"{what} over labels alone, as long: loss", tuple(MADE % f"{name} --minutes 24" for name in (kind, "student-labels")),
              Ratio("loss"), most(1), unit="×")
@@ -282,7 +282,7 @@ LEARNED = [
         for line in (
             Line("F", f"{what} cut by 25 %, healed 10 minutes: top-1 over the original's", (MADE % f"{what}-25-healed",), Field("retained"),
                  least(0.96)),
-            Line("F", f"the same: bytes of {part} over the original's", (MADE % f"{what}-25-healed",), Inside("bytes", part), most(0.75)),
+            Line("F", f"{what} cut by 25 %: bytes of {part} over the original's", (MADE % f"{what}-25-healed",), Inside("bytes", part), most(0.75)),
         )
     ),
     *(
@@ -291,7 +291,7 @@ LEARNED = [
         for line in (
             Line("F", f"{form}, trained 10 minutes: share of what round-to-nearest loses that is recovered",
                  (MADE % f"qat-{form}", MADE % f"rtn-{form}"), Recovered(), least(0.9)),
-            Line("F", "the same: loss over GPTQ's", (MADE % f"qat-{form}", MADE % f"gptq-{form}"), Ratio("loss"), most(1), unit="×"),
+            Line("F", f"{form}, trained 10 minutes: loss over GPTQ's", (MADE % f"qat-{form}", MADE % f"gptq-{form}"), Ratio("loss"), most(1), unit="×"),
         )
     ),
     *(
@@ -300,7 +300,7 @@ LEARNED = [
                            ("codebooks of 16", "codebook-16"))
         for line in (
             Line("F", f"{what}: loss over the original's, less 1", (MADE % name,), Field("increase")),
-            Line("F", "the same: bytes of blocks over the original's", (MADE % name,), Inside("bytes", "blocks")),
+            Line("F", f"{what}: bytes of blocks over the original's", (MADE % name,), Inside("bytes", "blocks")),
         )
     ),
     *(
@@ -308,7 +308,7 @@ LEARNED = [
         for what, name in (("one key/value head", "one-kv-head-healed"), ("latent attention", "latent-healed"))
         for line in (
             Line("F", f"{what}, healed 10 minutes: top-1 over the original's", (MADE % name,), Field("retained"), least(0.96)),
-            Line("F", "the same: bytes of a token in the cache over the original's", (MADE % name,), Field("cache_bytes"), most(0.5)),
+            Line("F", f"{what}: bytes of a token in the cache over the original's", (MADE % name,), Field("cache_bytes"), most(0.5)),
         )
     ),
 ]  # fmt: skip

@@ -206,8 +206,8 @@ def test_the_table_is_what_was_measured(base, made, hasten, texts):
     first, small, again = facts["models"]
     assert small["bytes"] == load(out).weights.nbytes
     assert small["linear_bytes"] == pytest.approx(result.shrunk.after, rel=1e-3)  # on disk each has its shape besides
-    assert first["linear_bytes"] == result.before
-    assert small["bits_per_linear_weight"] == pytest.approx(16 * result.after / result.before, rel=1e-3)
+    assert first["linear_bytes"] == result.shrunk.before
+    assert small["bits_per_linear_weight"] == pytest.approx(16 * result.shrunk.after / result.shrunk.before, rel=1e-3)
     assert (small["weights"], small["activations"], first["weights"]) == ("int2-g64", "bf16", "bf16")
     windows = even_windows(cut_windows(base, read_corpus(texts), 512), 500)
     (alone,) = compare(base, [load(out)], windows, 512)

@@ -5,7 +5,19 @@ import json
 import pytest
 
 from benchmarks.evidence import __main__ as runner
-from benchmarks.evidence.figures import BestPeer, Field, LeastR2, LeastStep, Memory, OverBound, Passes, PeersAtBatch, Ratio
+from benchmarks.evidence.figures import (
+    BestPeer,
+    Field,
+    Inside,
+    LeastR2,
+    LeastStep,
+    Memory,
+    OverBound,
+    Passes,
+    PeersAtBatch,
+    Ratio,
+    Recovered,
+)
 from benchmarks.evidence.lines import LINES, PASSED, Line, least, most
 from benchmarks.ledger import Ledger
 from hasten import _native
@@ -109,7 +121,7 @@ def test_every_line_has_commands_that_can_be_told_apart(evidence):
     for line in LINES:
         assert all(runner.argv(command) for command in evidence().commands(line))
         assert not any("{" in command for command in evidence().commands(line))
-        assert len(line.commands) == (2 if isinstance(line.figure, Ratio | OverBound) else 1)
+        assert len(line.commands) == (2 if isinstance(line.figure, Ratio | OverBound | Recovered) else 1)
 
 
 def test_figures():
@@ -119,6 +131,8 @@ def test_figures():
     assert Field("x").of([[points[:1]], [points[1:2]], [points[2:]]]) == 2
     runs = [[[{"x": 6.0, "of": 2.0}], [{"x": 2.0, "of": 9.0}]], [[{"x": 9.0, "of": 3.0}], [{"x": 6.0, "of": 9.0}]]]
     assert OverBound("x", "of").of(runs) == pytest.approx((1.5 + 0.5) / 2)
+    assert Inside("bytes", "all").of([[[{"bytes": {"all": 0.5}}]]]) == 0.5
+    assert Recovered().of([[[{"loss": 2.25, "base_loss": 2.0}], [{"loss": 3.0, "base_loss": 2.0}]]]) == 0.75
     speeds = [{"weights": name, "batch": batch, "x": x} for batch in (1, 8) for name, x in (("a", 1.0), ("b", 4.0 / batch), ("c", 5.0))]
     assert LeastStep("x", 1, ("a", "b", "c")).of([[speeds]]) == 1.25
     assert LeastStep("x", 8, ("a", "b", "c")).of([[speeds]]) == 0.5
