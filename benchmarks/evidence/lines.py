@@ -282,7 +282,8 @@ LEARNED = [
         for line in (
             Line("F", f"{what} cut by 25 %, healed 10 minutes: top-1 over the original's", (MADE % f"{what}-25-healed",), Field("retained"),
                  least(0.96)),
-            Line("F", f"{what} cut by 25 %: bytes of {part} over the original's", (MADE % f"{what}-25-healed",), Inside("bytes", part), most(0.75)),
+            Line("F", f"{what} cut by 25 %: bytes of {part} over the original's", (MADE % f"{what}-25-healed",),
+                 Inside("bytes", part), most(0.75)),
         )
     ),
     *(
@@ -291,7 +292,8 @@ LEARNED = [
         for line in (
             Line("F", f"{form}, trained 10 minutes: share of what round-to-nearest loses that is recovered",
                  (MADE % f"qat-{form}", MADE % f"rtn-{form}"), Recovered(), least(0.9)),
-            Line("F", f"{form}, trained 10 minutes: loss over GPTQ's", (MADE % f"qat-{form}", MADE % f"gptq-{form}"), Ratio("loss"), most(1), unit="×"),
+            Line("F", f"{form}, trained 10 minutes: loss over GPTQ's", (MADE % f"qat-{form}", MADE % f"gptq-{form}"),
+                 Ratio("loss"), most(1), unit="×"),
         )
     ),
     *(
