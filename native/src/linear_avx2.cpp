@@ -23,6 +23,8 @@ namespace hasten {
 namespace {
 
 constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
+constexpr int kNibbleRows = 4;     // the same of Int4, whose masks take two more
+constexpr int kShortStretch = 256; // k of a stretch of Int4 with so many rows that a long one would not stay in the first-level cache
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
 constexpr int kLookups = 8;        // rows up to which looking up in registers for each block is less than decoding once
@@ -314,9 +316,9 @@ struct Lut4 {
 };
 
 // body.operator()<count>(row) for all rows, in blocks as even as can be.
-template <class Body>
+template <int most, class Body>
 AVX2 inline void by_rows(int rows, const Body& body) {
-    const int blocks = (rows + kRows - 1) / kRows;
+    const int blocks = (rows + most - 1) / most;
     for (int block = 0, row = 0; block < blocks; ++block) {
         const int end = rows * (block + 1) / blocks;
         switch (end - row) {
@@ -324,7 +326,7 @@ AVX2 inline void by_rows(int rows, const Body& body) {
             case 2: body.template operator()<2>(row); break;
             case 3: body.template operator()<3>(row); break;
             case 4: body.template operator()<4>(row); break;
-            default: body.template operator()<kRows>(row);
+            default: body.template operator()<most>(row);
         }
         row = end;
     }
@@ -403,6 +405,7 @@ struct Body {
     const int per_group = groups && weight.group ? weight.group : depth;
     static constexpr bool kNibbles = std::is_same_v<Product, Int4>, kPlaces = std::is_same_v<Product, Lut4>, kAsStored = kNibbles || kPlaces;
     const float factor = !kNibbles && shifted(weight) ? 0.0625f : 1.0f;
+    const int stretch = kNibbles && x.count > kFew * kNibbleRows ? kShortStretch : kStretch;
 
     // Panels [first, first + count), rows [row, row + rows).
     AVX2 void play(int first, int count, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels) const {
@@ -411,8 +414,8 @@ struct Body {
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
             if constexpr (!kAsStored) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
         }
-        for (int at = 0; at < depth; at += kStretch) {
-            const int end = std::min(at + kStretch, depth);
+        for (int at = 0; at < depth; at += stretch) {
+            const int end = std::min(at + stretch, depth);
             if (widened.row != row || widened.rows != rows || at < widened.begin || end > widened.end) {
                 const bool all = rows * depth <= Widened<Product>::kRoom;  // and then for all panels
                 widen(row, rows, all ? 0 : at, all ? depth : end, widened);
@@ -437,7 +440,7 @@ struct Body {
     }
 
     // Where the part of a group and of a stretch that begins at `from` ends.
-    int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / kStretch + 1) * kStretch}); }
+    int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / stretch + 1) * stretch}); }
 
     AVX2 void add_stretch(int panel, int rows, int at, int end, const Widened<Product>& widened, PanelSums<Product>& sums) const {
         const std::byte* tiles;
@@ -449,7 +452,7 @@ struct Body {
         for (int from = at, until; from < end; from = until) {
             until = part_end(from);
             const int k = until - from, group = from / per_group;
-            by_rows(rows, [&]<int some>(int r) {
+            by_rows<kNibbles ? kNibbleRows : kRows>(rows, [&]<int some>(int r) {
                 if constexpr (kNibbles)
                     Product::template add<some>(tiles, from, k, widened.at(r, from), stride, sums.group + r);
                 else if constexpr (kPlaces)

@@ -153,7 +153,7 @@ def test_the_command_gates_on_the_loss_with_that_cache(tmp_path, monkeypatch, ca
     assert "smaller" not in facts
     assert facts["loss"] != facts["base_loss"]
     read = load(tmp_path / "out")
-    windows, window = gate_windows(read, Gate(tokens=1000))
+    windows, window = gate_windows(read, Gate(tokens=1000), 512)
     for formats, loss in ((Formats(), "loss"), (Formats(cache="bf16"), "base_loss")):
         found = Evaluation.of([*score_windows(read, windows, window=window, backend="cpu", formats=formats)])
         assert found.loss == pytest.approx(facts[loss], abs=1e-6)

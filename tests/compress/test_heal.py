@@ -1,12 +1,14 @@
 """Healing: what is taken away stays away, what is left learns, and a killed run goes on to the same bits."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import load
+from hasten.compress.data import text_of, usual_length
 from hasten.compress.heal import Heal, heal
 from hasten.compress.prune import magnitude, parse_pattern
 from hasten.compress.recipe import Stage, Step, Training, carry_out, check_recipe, find_transform, recipe_of
@@ -110,10 +112,16 @@ def test_what_is_rounded_cannot_learn(original, text, tmp_path):
         ([{"heal": {"labels": 1.5}}, "rtn"], "labels 1.5"),
         ([{"heal": {"sequence": 100000}}, "rtn"], "accepts 1 to"),
         ([{"heal": {"rate": 0}}, "rtn"], "rate is 0"),
+        ([{"heal": {"text": "/nowhere"}}, "rtn"], "no file or folder /nowhere"),
+        (["share", "heal", "gptq"], "gptq looks at activations block by block, and share"),
+        (["qat"], "stands behind a transform that rounds"),
+        ([{"wanda": {}}, {"block_qat": {}}], "block_qat stands after wanda, whose zeros"),
+        ([{"wanda": {}}, {"rtn": {"weights": "int3"}}], "sparse"),
+        ([{"cache": {"format": "int8"}}, {"cut_layers": {}}], "cut_layers stands after cache"),
     ],
 )
 def test_what_cannot_work_is_refused(original, listed, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(UserError, match=said):
         check_recipe(original, recipe_of(listed))
 
 
@@ -131,3 +139,23 @@ def test_a_recipe_gives_it_what_it_began_with(original, text, tmp_path):
     carry_out(original, (step, step, *rtn), None, Run(tmp_path, 1))
     assert [first for _, first in given] == [original, original]
     assert find_transform("heal").apply is heal
+
+
+def test_each_step_is_checked_against_what_the_one_before_made(original, tmp_path):
+    with pytest.raises(UserError, match="product of two"):
+        carry_out(original, recipe_of([{"rank": {"skip": ["blocks.[1-7].*"]}}, {"cut_neurons": {}}]), some_text(original), Run(tmp_path, 1))
+
+
+def some_text(model):
+    random = np.random.default_rng(3)
+    return text_of("random ids", random.integers(0, model.spec.vocab, (2, 40)).tolist())
+
+
+def test_windows_of_text_show_what_became_of_attention(original):
+    from hasten.compress.convert.window import Window, window
+
+    made = window(original, Window(size=700), None, Run(Path(), 1))
+    assert usual_length(original.spec, original.spec) == 512
+    assert usual_length(made.spec, original.spec) == Heal().length(made, original) == 1400
+    assert usual_length(made.spec, made.spec) == 512
+    assert Heal(sequence=64).length(made, original) == 64

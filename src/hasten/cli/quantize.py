@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hasten.compress.gates import Shrunk
     from hasten.compress.make import Made
     from hasten.compress.recipe import Step
-    from hasten.model import Provenance
+    from hasten.model import Model, Provenance
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "rotate", "codebook", "best")
 USUAL = {"smoothquant": "int8", "codebook": "lut4-g64"}
@@ -42,7 +42,7 @@ GateTokensOption = Annotated[int, typer.Option("--gate-tokens", min=1, help="Tok
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Where unfinished work lies, to be gone on with after a kill. [default: .OUT.work beside OUT]")
 ]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="All cores unless given; changes no result but of training.")]
 BatchOption = Annotated[str, typer.Option("--batch", help="Sequences at once at which original and result are timed, as 1,8.")]
 NoSpeedOption = Annotated[bool, typer.Option("--no-speed", help="Leave timing out.")]
 HealOption = Annotated[
@@ -211,14 +211,14 @@ def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making
             gate=Gate(None if making.even_if_worse else making.max_loss / 100, making.held_out, making.gate_tokens),
             began=lambda takes: notify(f"{takes}; unfinished work lies in {place}"),
         )  # fmt: skip
-    facts = _facts(name, out, steps, loaded.weights.nbytes, made)
+    facts = _facts(name, out, steps, loaded, made)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
     _print(facts)
 
 
-def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made: "Made") -> dict[str, Any]:
+def _facts(name: str, out: Path, steps: Sequence["Step"], loaded: "Model", made: "Made") -> dict[str, Any]:
     import msgspec
 
     from hasten.checkpoint import unread_elsewhere
@@ -229,12 +229,12 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], base_bytes: int, made:
         "out": str(out),
         "recipe": [{step.transform.name: msgspec.to_builtins(step.settings)} for step in steps],
         **({} if shrunk is None else _shares(shrunk)),
-        "base_bytes": base_bytes,
+        "base_bytes": loaded.weights.nbytes,
         "bytes": made.model.weights.nbytes,
         "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
         "unread_elsewhere": unread_elsewhere(made.model),
         "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
-        "cache_bytes_per_token": _cache_bytes(made.model.provenance),
+        "cache_bytes_per_token": _cache_bytes(made.model.provenance[len(loaded.provenance) :]),
         "cache": None if made.model.cache is None else made.model.cache.format,
         **({} if found is None else {**dataclasses.asdict(found), "increase": found.increase}),
         **({"not_timed": timed} if isinstance(timed, str) else {"speed": dataclasses.asdict(timed), "not_faster": timed.not_faster()}),

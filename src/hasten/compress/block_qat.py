@@ -28,6 +28,8 @@ class BlockQat(Uniform, frozen=True, kw_only=True):
 def check_block_qat(model: Model, settings: BlockQat) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
     check_rounding(model, settings)
+    if pruned := [name for name, form in same_form(model, settings).items() if form.sparse]:
+        raise ConfigError(f"{pruned[0]} was pruned, and block_qat would fill its zeros; round it by rtn or gptq")
     if not settings.form.is_integer:
         raise ConfigError(f"block_qat learns integers, not {settings.form}; accepted are int8, int4, int3, int2 and their variants")
     if not 1 <= settings.epochs <= 100 or not 0 < settings.rate < math.inf or not 0 < settings.scale_rate < math.inf:

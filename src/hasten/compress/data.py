@@ -13,6 +13,7 @@ from hasten.base.errors import ConfigError, UserError, one_line
 from hasten.engine.jsonl import LONGEST_LINE, parse_line
 from hasten.measure.text import Corpus, held_out, read_corpus, standard_library
 from hasten.model import Model
+from hasten.spec import Attention, Block, SlidingWindow, Spec, Visibility
 
 FROM_ONE = 4
 """Most windows of one document while others have some left."""
@@ -81,6 +82,18 @@ def cut_text(model: Model, corpus: Corpus, *, samples: int, sequence: int, seed:
     if not taken:
         raise UserError(f"{corpus.name} is too short to calibrate on; name more text")
     return text_of(corpus.name, taken)
+
+
+def usual_length(spec: Spec, before: Spec) -> int:
+    """Tokens of a window of text that shows what ``spec`` is: 512, or twice the widest window that attention has and had not ``before``,
+    and no more than the context."""
+    known = set(map(_visible, before.blocks))
+    new = [visible.size for visible in map(_visible, spec.blocks) if isinstance(visible, SlidingWindow) and visible not in known]
+    return min(spec.context, max(512, 2 * max(new, default=0)))
+
+
+def _visible(block: Block) -> Visibility | None:
+    return block.mixer.visible if isinstance(block.mixer, Attention) else None
 
 
 def text_of(name: str, windows: Sequence[Sequence[int]]) -> Text:

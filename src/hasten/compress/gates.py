@@ -26,6 +26,10 @@ A_CACHE = "the cache of a whole sequence"
 PAGE = 16  # tokens of its pages
 
 
+GROWTH = 1.1
+"""What all weights may grow by where the cache is what gets smaller."""
+
+
 class GateError(UserError):
     """A compressed model is not worth keeping."""
 
@@ -60,6 +64,11 @@ def require_smaller(original: Model, model: Model) -> Shrunk:
             Shrunk(what, size(original), size(model)) for what, size in (("blocks", _bytes_of_blocks), (A_CACHE, _bytes_of_cache))
         )
         shrunk = blocks if blocks.after < blocks.before else cache
+        if shrunk is cache and model.weights.nbytes > GROWTH * original.weights.nbytes:
+            raise GateError(
+                f"the cache got smaller, but all weights went from {original.weights.nbytes:,} to {model.weights.nbytes:,} bytes; start "
+                f"from a model that is not rounded, and round last"
+            )
     if not shrunk.after or shrunk.after >= shrunk.before:
         raise GateError("no weight was made smaller, so there is nothing to save")
     return shrunk

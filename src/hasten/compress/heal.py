@@ -11,7 +11,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from hasten.base.errors import ConfigError
+from hasten.base.errors import ConfigError, UserError
+from hasten.compress.data import usual_length
 from hasten.compress.examples import read_examples
 from hasten.compress.walk import Run
 from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, is_pruned
@@ -74,9 +75,9 @@ class Heal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             precision=precision_here() if self.precision == "auto" else self.precision,
         )  # fmt: skip
 
-    def length(self, model: Model) -> int:
-        """Tokens of an example."""
-        return min(512, model.spec.context) if self.sequence is None else self.sequence
+    def length(self, model: Model, original: Model) -> int:
+        """Tokens of an example, where what has become of ``original`` learns (usual_length, unless given)."""
+        return usual_length(model.spec, original.spec) if self.sequence is None else self.sequence
 
 
 def check_heal(model: Model, settings: Heal) -> None:
@@ -89,7 +90,9 @@ def check_heal_settings(model: Model, settings: Heal, name: str) -> None:
     """Raise UserError for settings of the transform ``name`` that teach ``model`` nothing."""
     settings.training()
     model.text_tokenizer()
-    if not 1 <= settings.length(model) <= model.spec.context:
+    if settings.text is not None and not Path(settings.text).exists():
+        raise UserError(f"no file or folder {settings.text}; name text that is there, or leave it out for the standard library")
+    if not 1 <= settings.length(model, model) <= model.spec.context:
         raise ConfigError(f"{name} has sequences of {settings.sequence} tokens; {model.name} accepts 1 to {model.spec.context}")
 
 
@@ -106,7 +109,7 @@ def teach(
 ) -> tuple[P, Trained, dict[str, Any]]:
     """Train what ``parameters_for`` gives for the Program of ``model``, as ``settings`` say: the parameters as they have become, the
     weights they make, and what is to be told of it."""
-    sequence = settings.length(model)
+    sequence = settings.length(model, original)
     text, examples = read_examples(model, None if settings.text is None else Path(settings.text), sequence)
     batches = Batches(examples, max(1, settings.tokens // sequence), settings.seed)
     training, longest = settings.training(), max(len(example.ids) for example in examples)

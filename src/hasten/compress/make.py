@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hasten.base.errors import UserError
-from hasten.compress.data import Text, cut_text, read_documents, text_of
+from hasten.compress.data import Text, cut_text, read_documents, text_of, usual_length
 from hasten.compress.evidence import Gate, Timed, with_evidence
 from hasten.compress.gates import Shrunk, require_loss, require_smaller, save_checked
 from hasten.compress.preflight import Estimate, estimate
@@ -65,7 +65,7 @@ def make(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise UserError(f"{directory} exists and is not empty; choose another directory, or --overwrite it on purpose")
     check_recipe(model, recipe)
-    windows, window = gate_windows(model, gate)
+    windows, window = gate_windows(model, gate, usual_length(model.spec, model.spec))
     text = calibration_text(model, recipe, calibration)
     will_take = estimate(model, recipe, text, run.threads)
     will_take.require(run.work)
@@ -74,6 +74,8 @@ def make(
     made = carry_out(model, recipe, text, run)
     shrunk = require_smaller(model, made) if any(step.transform.stage is not Stage.MARKS for step in recipe) else None
     found = None
+    if windows is not None and usual_length(made.spec, model.spec) != window:
+        windows, window = gate_windows(model, gate, usual_length(made.spec, model.spec))
     if windows is not None:
         (found,) = compare(model, [made], windows, window, lambda done, of: run.report("held-out loss", done, of))
         if gate.most is not None:
@@ -85,9 +87,9 @@ def make(
     return Made(made, shrunk, found, timed)
 
 
-def gate_windows(model: Model, gate: Gate) -> tuple[Windows | None, int]:
-    """The windows that the gate measures on, and their length; None where the model has no tokenizer to make them with."""
-    window = min(512, model.spec.context)
+def gate_windows(model: Model, gate: Gate, window: int) -> tuple[Windows | None, int]:
+    """The windows of ``window`` tokens that the gate measures on, and that length; None where the model has no tokenizer to make them
+    with."""
     if model.tokenizer is None:
         return None, window
     corpus = held_out() if gate.path is None else read_corpus(gate.path)

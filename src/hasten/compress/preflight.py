@@ -8,6 +8,7 @@ from pathlib import Path
 from hasten.backends.reference import ReferenceBackend
 from hasten.base import hardware
 from hasten.base.errors import UserError
+from hasten.compress.block_qat import BlockQat
 from hasten.compress.blocks import CHUNK, pieces
 from hasten.compress.data import Text
 from hasten.compress.heal import Heal
@@ -70,6 +71,8 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
             widest = max((piece.params[site.weight][-1] for site in sites), default=0)
             experts = max((math.prod(piece.params[site.weight][:-2]) for site in sites), default=1)
             memory += 8 * widest**2 * (2 * experts + 3)
+            if any(isinstance(step.settings, BlockQat) for step in recipe):  # what all of the text is to give, masters and their moments
+                memory += 4 * text.tokens * crossing + 4 * weights
         most = max(most, memory)
     rounding = any(isinstance(step.settings, Rounding) for step in recipe)
     windows = max((step.settings.measure for step in recipe if isinstance(step.settings, Mixed)), default=0)
@@ -85,10 +88,10 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
 def _learning(model: Model, settings: Heal) -> Estimate:
     """Float32 masters with what they are played with, their gradients, two moments and the original; the values of the tokens that are
     played at once, and twice those of their logits. On disk, masters and moments."""
-    program = settings.training().program(model.spec, settings.length(model))
+    program = settings.training().program(model.spec, settings.length(model, model))
     size = sum(math.prod(shape) for shape in program.params.values())
     values = sum(math.prod(value.features) for value in program.values.values())
-    tokens = max(settings.together, settings.length(model))
+    tokens = max(settings.together, settings.length(model, model))
     if settings.recompute:
         values //= max(1, len(model.spec.blocks) // 2)
     return Estimate(4 * (6 * size + tokens * (values + 3 * model.spec.vocab)), 12 * size)

@@ -16,6 +16,9 @@ from hasten.model import Model, Provenance
 from hasten.program import Program
 from hasten.train import Grid, Plain, Rounded
 
+ROUNDING = frozenset({"rtn", "gptq", "mixed", "block_qat", "codebook", "static", "cache"})
+"""Transforms after which a weight is still what the original's was, but rounded."""
+
 
 class Qat(Heal, frozen=True, kw_only=True):
     """Training of what was rounded before, towards the original: scales and all that is not rounded learn; ``codes`` learn too, with the
@@ -36,12 +39,14 @@ def qat(model: Model, settings: Qat, original: Model, run: Run) -> Model:
     if not rounded:
         raise ConfigError("qat finds no weights in integers; put it behind a transform that rounds, as gptq")
 
+    since = {entry.transform for entry in model.provenance[len(original.provenance) :]}
+    near_original = since <= ROUNDING  # else its weights are others than those that were rounded
+
     def parameters(program: Program) -> Rounded:
         grids = {}
         for name, weight in rounded.items():
-            before = original.weights[name] if name in original.weights and settings.codes == "learned" else None
-            near = weight if settings.codes == "learned" and (before is None or before.shape != weight.shape) else before
-            grids[name] = Grid.of(name, weight.quantized(), weight.form, None if near is None else near.load())
+            near = original.weights[name] if near_original and name in original.weights else weight
+            grids[name] = Grid.of(name, weight.quantized(), weight.form, near.load() if settings.codes == "learned" else None)
         plain = Plain.of(program, {name: array for name, array in model.weights.arrays(program.params) if name not in grids})
         return Rounded(plain, grids)
 

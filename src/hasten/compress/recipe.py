@@ -201,11 +201,15 @@ def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
         _refuse_order(before, step)
         if isinstance(step.settings, Static) and "int8" not in _fed(before) and not fed_int8(model):
             raise ConfigError("static finds no weights that are fed int8; put it behind a transform that rounds with activations: int8")
+        if isinstance(step.settings, Qat) and not any(isinstance(each.settings, Rounding) for each in before):
+            raise ConfigError("qat learns from the original what rounding took, so it stands behind a transform that rounds, as gptq")
+        if step.needs_text and any(isinstance(each.settings, Share) for each in before):
+            raise ConfigError(f"{step.transform.name} looks at activations block by block, and share has blocks be one; round with rtn")
         pruned = [each.transform.name for each in before if each.transform.stage is Stage.PRUNES]
         if pruned and isinstance(step.settings, Uniform):
             step.settings.form.as_sparse()
-        if pruned and isinstance(step.settings, Mixed):
-            raise ConfigError(f"mixed stands after {pruned[0]}, and bits are chosen by layer for dense weights only; round by rtn or gptq")
+        if pruned and isinstance(step.settings, Mixed | BlockQat):
+            raise ConfigError(f"{step.transform.name} stands after {pruned[0]}, whose zeros it would fill; round by rtn or gptq")
         for earlier in before:
             if isinstance(step.settings, Rounding) and isinstance(earlier.settings, Rounding):
                 _refuse_twice(model, earlier, step)
@@ -221,6 +225,8 @@ def _refuse_order(before: Sequence[Step], step: Step) -> None:
         return
     for earlier in before:
         other, what = earlier.transform.name, earlier.transform.stage
+        if isinstance(earlier.settings, Cache) and stage is Stage.SHAPES:
+            raise ConfigError(f"{name} stands after {other}, whose scales are for what it changes; put it before")
         if what is Stage.ROUNDS and stage is not Stage.ROUNDS:
             raise ConfigError(f"{name} stands after {other}, which rounds: it would change codes; put it before")
         if what is Stage.PRUNES and stage in {Stage.SHAPES, Stage.SCALES}:
@@ -258,6 +264,8 @@ def carry_out(model: Model, recipe: Sequence[Step], text: Text | None, run: Run)
     for number, step in enumerate(recipe):
         digest.update(step.transform.name.encode() + msgspec.json.encode(step.settings))
         part = run.part(f"{number}-{step.transform.name}-{digest.hexdigest()[:8]}")
+        if number:
+            step.transform.check(model, step.settings)  # again: an earlier step has changed it
         if isinstance(step.transform, Training):
             model = step.transform.apply(model, step.settings, original, part)
         else:

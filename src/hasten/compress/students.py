@@ -124,14 +124,14 @@ def weights_digest(model: Model) -> str:
 
 
 def _source(source: Source | None, spec: Spec, kept: Sequence[int]) -> Source | None:
-    """The config of a model of which these layers were kept; None where its family cannot say that."""
+    """The config of a model of which these layers were kept; as it was where its family cannot say that: it knows which token ends."""
     if source is None:
         return None
     config: dict[str, Any] = dict(source.config)
     config |= {name: len(kept) for name in _COUNTS if name in config}
     if isinstance(kinds := config.get("layer_types"), list) and len(kinds) > kept[-1]:
         config["layer_types"] = [kinds[place] for place in kept]
-    return Source(source.family, config) if _describes(config, spec) else None
+    return Source(source.family, config) if _describes(config, spec) else source
 
 
 def _describes(config: Mapping[str, Any], spec: Spec) -> bool:

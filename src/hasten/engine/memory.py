@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hasten.base.errors import UserError
 from hasten.program import Program
-from hasten.program.pages import MOST_SEQUENCES, sequence_bytes
+from hasten.program.pages import MOST_SEQUENCES, scored_bytes, sequence_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class Load:
         """Bytes of the cache of one sequence of full length."""
         return sequence_bytes(self.program, self.page)
 
+    @property
+    def scored(self) -> int:
+        """Bytes of the cache besides, for a sequence that gives no pages back."""
+        return scored_bytes(self.program, self.page)
+
 
 def plan_memory(loads: Sequence[Load], *, memory: int | None, free: int) -> tuple[MemoryPlan, ...]:
     """What each of ``loads`` takes, all in at most ``memory`` bytes together; the caches alone in a quarter of what is ``free``, unless
@@ -59,19 +64,19 @@ def plan_memory(loads: Sequence[Load], *, memory: int | None, free: int) -> tupl
 
     Raises UserError, with the number that would do, where ``memory`` has no room for one sequence of each."""
     arenas, sequences = [load.arena for load in loads], [load.sequence for load in loads]
-    fixed, each = sum(load.weights + load.outside for load in loads) + sum(arenas), sum(sequences)
+    fixed, each = sum(load.weights + load.outside + load.scored for load in loads) + sum(arenas), sum(sequences)
     rest = free // 4 if memory is None else memory - fixed
     if memory is not None and rest < each:
         wanted = "; ".join(
             f"weights{_of(load, loads)} take {load.weights:,}, the arena {arena:,} and the cache of one sequence of {load.program.context} "
-            f"tokens {sequence:,}" + f", swapped pages {load.outside:,}" * bool(load.outside)
+            f"tokens {sequence + load.scored:,}" + f", swapped pages {load.outside:,}" * bool(load.outside)
             for load, arena, sequence in zip(loads, arenas, sequences)
         )
         raise UserError(
             f"{memory:,} bytes of memory are not enough: {wanted}; give at least {fixed + each:,}, or a smaller --max-model-len"
         )
     together = max(each, min(rest, MOST_SEQUENCES * each))
-    caches = [together * sequence // max(1, each) for sequence in sequences]
+    caches = [load.scored + together * sequence // max(1, each) for load, sequence in zip(loads, sequences)]
     return tuple(
         MemoryPlan(load.weights, cache, arena, load.outside, _tokens(load, cache)) for load, arena, cache in zip(loads, arenas, caches)
     )
@@ -86,7 +91,7 @@ def _tokens(load: Load, cache: int) -> int:
     """How many a cache of so many bytes holds; 0 where its bytes do not depend on them."""
     if not any(group.bytes_per_token() for group in load.program.states):
         return 0
-    return cache * load.program.context // load.sequence
+    return (cache - load.scored) * load.program.context // load.sequence
 
 
 def _of(load: Load, loads: Sequence[Load]) -> str:

@@ -53,7 +53,7 @@ def page_counts(program: Program, page: int, memory: int) -> Mapping[str, int]:
     sequences of full length need; no fewer than a whole one has, for scoring goes through it without giving pages back. Of recurrent
     states, as many again for snapshots."""
     whole = -(-program.context // page)
-    sequences = min(MOST_SEQUENCES, max(1.0, memory / max(1, sequence_bytes(program, page))))
+    sequences = min(MOST_SEQUENCES, max(1.0, (memory - scored_bytes(program, page)) / max(1, sequence_bytes(program, page))))
     return {
         group.name: 2 * int(sequences)
         if isinstance(group, RecurrentGroup)
@@ -68,6 +68,16 @@ def sequence_bytes(program: Program, page: int) -> int:
     return sum(
         group.bytes_per_token() * page * _pages_of(group, program.context, page) + 2 * group.bytes_per_sequence()
         for group in program.states
+    )
+
+
+def scored_bytes(program: Program, page: int) -> int:
+    """Bytes of what one sequence of full length needs besides where it is scored, which gives no pages back: those that windows let go."""
+    whole = -(-program.context // page)
+    return sum(
+        group.bytes_per_token() * page * max(0, whole - _pages_of(group, program.context, page))
+        for group in program.states
+        if not isinstance(group, RecurrentGroup)
     )
 
 

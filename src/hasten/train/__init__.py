@@ -5,7 +5,7 @@ from hasten.train.curve import draw_curve, picture_curve, read_curve
 from hasten.train.distances import AttentionMaps, Distance, Hidden, Measure, Relations, Soft
 from hasten.train.joint import Beside, Joined, joined, of_member, projected
 from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLabels
-from hasten.train.parameters import Masked, Parameters, Plain, untrained
+from hasten.train.parameters import Masked, Parameters, Plain, linear_weights, untrained
 from hasten.train.rounded import Grid, Rounded
 from hasten.train.schedule import Schedule
 from hasten.train.together import Follows, Learner, Together, taps_of
@@ -45,6 +45,7 @@ __all__ = [
     "examples_of",
     "joined",
     "of_member",
+    "linear_weights",
     "picture_curve",
     "precision_here",
     "projected",

@@ -8,7 +8,7 @@ import msgspec
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.families import find_family
-from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.weights import Weight, Weights
 from hasten.model import Model, Provenance, Source
 from hasten.program import Program, lower, ops
@@ -53,9 +53,11 @@ def refuse_shared(model: Model) -> None:
 def require_own_weights(model: Model, layers: Sequence[int]) -> None:
     """Raise ConfigError where a weight of these layers' mixers cannot be mixed with others: it is stored quantized, as a product of two,
     or another layer's too."""
+    if model.cache is not None and model.cache.scales:
+        raise ConfigError(f"{model.name} has scales for its cached keys and values as they are now; convert before they are made")
     meant = tuple(f"blocks.{index}.mixer." for index in layers)
     for name, weight in model.weights.items():
-        if name.startswith(meant) and isinstance(weight, QuantizedWeight):
+        if name.startswith(meant) and isinstance(weight, QuantizedWeight | DequantizedWeight):
             raise ConfigError(f"{name} is quantized already, so it cannot be converted; put this transform before those that round")
     for index, block in enumerate(model.spec.blocks):
         if block.shares is not None and {index, block.shares} & set(layers):

@@ -10,11 +10,13 @@ import torch
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.compress.cut.behind import made_good
 from hasten.compress.cut.described import described
-from hasten.compress.cut.slices import check_cache, check_damp, check_matrices, check_share, remade, text_facts
+from hasten.compress.cut.slices import check_cache, check_damp, check_matrices, check_plain, check_share, remade, text_facts
 from hasten.compress.data import Text
 from hasten.compress.walk import Block, Run, Treated, walk
 from hasten.model import Model, Provenance
+from hasten.program import lower
 from hasten.spec import Attention, GatedDeltaNet, Mixer, PostNorm, SlidingWindow, Spec
+from hasten.train import linear_weights
 
 
 class CutLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +34,8 @@ def check_cut_layers(model: Model, settings: CutLayers) -> None:
     check_damp(settings.damp)
     check_matrices(model.spec, low_rank=True)
     check_cache(model)
+    if settings.compensate:
+        check_plain(model, sorted(linear_weights(lower(model.spec))))
     if model.spec.exits:
         raise UnsupportedError("the model has early exits, each behind a block that might go; cut layers before exits are added")
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.compress.data import Text
-from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.weights import Array, Weight, Weights
 from hasten.model import Model, Provenance
 from hasten.program import lower
-from hasten.spec import Spec
+from hasten.spec import CrossLayerAttention, Spec
 
 Index = NDArray[np.int64]
 
@@ -52,13 +52,16 @@ def check_damp(damp: float) -> None:
 def check_plain(model: Model, names: list[str]) -> None:
     """Raise ConfigError where one of the weights is stored quantized."""
     for name in names:
-        if isinstance(model.weights[name], QuantizedWeight):
+        if isinstance(model.weights[name], QuantizedWeight | DequantizedWeight):
             raise ConfigError(f"{name} is quantized already, so it cannot be cut; put this transform before those that round")
 
 
 def check_matrices(spec: Spec, *, low_rank: bool) -> None:
-    """Raise UnsupportedError where blocks share matrices, or, unless ``low_rank`` is well, have some as products of two."""
+    """Raise UnsupportedError where blocks share matrices or keys and values, or, unless ``low_rank`` is well, have some as products of
+    two."""
     for index, block in enumerate(spec.blocks):
+        if isinstance(block.mixer, CrossLayerAttention):
+            raise UnsupportedError(f"blocks.{index} reads keys and values of block {block.mixer.source}; cut before they are shared")
         if block.shares is not None:
             raise UnsupportedError(f"blocks.{index} shares its matrices with another, who would be cut with it; cut before they are shared")
         if block.low_rank and not low_rank:
