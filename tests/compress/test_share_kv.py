@@ -264,7 +264,7 @@ def test_other_conversions_come_before(tmp_path):
 
 
 def test_layers_whose_weights_are_not_their_own_are_refused(tmp_path):
-    for first, reason in (({"share": {}}, "put share after what converts attention"), ({"rank": {"share": 0.5}}, "put rank after")):
+    for first, reason in (({"share": {}}, "share has blocks be one; put it before"), ({"rank": {"share": 0.5}}, "put rank after")):
         for later in ({"kv_heads": {"count": 1}}, {"latent": {"rank": 8}}, {"share_kv": {}}):
             with pytest.raises(ConfigError, match=reason):
                 carry_out(deep(), recipe_of([first, later]), windows_for(deep()), Run(tmp_path / "work", 2))

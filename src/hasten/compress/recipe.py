@@ -204,7 +204,9 @@ def check_recipe(model: Model, recipe: Sequence[Step]) -> None:
         if isinstance(step.settings, Qat) and not any(isinstance(each.settings, Rounding) for each in before):
             raise ConfigError("qat learns from the original what rounding took, so it stands behind a transform that rounds, as gptq")
         if step.needs_text and any(isinstance(each.settings, Share) for each in before):
-            raise ConfigError(f"{step.transform.name} looks at activations block by block, and share has blocks be one; round with rtn")
+            raise ConfigError(
+                f"{step.transform.name} looks at activations block by block, and share has blocks be one; put it before, or round with rtn"
+            )
         pruned = [each.transform.name for each in before if each.transform.stage is Stage.PRUNES]
         if pruned and isinstance(step.settings, Uniform):
             step.settings.form.as_sparse()
