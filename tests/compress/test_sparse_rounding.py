@@ -161,5 +161,5 @@ def test_formats_without_a_sparse_form_are_refused(weights, tmp_path):
 
 def test_bits_are_not_chosen_by_layer_for_what_was_pruned(tmp_path):
     model = small()
-    with pytest.raises(ConfigError, match="dense weights only"):
+    with pytest.raises(ConfigError, match="mixed stands after magnitude, whose zeros it would fill"):
         through(model, ["magnitude", {"mixed": {"bits": 6, "choices": ["int4-g32", "int8"]}}], tmp_path, windows_for(model))
