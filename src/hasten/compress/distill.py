@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import save
-from hasten.compress.heal import check_trainable, learned_into, parameters_of
-from hasten.compress.learn import Lesson, check_free, evidence_of, longest, measured, read_lesson
+from hasten.compress.heal import check_trainable, evidence_of, learned_into, parameters_of
+from hasten.compress.learn import Lesson, check_free, longest, measured, read_lesson
 from hasten.compress.students import Pairs, check_pairs, check_together, pairs_of, weights_digest
 from hasten.formats.weights import Weights
 from hasten.measure import Evaluation

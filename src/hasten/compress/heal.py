@@ -120,11 +120,16 @@ def teach(
         run.report(f"{doing}, loss {loss:.3f}", step, steps)
 
     trained = train(program, parameters, batches, objective, training, Work(run.work, run.threads, report))
-    evidence = {
-        "text": text, "sha256": batches.sha256, "steps": len(trained.losses), "epochs": round(batches.epochs(len(trained.losses)), 3),
+    return parameters, trained, evidence_of(text, batches, trained)
+
+
+def evidence_of(text: str, batches: Batches, trained: Trained) -> dict[str, Any]:
+    """What was learned from and how long, for provenance."""
+    steps = len(trained.losses)
+    return {
+        "text": text, "sha256": batches.sha256, "steps": steps, "epochs": round(batches.epochs(steps), 3),
         "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
     }  # fmt: skip
-    return parameters, trained, evidence
 
 
 def check_trainable(model: Model) -> None:

@@ -12,7 +12,7 @@ from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import save
 from hasten.compress.examples import read_examples
 from hasten.compress.generated import Generated, generate_text
-from hasten.compress.heal import check_trainable, in_dtype, learned_into, parameters_of
+from hasten.compress.heal import check_trainable, evidence_of, in_dtype, learned_into, parameters_of
 from hasten.engine.backends import choose_backend
 from hasten.formats.weights import DTYPES, Weights
 from hasten.measure import Evaluation, cut_windows, held_out, score_windows
@@ -115,15 +115,6 @@ def read_lesson(model: Model, lesson: Lesson, folder: Path) -> tuple[str, Batche
 def longest(batches: Batches) -> int:
     """Tokens of the longest example."""
     return max(len(example.ids) for example in batches.examples)
-
-
-def evidence_of(text: str, batches: Batches, trained: Trained) -> dict[str, Any]:
-    """What was learned from and how long, for provenance."""
-    steps = len(trained.losses)
-    return {
-        "text": text, "sha256": batches.sha256, "steps": steps, "epochs": round(batches.epochs(steps), 3),
-        "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
-    }  # fmt: skip
 
 
 def measured(model: Model, tokens: int) -> Evaluation | None:
