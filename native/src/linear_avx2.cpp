@@ -27,7 +27,7 @@ constexpr int kNibbleRows = 4;     // the same of Int4, whose masks take two mor
 constexpr int kShortStretch = 256; // k of a stretch of Int4 with so many rows that a long one would not stay in the first-level cache
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
-constexpr int kLookups = 8;        // rows up to which looking up in registers for each block is less than decoding once
+constexpr int kInRegisters = 8;    // rows up to which taking weights apart in registers for each block is less than once for all
 constexpr int kFew = 4;            // up to so many rows memory is the limit: a panel at a time is read in one run
 constexpr int kAheadBytes = 4096;  // of weights, prefetched
 
@@ -59,7 +59,7 @@ AVX2 inline void store_sums(const Vector (&total)[rows][2], Sums<Sum> sums) {
 }
 
 // What a product multiplies: X, activations as widened; Sum, what sums are; kStretch, k widened at a time; widen(), k of one row; add(),
-// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, or, of Int4 and Lut4, as they lie.
+// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, or, where there is nothing to decode them in, as they lie.
 
 struct F32 {
     using X = float;
@@ -118,6 +118,151 @@ struct Bf16 {
         }
         store_sums<rows, Sum>(total, sums);
     }
+};
+
+// Bytes with activations in bf16, widened in registers.
+struct Int8Bf16 {
+    using X = float;
+    using Sum = float;
+    static constexpr Feed kFeed = Feed::bf16;
+    static constexpr int kStretch = 256;
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { Bf16::widen(row, at, k, to); }
+
+    // `at` is where in the panel the k begin.
+    template <int rows>
+    AVX2 static void add(const std::byte* panel, int at, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const std::byte* w = panel + static_cast<std::ptrdiff_t>(at) * kChannels;
+        __m256 total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int i = 0; i < k; i += 4, w += 64) {
+            ahead(w);
+            add_one<rows, 0>(w, x + i, stride, total);
+            add_one<rows, 1>(w, x + i + 1, stride, total);
+            add_one<rows, 2>(w, x + i + 2, stride, total);
+            add_one<rows, 3>(w, x + i + 3, stride, total);
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+
+    // One float32 of each channel and k.
+    AVX2 static void expand(const std::byte* panel, int at, int k, float* to) {
+        const std::byte* w = panel + static_cast<std::ptrdiff_t>(at) * kChannels;
+        for (int i = 0; i < k; i += 4, w += 64, to += 4 * kChannels) {
+            ahead(w);
+            UNROLLED for (int half = 0; half < 2; ++half) {
+                const std::byte* const from = w + 32 * half;
+                float* const its = to + 8 * half;
+                store(its, widened<0>(from)), store(its + kChannels, widened<1>(from)), store(its + 2 * kChannels, widened<2>(from)), store(its + 3 * kChannels, widened<3>(from));
+            }
+        }
+    }
+
+   private:
+    // Byte `place` of each channel's four.
+    template <int place>
+    AVX2 static __m256 widened(const std::byte* w) {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words(w), 24 - 8 * place), 24));
+    }
+
+    template <int rows, int place>
+    AVX2 static void add_one(const std::byte* w, const X* x, std::ptrdiff_t stride, __m256 (&total)[rows][2]) {
+        const __m256 q[2] = {widened<place>(w), widened<place>(w + 32)};
+        UNROLLED for (int r = 0; r < rows; ++r)
+            UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * stride), q[half], total[r][half]);
+    }
+};
+
+// Nibbles the same way.
+struct Int4Bf16 {
+    using X = float;
+    using Sum = float;
+    static constexpr Feed kFeed = Feed::bf16;
+    static constexpr int kStretch = 256;
+    static constexpr int kUnit = 32;  // k
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { Bf16::widen(row, at, k, to); }
+
+    // `at` is where in the panel the k begin.
+    template <int rows>
+    AVX2 static void add(const std::byte* panel, int at, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        __m256 total[rows][2];
+        load_sums<rows, Sum>(total, sums);
+        for (int i = 0; i < k; i += kUnit) {
+            const int unit = (at + i) / kUnit;
+            const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
+            if (unit & 2)
+                add_unit<rows, 4>(w, x + i, stride, total);
+            else
+                add_unit<rows, 0>(w, x + i, stride, total);
+        }
+        store_sums<rows, Sum>(total, sums);
+    }
+
+    // One float32 of each channel and k.
+    AVX2 static void expand(const std::byte* panel, int at, int k, float* to) {
+        for (int i = 0; i < k; i += kUnit, to += kUnit * kChannels) {
+            const int unit = (at + i) / kUnit;
+            const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
+            if (unit & 2)
+                expand_unit<4>(w, to);
+            else
+                expand_unit<0>(w, to);
+        }
+    }
+
+   private:
+    template <int rows, int shift>
+    AVX2 static void add_unit(const std::byte* w, const X* x, std::ptrdiff_t stride, __m256 (&total)[rows][2]) {
+        for (int i = 0; i < kUnit; i += 4, w += 64) {
+            if (shift == 0) ahead(w);
+            add_one<rows, shift>(w, x + i, stride, total);
+            add_one<rows, shift + 8>(w, x + i + 1, stride, total);
+            add_one<rows, shift + 16>(w, x + i + 2, stride, total);
+            add_one<rows, shift + 24>(w, x + i + 3, stride, total);
+        }
+    }
+
+    template <int shift>
+    AVX2 static void expand_unit(const std::byte* w, float* to) {
+        for (int i = 0; i < kUnit; i += 4, w += 64, to += 4 * kChannels) {
+            if (shift == 0) ahead(w);
+            UNROLLED for (int half = 0; half < 2; ++half) {
+                const std::byte* const from = w + 32 * half;
+                float* const its = to + 8 * half;
+                store(its, widened<shift>(from)), store(its + kChannels, widened<shift + 8>(from));
+                store(its + 2 * kChannels, widened<shift + 16>(from)), store(its + 3 * kChannels, widened<shift + 24>(from));
+            }
+        }
+    }
+
+    // The nibble from bit `place` of each channel's.
+    template <int place>
+    AVX2 static __m256 widened(const std::byte* w) {
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words(w), 28 - place), 28));
+    }
+
+    template <int rows, int place>
+    AVX2 static void add_one(const std::byte* w, const X* x, std::ptrdiff_t stride, __m256 (&total)[rows][2]) {
+        const __m256 q[2] = {widened<place>(w), widened<place>(w + 32)};
+        UNROLLED for (int r = 0; r < rows; ++r)
+            UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x + r * stride), q[half], total[r][half]);
+    }
+};
+
+// The products of Weight, for more rows: a stretch of weights is expanded to float32 once.
+template <class Weight>
+struct Expanded {
+    using X = float;
+    using Sum = float;
+    static constexpr Feed kFeed = Feed::bf16;
+    static constexpr int kStretch = Weight::kStretch;
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { Bf16::widen(row, at, k, to); }
+    AVX2 static void expand(const std::byte* panel, int at, int k, float* to) { Weight::expand(panel, at, k, to); }
+
+    template <int rows>
+    AVX2 static void add(const std::byte* w, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) { F32::add<rows>(w, k, x, stride, sums); }
 };
 
 // |w| · (x with the sign of w): one side of the product of bytes has no sign, and two products, 2 · 128 · 127 as no x is -128, hold in the
@@ -351,10 +496,18 @@ struct PanelTiles {
     std::optional<PanelReader> reader;
     alignas(64) std::byte scratch[PanelReader::kScratch];
 };
+template <class Weight>
+struct PanelTiles<Expanded<Weight>> {
+    alignas(64) float expanded[Weight::kStretch * kChannels];
+};
 template <>
 struct PanelTiles<Int4> {};
 template <>
 struct PanelTiles<Lut4> {};
+template <>
+struct PanelTiles<Int8Bf16> {};
+template <>
+struct PanelTiles<Int4Bf16> {};
 
 // The sums of one panel with a block of rows.
 template <class Product>
@@ -403,8 +556,10 @@ struct Body {
     const int groups = scale_groups(weight);
     const int depth = Product::kFeed == Feed::f32 ? weight.in : weight.group && groups ? std::min(weight.padded_in(), groups * weight.group) : weight.padded_in();
     const int per_group = groups && weight.group ? weight.group : depth;
-    static constexpr bool kNibbles = std::is_same_v<Product, Int4>, kPlaces = std::is_same_v<Product, Lut4>, kAsStored = kNibbles || kPlaces;
-    const float factor = !kNibbles && shifted(weight) ? 0.0625f : 1.0f;
+    static constexpr bool kNibbles = std::is_same_v<Product, Int4>, kPlaces = std::is_same_v<Product, Lut4>;
+    static constexpr bool kAsStored = std::is_empty_v<PanelTiles<Product>>;
+    static constexpr bool kExpands = requires { PanelTiles<Product>::expanded; };
+    const float factor = !kAsStored && !kExpands && shifted(weight) ? 0.0625f : 1.0f;
     const int stretch = kNibbles && x.count > kFew * kNibbleRows ? kShortStretch : kStretch;
 
     // Panels [first, first + count), rows [row, row + rows).
@@ -412,7 +567,7 @@ struct Body {
         for (int p = 0; p < count; ++p) {
             std::memset(panels[p].group, 0, static_cast<std::size_t>(rows) * sizeof panels[p].group[0]);
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
-            if constexpr (!kAsStored) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
+            if constexpr (!kAsStored && !kExpands) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
         }
         for (int at = 0; at < depth; at += stretch) {
             const int end = std::min(at + stretch, depth);
@@ -444,26 +599,30 @@ struct Body {
 
     AVX2 void add_stretch(int panel, int rows, int at, int end, const Widened<Product>& widened, PanelSums<Product>& sums) const {
         const std::byte* tiles;
-        if constexpr (kAsStored)
+        if constexpr (kAsStored) {
             tiles = panel_tiles(weight, panel);
-        else
+        } else if constexpr (kExpands) {
+            Product::expand(panel_tiles(weight, panel), at, end - at, sums.expanded);
+            tiles = reinterpret_cast<const std::byte*>(sums.expanded);
+        } else {
             tiles = sums.reader->next(kStretch);
+        }
         const int stride = widened.end - widened.begin;
         for (int from = at, until; from < end; from = until) {
             until = part_end(from);
             const int k = until - from, group = from / per_group;
             by_rows<kNibbles ? kNibbleRows : kRows>(rows, [&]<int some>(int r) {
-                if constexpr (kNibbles)
-                    Product::template add<some>(tiles, from, k, widened.at(r, from), stride, sums.group + r);
-                else if constexpr (kPlaces)
+                if constexpr (kPlaces)
                     Product::template add<some>(weight.codebook, tiles, from, k, widened.at(r, from), stride, sums.group + r);
+                else if constexpr (kAsStored)
+                    Product::template add<some>(tiles, from, k, widened.at(r, from), stride, sums.group + r);
                 else
                     Product::template add<some>(tiles, k, widened.at(r, from), stride, sums.group + r);
             });
             if constexpr (kNibbles)
                 take_off(sums.group, rows, weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr, widened.sum(from));
             else if constexpr (!kAsStored)
-                tiles += static_cast<std::ptrdiff_t>(k) * kChannels * element_bytes(Product::kFeed);
+                tiles += static_cast<std::ptrdiff_t>(k) * kChannels * (kExpands ? static_cast<int>(sizeof(float)) : element_bytes(Product::kFeed));
             if (groups && (until % per_group == 0 || until == depth))
                 fold<typename Product::Sum>(sums.group, sums.total, rows, panel_scales(weight, panel) + group * kChannels, factor);
         }
@@ -506,10 +665,16 @@ AVX2 void linear_avx2(const PackedLinear& weight, const Activations& x, int firs
     if (weight.masks && linear_sparse_avx2(weight, x, first, last, bias, y, y_stride)) return;
     switch (feed_of(weight, x)) {
         case Feed::f32: return play<F32>(weight, x, first, last, bias, y, y_stride);
-        case Feed::bf16: return play<Bf16>(weight, x, first, last, bias, y, y_stride);
+        case Feed::bf16:
+            if (!weight.masks && !weight.zeros) {
+                const bool few = x.count <= kInRegisters;
+                if (weight.format == WeightFormat::int8) return few ? play<Int8Bf16>(weight, x, first, last, bias, y, y_stride) : play<Expanded<Int8Bf16>>(weight, x, first, last, bias, y, y_stride);
+                if (weight.format == WeightFormat::int4) return few ? play<Int4Bf16>(weight, x, first, last, bias, y, y_stride) : play<Expanded<Int4Bf16>>(weight, x, first, last, bias, y, y_stride);
+            }
+            return play<Bf16>(weight, x, first, last, bias, y, y_stride);
         default:
             if (weight.format == WeightFormat::int4 && !weight.masks) return play<Int4>(weight, x, first, last, bias, y, y_stride);
-            if (weight.format == WeightFormat::lut4 && x.count <= kLookups) return play<Lut4>(weight, x, first, last, bias, y, y_stride);
+            if (weight.format == WeightFormat::lut4 && x.count <= kInRegisters) return play<Lut4>(weight, x, first, last, bias, y, y_stride);
             return play<Int8>(weight, x, first, last, bias, y, y_stride);
     }
 }
