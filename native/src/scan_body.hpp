@@ -118,13 +118,15 @@ void dual_scan(const DualShape& shape, int head, int part, Span span, const floa
                 in[v] = V::mul(rate, u);
                 sum[v] = V::mul(skip, u);
             }
-            for (int s = 0; s < states; ++s)
+            for (int s = 0; s < states; ++s) {
+                const F weighed = V::set(into[s]), read = V::set(out[s]);
                 for (int v = 0; v < count; ++v) {
                     float* const h = kept + s * width + v * V::width;
-                    const F next = V::fma(in[v], V::set(into[s]), V::mul(keep, get(h, lanes)));
+                    const F next = V::fma(in[v], weighed, V::mul(keep, get(h, lanes)));
                     put(h, next, lanes);
-                    sum[v] = V::fma(V::set(out[s]), next, sum[v]);
+                    sum[v] = V::fma(read, next, sum[v]);
                 }
+            }
             for (int v = 0; v < count; ++v) put(y + at + v * V::width, sum[v], lanes);
         }
     });
@@ -165,22 +167,26 @@ void gated_delta_scan(const DeltaShape& shape, int head, int part, Span span, co
             const F both = V::set(dot(query, key, keys));
             F seen[count], sum[count];  // Sᵀk and Sᵀq of what was: one pass, and what S becomes is not waited for
             for (int i = 0; i < count; ++i) seen[i] = sum[i] = V::set(0.0f);
-            for (int s = 0; s < keys; ++s)
+            for (int s = 0; s < keys; ++s) {
+                const F its = V::set(key[s]), asked = V::set(query[s]);
                 for (int i = 0; i < count; ++i) {
                     const F old = get(kept + s * width + i * V::width, lanes);
-                    seen[i] = V::fma(V::set(key[s]), old, seen[i]);
-                    sum[i] = V::fma(V::set(query[s]), old, sum[i]);
+                    seen[i] = V::fma(its, old, seen[i]);
+                    sum[i] = V::fma(asked, old, sum[i]);
                 }
+            }
             F change[count];
             for (int i = 0; i < count; ++i) {
                 change[i] = V::mul(beta, V::sub(get(v + at + i * V::width, lanes), V::mul(keep, seen[i])));
                 sum[i] = V::fma(both, change[i], V::mul(keep, sum[i]));
             }
-            for (int s = 0; s < keys; ++s)
+            for (int s = 0; s < keys; ++s) {
+                const F its = V::set(key[s]);
                 for (int i = 0; i < count; ++i) {
                     float* const h = kept + s * width + i * V::width;
-                    put(h, V::fma(V::set(key[s]), change[i], V::mul(keep, get(h, lanes))), lanes);
+                    put(h, V::fma(its, change[i], V::mul(keep, get(h, lanes))), lanes);
                 }
+            }
             for (int i = 0; i < count; ++i) put(y + at + i * V::width, sum[i], lanes);
         }
     });
@@ -235,16 +241,18 @@ void linear_scan(const LinearScanShape& shape, int kv_head, Span span, const flo
                     float* const kept = state + part * kColumnPart * features_of + offset;
                     F own[count], sum[count];
                     for (int i = 0; i < count; ++i) own[i] = get(value + column + i * V::width, lanes), sum[i] = V::set(0.0f);
-                    for (int f = 0; f < count_of; ++f)
+                    for (int f = 0; f < count_of; ++f) {
+                        const F its = V::set(key[f]), asked = V::set(query[f]);
                         for (int i = 0; i < count; ++i) {
                             float* const h = kept + f * width + i * V::width;
                             F s = get(h, lanes);
                             if (head == 0) {  // the others find it done
-                                s = V::fma(V::set(key[f]), own[i], s);
+                                s = V::fma(its, own[i], s);
                                 put(h, s, lanes);
                             }
-                            sum[i] = V::fma(V::set(query[f]), s, sum[i]);
+                            sum[i] = V::fma(asked, s, sum[i]);
                         }
+                    }
                     for (int i = 0; i < count; ++i) put(to + column + i * V::width, V::div(sum[i], whole), lanes);
                 });
             }
