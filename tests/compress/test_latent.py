@@ -134,9 +134,8 @@ def test_the_pairs_that_stay_rotated_are_those_that_matter():
     random = np.random.default_rng(0)
     shapes = {"q": (16, 6), "k": (16, 6), "v": (8, 6), "o": (6, 8)}
     weights = {f"blocks.0.mixer.{n}.weight": torch.from_numpy(random.normal(size=s).astype(np.float32)) for n, s in shapes.items()}
-    layer = Layer(
-        0, mixer, weights, Statistics(kv, torch.zeros(24, dtype=torch.float64), queries), Played(lower(small().spec), Live({}), (), 1)
-    )
+    played = Played(lower(small().spec), Live({}), (), 1)
+    layer = Layer(0, mixer, weights, Statistics(kv, torch.zeros(24, dtype=torch.float64), queries), played, played)
     made = factored(layer, 6, 2, 100).mixer
     assert made.rotary.base / made.rotary.scaling.divisors[0] == pytest.approx(10.0 * 10.0 ** (-6 / 8))
 

@@ -108,17 +108,18 @@ def test_attention_that_looks_everywhere_alike_stays_the_same_function(tmp_path)
 
 def test_the_divergence_is_that_of_the_weights_by_hand():
     random, mixer = np.random.default_rng(0), Attention(heads=4, kv_heads=2, head_dim=3, value_dim=3, scale=0.8, position=None)
-    q, k, by_query, by_key = (random.normal(size=shape) for shape in ((4, 7, 3), (2, 7, 3), (4, 3, 3), (2, 3, 3)))
+    shapes = ((4, 7, 3), (2, 7, 3), (4, 7, 3), (2, 7, 3), (4, 3, 3), (2, 3, 3))
+    q, k, softmax_q, softmax_k, by_query, by_key = (random.normal(size=shape) for shape in shapes)
     total = 0.0
     for head in range(4):
-        scores = q[head] @ k[head // 2].T * 0.8
+        scores = softmax_q[head] @ softmax_k[head // 2].T * 0.8
         weights = features(q[head] @ by_query[head].T) @ features(k[head // 2] @ by_key[head // 2].T).T
         for row in range(7):
             p, w = np.exp(scores[row, : row + 1]), weights[row, : row + 1]
             p, w = p / p.sum(), w / w.sum()
             total += (p * np.log(p / w)).sum() / 4
-    q, k, by_query, by_key = map(torch.from_numpy, (q, k, by_query, by_key))
-    assert float(divergence(Seen(q, k), mixer, by_query, by_key)) == pytest.approx(total)
+    seen = Seen(*map(torch.from_numpy, (q, k, softmax_q, softmax_k)))
+    assert float(divergence(seen, mixer, torch.from_numpy(by_query), torch.from_numpy(by_key))) == pytest.approx(total)
 
 
 def test_features_learn_to_look_where_softmax_did_and_the_projection_is_fitted(tmp_path):
@@ -242,7 +243,7 @@ def test_what_heals_and_rounds_comes_after(tmp_path):
     text = text_of("random ids", [ids_of(model, 40, seed) for seed in range(4)])
     heal = {"steps": 3, "tokens": 96, "sequence": 48, "precision": "float32", "text": str(file)}
     recipe = recipe_of([{"linear_attention": {"layers": [7], "steps": 2}}, {"heal": heal}, {"rtn": {"weights": "int8"}}])
-    made = carry_out(model, recipe, text, Run(tmp_path / "work", 2))
+    made = carry_out(model, recipe, text, Run(tmp_path / "work", 1))
     assert [step.transform for step in made.provenance[-3:]] == ["linear_attention", "heal", "rtn"]
     assert np.isfinite(made.logits(ids_of(made, 9))).all()
     feature, before = (made.weights.array(f"blocks.7.mixer.{name}_feature.weight") for name in "qk")

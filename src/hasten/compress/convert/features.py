@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hasten.backends.reference.scans import features
-from hasten.compress.blocks import Played
+from hasten.compress.convert.layerwise import Layer
 from hasten.compress.convert.mixers import attention_ops
 from hasten.compress.threads import in_order
 from hasten.spec import Attention
@@ -42,16 +42,19 @@ class Features:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seen:
-    """Of one window, rotated where they are: queries [heads, L, head_dim] and keys [kv_heads, L, head_dim]."""
+    """Of one window, rotated where they are: queries ``q`` [heads, L, head_dim] and keys ``k`` [kv_heads, L, head_dim] as linear attention
+    has them, and ``softmax_q`` and ``softmax_k``, those of the softmax that is to be imitated."""
 
     q: Tensor
     k: Tensor
+    softmax_q: Tensor
+    softmax_k: Tensor
 
 
-def learn_features(played: Played, weights: Mapping[str, Tensor], mixer: Attention, index: int, steps: int, rate: float) -> Features:
-    """The features of layer ``index``, by ``steps`` of Adam at ``rate`` (of what a matrix begins as), going round the text TOGETHER windows
-    a step. The number of threads changes no bit."""
-    text = functools.partial(_windows, played, weights, mixer, index)
+def learn_features(layer: Layer, steps: int, rate: float) -> Features:
+    """The features of ``layer``, by ``steps`` of Adam at ``rate`` (of what a matrix begins as), going round the text TOGETHER windows a
+    step. They are fed what the converted layers before make, and softmax what those made before. Threads change no bit."""
+    mixer, threads, text = layer.mixer, layer.plain.threads, functools.partial(_windows, layer)
     first = list(itertools.islice(text(), TOGETHER))
     begun = [_begin(torch.cat(rows, 1)) for rows in ([seen.q for seen in first], [seen.k for seen in first])]
     size = [each.diagonal(dim1=1, dim2=2)[:, :1, None] for each in begun]
@@ -61,12 +64,12 @@ def learn_features(played: Played, weights: Mapping[str, Tensor], mixer: Attenti
     for step in range(steps):
         together = list(itertools.islice(round_and_round, TOGETHER))
         optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-        slopes = in_order(functools.partial(_slope, mixer=mixer, masters=masters, size=size), together, played.threads)
+        slopes = in_order(functools.partial(_slope, mixer=mixer, masters=masters, size=size), together, threads)
         for master, parts in zip(masters, zip(*slopes)):
             master.grad = torch.stack(parts).sum(0) / sum(seen.q.shape[1] for seen in together)
         optimizer.step()
     made = [master * by for master, by in zip(masters, size)]
-    before, after = (_measured(text(), mixer, each, played.threads) for each in (begun, made))
+    before, after = (_measured(text(), mixer, each, threads) for each in (begun, made))
     q, k = made if after < before else begun
     return Features(q, k, before, min(before, after))
 
@@ -75,7 +78,7 @@ def divergence(seen: Seen, mixer: Attention, q: Tensor, k: Tensor) -> Tensor:
     """KL(softmax ‖ linear) of the weights of one window with feature matrices ``q`` and ``k``: nats, summed over queries, mean of heads."""
     asked, told = _by_group(features(seen.q @ q.mT), mixer), features(seen.k @ k.mT)[:, None]  # [kv_heads, heads a group, L, 2·head_dim]
     whole = (asked * told.cumsum(2)).sum(-1)  # what the weights of all that a query sees are divided by
-    queries, keys, near = _by_group(seen.q, mixer), seen.k[:, None], -whole.log().sum()
+    queries, keys, near = _by_group(seen.softmax_q, mixer), seen.softmax_k[:, None], -whole.log().sum()
     for begin in range(0, seen.q.shape[1], BLOCK):
         rows, known = slice(begin, begin + BLOCK), slice(begin + BLOCK)
         scores = queries[:, :, rows] @ keys[:, :, known].mT * mixer.scale
@@ -114,11 +117,13 @@ def _measured(text: Iterator[Seen], mixer: Attention, made: Sequence[Tensor], th
     return sum(apart for apart, _ in found) / sum(queries for _, queries in found)
 
 
-def _windows(played: Played, weights: Mapping[str, Tensor], mixer: Attention, index: int) -> Iterator[Seen]:
+def _windows(layer: Layer) -> Iterator[Seen]:
     """The text, window by window."""
-    append, attend = attention_ops(played.piece, index)
-    for (batch, _, _), made in zip(played.chunks, played.outputs(weights, [attend.q, append.k])):
+    append, attend = attention_ops(layer.plain.piece, layer.index)
+    names = [attend.q, append.k]
+    both = zip(layer.live.outputs(layer.weights, names), layer.plain.outputs(layer.weights, names))
+    for (batch, _, _), found in zip(layer.plain.chunks, both):
+        rows = [made[name].clone().unflatten(1, (-1, layer.mixer.head_dim)).transpose(0, 1) for made in found for name in names]
         offsets = batch.offsets.tolist()
-        q, k = (made[name].clone().unflatten(1, (-1, mixer.head_dim)).transpose(0, 1) for name in (attend.q, append.k))
         for begin, end in zip(offsets, offsets[1:]):
-            yield Seen(q[:, begin:end], k[:, begin:end])
+            yield Seen(*(each[:, begin:end] for each in rows))

@@ -63,7 +63,7 @@ def linear_attention(model: Model, settings: LinearLayers, text: Text | None, ru
     layers, apart = settings.meant(model), dict[str, list[float]]()
 
     def change(layer: Layer) -> Changed:
-        made = learn_features(layer.played, layer.weights, layer.mixer, layer.index, settings.steps, settings.rate)
+        made = learn_features(layer, settings.steps, settings.rate)
         apart[f"layer {layer.index}"] = [round(made.before, 4), round(made.after, 4)]
         weights = {f"{layer.path}.q_feature.weight": made.q, f"{layer.path}.k_feature.weight": made.k}
         return Changed(linear_form(layer.mixer, layer.index), weights)
