@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.ledger import ROOT, source_digest
+from benchmarks.ledger import ROOT, Ledger, source_digest
 
 MODEL = "code-8m"
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
@@ -81,17 +81,21 @@ def distill(name, out, minutes):
     subprocess.run([sys.executable, "-m", "hasten.cli", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def figures(original, made):
-    """What is told of a result beside its original."""
+def quality(model):
+    """Loss and top-1 accuracy over the whole held-out set, and its tokens."""
     from hasten.engine.backends import choose_backend
     from hasten.measure import Evaluation, cut_windows, held_out, score_windows
+
+    windows = cut_windows(model, held_out(), 512)
+    found = Evaluation.of([*score_windows(model, windows, window=512, backend=choose_backend(model)[0])])
+    return {"loss": found.loss, "top1": found.top1, "tokens": found.tokens}
+
+
+def figures(original, made, first):
+    """What is told of a result beside its original, whose quality is ``first``."""
     from hasten.measure.speed import SpeedTest, measure_speeds
     from hasten.program import lower
     from hasten.program.pages import sequence_bytes
-
-    def quality(model):
-        windows = cut_windows(model, held_out(), 512)
-        return Evaluation.of([*score_windows(model, windows, window=512, backend=choose_backend(model)[0])])
 
     def size(model, part=""):
         return sum(weight.nbytes for name, weight in model.weights.items() if part in name)
@@ -99,12 +103,12 @@ def figures(original, made):
     def cache(model):
         return sequence_bytes(lower(model.spec, cache="bfloat16"), 16)
 
-    first, second = quality(original), quality(made)
+    second = quality(made)
     shares = {what or "all": size(made, what) / size(original, what) for what in ("", "blocks.", ".mixer.", ".feed_forward.")}
     _, (speeds,) = measure_speeds(original, [made], SpeedTest((1,), prompt=64, new=32))
     return {
-        "loss": second.loss, "base_loss": first.loss, "increase": second.loss / first.loss - 1, "top1": second.top1,
-        "base_top1": first.top1, "retained": second.top1 / first.top1, "tokens": second.tokens,
+        **second, "base_loss": first["loss"], "increase": second["loss"] / first["loss"] - 1, "base_top1": first["top1"],
+        "retained": second["top1"] / first["top1"],
         "bytes": {what.strip("."): share for what, share in shares.items()}, "cache_bytes": cache(made) / cache(original),
         "decode": speeds.rows[0]["decode"]["median"],
     }  # fmt: skip
@@ -123,10 +127,14 @@ def main() -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         print(f"{given.name} → {out}", file=sys.stderr, flush=True)
         (distill if given.name in STUDENTS else apply)(given.name, out, given.minutes)
-    made = load(str(out))
+    made, original, ledger = load(str(out)), load(MODEL), Ledger(given.work / "originals.jsonl")
+    first = ledger.get(MODEL, source_digest())
+    if first is None:
+        first = quality(original)
+        ledger.note(MODEL, source_digest(), value=first)
     seconds = sum(entry.evidence.get("seconds", 0.0) for entry in made.provenance)
     history = [{entry.transform: msgspec.to_builtins(entry.settings)} for entry in made.provenance if entry.transform != "measured"]
-    print(json.dumps({"name": given.name, **figures(load(MODEL), made), "seconds_of_training": seconds, "recipe": history}, indent=2))
+    print(json.dumps({"name": given.name, **figures(original, made, first), "seconds_of_training": seconds, "recipe": history}, indent=2))
     return 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import weakref
 
 import msgspec
 import numpy as np
@@ -168,21 +169,30 @@ def test_ratios_have_intervals_of_ranks():
     assert SpeedTest().within(100_000) == SpeedTest()
 
 
-def test_models_are_timed_in_turn(base, noisy, monkeypatch):
-    order = []
-    real = speed.Trial.time
+def test_models_are_timed_in_turn_and_one_is_open_at_a_time(base, noisy, monkeypatch):
+    order, opened = [], []
+    real, opens = speed.Trial.time, speed.open_runner
 
     def timed(self):
-        order.append((id(self), self.case.batch))
+        assert [runner() is not None for runner in opened] == [False] * (len(opened) - 1) + [True]
+        order.append((names[-1], self.case.batch))
         return real(self)
 
+    names = []
+
+    def opening(model, cases, **settings):
+        names.append("base" if model is base else "other")
+        runner = opens(model, cases, **settings)
+        opened.append(weakref.ref(runner.session))
+        return runner
+
     monkeypatch.setattr(speed.Trial, "time", timed)
+    monkeypatch.setattr(speed, "open_runner", opening)
     heard = []
     first, second = measure_speeds(base, [noisy], TINY, threads=1, report=lambda *said: heard.append(said))
     assert heard[-1] == (20, 20)
-    assert [batch for _, batch in order] == [1] * 10 + [2] * 10
-    a, b = order[0][0], order[1][0]
-    assert [who for who, _ in order[:10]] == [a, b, b, a, a, b, b, a, a, b]
+    assert names == ["base", "other", "other", "base", "base", "other", "other", "base", "base", "other"]
+    assert order == [(name, batch) for name in names for batch in (1, 2)]
     assert [row.batch for row in first.rows] == [row.batch for row in second.rows] == [1, 2]
     assert {row.decode for row in first.rows} == {None}
     for row in second.rows:
@@ -281,7 +291,9 @@ def test_what_has_no_room_to_be_timed_is_kept_and_said(base, monkeypatch, tmp_pa
     require_room([base], "no more")
     with pytest.raises(UserError, match=r"2 models side by side take .* no more"):
         require_room([base, base], "no more")
-    assert "2 models side by side" in time_both(base, base, TINY, Run(tmp_path, 1))
+    assert isinstance(time_both(base, base, TINY, Run(tmp_path, 1)), Timed)  # one at a time
+    monkeypatch.setattr(hardware, "memory", lambda root: hardware.Memory(None, 3 << 20, None, None))
+    assert "takes 0.0 GiB" in time_both(base, base, TINY, Run(tmp_path, 1))
 
 
 def test_sizes_leave_head_and_routers_out(base):

@@ -12,10 +12,12 @@ import pytest
 from hasten import _native
 from hasten.backends.cpu.compile import KERNELS
 from hasten.backends.cpu.levels import LEVELS, kernels
+from hasten.base import hardware
 from hasten.base.errors import UserError
 from hasten.checkpoint import SHAPES, load
 from hasten.engine.stepper import Stepper
 from hasten.formats.linear import NUMBERS, LinearFormat
+from hasten.measure import latency
 from hasten.measure.context import Line, context_points
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
 from hasten.measure.kernels import WEIGHTS
@@ -97,12 +99,34 @@ def test_a_row_for_each_of_several_values(hasten):
     several = ("--weights", "int8,bf16", "--batch", "1,3", "--prompt", "5,9", "--new", 2, "--repeats", 1)
     rows = rows_of(hasten("bench", "latency", "code-8m", *several, "--json"))
     assert [(row["weights"], row["batch"], row["prompt"]) for row in rows] == [
-        (weights, batch, prompt) for weights in ("int8", "bf16") for batch in (1, 3) for prompt in (5, 9)
+        (weights, batch, prompt) for batch in (1, 3) for prompt in (5, 9) for weights in ("int8", "bf16")
     ]
     assert len({row["bytes_per_step"] for row in rows}) == 8
     table = hasten("bench", "latency", "code-8m", *several).out.splitlines()
     assert len(table) == 1 + 1 + 8
     assert "code-8m, backend cpu" in table[0]
+
+
+def test_formats_are_timed_in_turn_where_all_fit_in_memory(hasten, monkeypatch):
+    order, real = [], latency.Trial.time
+
+    def timed(self):
+        order.append(id(self))
+        return real(self)
+
+    monkeypatch.setattr(latency.Trial, "time", timed)
+    asked = ("bench", "latency", "code-8m", "--weights", "int8,bf16", *TINY, "--repeats", 2, "--json")
+    assert "not in turn" not in hasten(*asked).err
+    a, b = order[:2]
+    assert a != b
+    assert order == [a, b, b, a]
+    order.clear()
+    monkeypatch.setattr(hardware, "memory", lambda *_: hardware.Memory(None, 20 << 20, None, None))
+    done = hasten(*asked)
+    assert "not in turn" in done.err
+    assert [row["weights"] for row in rows_of(done)] == ["int8", "bf16"]
+    assert order[0] == order[1]
+    assert order[2] == order[3]
 
 
 def test_latency_of_the_reference(hasten):
@@ -177,7 +201,7 @@ def test_medians_are_taken_within_repetitions():
 def test_repetitions_time_what_they_say():
     case = Case(batch=2, prompt=8, new=3)
     runner = open_runner(MODEL, [case], threads=1)
-    played = list(repetitions(runner, case, 2))
+    played = [each for (each,) in repetitions([runner], case, 2)]
     assert len(played) == 2
     for each in played:
         assert len(each.step_overhead_us) == PROFILED

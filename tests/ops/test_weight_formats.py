@@ -118,6 +118,16 @@ def test_integers_have_the_same_bits_at_every_level(name, rows, size, out):
         np.testing.assert_array_equal(result, results[-1], isa)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "bf16" in LinearFormat.parse(name).activations])
+@pytest.mark.parametrize(("rows", "size", "out"), SHAPES)
+def test_products_with_bf16_have_the_same_bits_at_every_level_without_tiles(name, rows, size, out):
+    weight = packed(name, weights(name, 8, out, size))
+    x = rows_of(9, rows, size)
+    results = {isa: product(isa, weight, x, "bf16") for isa in ISAS if isa != "amx"}
+    for isa, result in results.items():
+        np.testing.assert_array_equal(result, results["generic"], isa)
+
+
 @every_isa
 @pytest.mark.parametrize("number", ["bf16", "int8", "int4"])
 def test_a_sparse_weight_is_the_dense_one_in_fewer_bytes(isa, number):

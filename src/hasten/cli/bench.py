@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +15,6 @@ from hasten.cli.table import print_table
 from hasten.cli.terminal import notify, visible_line
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from hasten.measure.throughput import Throughput
 
 bench = typer.Typer(name="bench", help="Measure speed, beside this machine's limits.", no_args_is_help=True)
@@ -88,28 +86,43 @@ def latency(
     from hasten.checkpoint import load
     from hasten.engine.backends import choose_backend
     from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
+    from hasten.measure.speed import fit_together
     from hasten.program import Formats
 
     cases = [Case(b, p, new) for b, p in itertools.product(options.counts("batch", batch), options.counts("prompt", prompt))]
-    formats = [None] if weights is None else [each.strip() for each in weights.split(",")]
+    formats: list[str | None] = [None] if weights is None else [each.strip() for each in weights.split(",")]
     loaded = load(model)
     check_weights(formats)
     backend, notice = choose_backend(loaded, backend, Formats(weights))
     notify(notice)
     rows = []
+    turns = [formats]
+    if len(formats) > 1 and not fit_together(loaded, backend, [Formats(each, activations, cache) for each in formats]):
+        turns = [[each] for each in formats]
+        notify("the weights do not fit in memory in all formats at once: one format is timed after the other, not in turn")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(formats) * len(cases) * repeats)
-        for each in formats:
-            progress.update(task, description=f"preparing weights {each or ''}")
-            runner = open_runner(
-                loaded, cases, backend=backend, weights=each, activations=activations, cache=cache, threads=threads, isa=isa
-            )
+        for turn in turns:
+            runners = []
+            for each in turn:
+                progress.update(task, description=f"preparing weights {each or ''}")
+                runners.append(
+                    open_runner(
+                        loaded, cases, backend=backend, weights=each, activations=activations, cache=cache, threads=threads, isa=isa
+                    )
+                )
             for case in cases:
-                progress.update(task, description=f"{runner.weights} batch {case.batch} prompt {case.prompt}")
-                rows.append(Latency.of(runner, case, _counted(progress, task, repetitions(runner, case, repeats))))
-                if as_json:
-                    typer.echo(json.dumps(dataclasses.asdict(rows[-1])))
+                progress.update(task, description=f"batch {case.batch} prompt {case.prompt}")
+                rounds = []
+                for found in repetitions(runners, case, repeats):
+                    rounds.append(found)
+                    progress.advance(task, len(found))
+                for runner, *own in zip(runners, *rounds, strict=True):
+                    rows.append(Latency.of(runner, case, own))
+                    if as_json:
+                        typer.echo(json.dumps(dataclasses.asdict(rows[-1])))
+            del runners, runner  # before the next are opened
     if not as_json:
         _print_latency(rows)
 
@@ -256,14 +269,6 @@ def kernels(
                     typer.echo(json.dumps(dataclasses.asdict(found[-1])))
     if not as_json:
         _print_kernels(found)
-
-
-def _counted(progress: "Progress", task: Any, each: Iterable[Any]) -> list[Any]:
-    found = []
-    for one in each:
-        found.append(one)
-        progress.advance(task)
-    return found
 
 
 def _print_throughput(rows: Sequence["Throughput"]) -> None:

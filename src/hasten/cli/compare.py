@@ -114,7 +114,8 @@ def compare(
                 "window": window,
             }  # fmt: skip
         if speed:
-            require_room(loaded, f"{FEWER}, or leave speed out with --no-speed")
+            for each in loaded:
+                require_room([each], "leave speed out with --no-speed")
             clock = progress.add_task("timing in turn", total=None)
             speeds[:] = measure_speeds(
                 loaded[0], loaded[1:], test, threads, lambda done, of: progress.update(clock, completed=done, total=of)

@@ -98,11 +98,11 @@ def distill(
     from rich.console import Console
     from rich.progress import Progress
 
-    from hasten.checkpoint import load, save
+    from hasten.checkpoint import load
 
     try:
         from hasten.compress.distill import distill as run
-        from hasten.compress.learn import Lesson, check_free
+        from hasten.compress.learn import Lesson
         from hasten.train import Work, draw_curve, picture_curve
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -110,10 +110,8 @@ def distill(
         raise MissingExtraError("distilling a model", "torch") from None
 
     settings, teaching = settings_of(learning), teaching_of(teaches)
-    if teaches.keep is not None:
-        if teaching.teacher == "fixed":
-            raise ConfigError(f"--keep {teaches.keep} is for others that learn: give --online or --mutual too")
-        check_free(teaches.keep, overwrite=False)
+    if teaches.keep is not None and teaching.teacher == "fixed":
+        raise ConfigError(f"--keep {teaches.keep} is for others that learn: give --online or --mutual too")
     loaded = load(teacher)
     student, pairs = student_of(loaded, choosing, learning.seed)
     teaching = structs.replace(teaching, pairs=teaching.pairs or pairs)
@@ -134,12 +132,9 @@ def distill(
         )
         learned = run(
             loaded, student, teaching, lesson, out, Work(place, learning.threads or hardware.detect().cpu.cores, report),
-            peers=peers, overwrite=overwrite, tokens=eval_tokens,
+            peers=peers, keep=teaches.keep, overwrite=overwrite, tokens=eval_tokens,
             began=lambda name, tokens: notify(f"{tokens:,} tokens of {name}; unfinished work lies in {place}"),
         )  # fmt: skip
-    if teaches.keep is not None:
-        for name, model in learned.beside.items():
-            save(model, teaches.keep / name)
     if plot is not None:
         picture_curve(learned.trained.losses, plot)
     facts = facts_of(teacher, out, loaded, learned)

@@ -97,14 +97,18 @@ class Distilled:
 
 def distill(
     teacher: Model, student: Model, teaching: Teaching, lesson: Lesson, directory: Path, work: Work, *, peers: Sequence[Model] = (),
-    overwrite: bool = False, began: Callable[[str, int], None] | None = None, tokens: int = 32768,
+    keep: Path | None = None, overwrite: bool = False, began: Callable[[str, int], None] | None = None, tokens: int = 32768,
 ) -> Distilled:  # fmt: skip
     """Teach ``student`` what ``teacher`` knows, into ``directory``, beside ``peers`` where the teacher is mutual: then each of them learns
-    from every other. The other arguments are those of `learn`.
+    from every other. Those that learned beside it go into folders of ``keep`` by their names. The other arguments are those of `learn`.
 
     Killed, it goes on where it was when called again, from ``work.folder``, which is removed at the end. Raises UserError, before anything
     is begun, for models that cannot learn from one another, as well as what `learn` refuses."""
     check_free(directory, overwrite)
+    if keep is not None:
+        if teaching.teacher == "fixed":
+            raise ConfigError(f"{keep} is for others that learn; let the teacher be online or mutual")
+        check_free(keep, overwrite=False)
     models = {TEACHER: teacher, STUDENT: student, **{f"peer{number}": peer for number, peer in enumerate(peers, 1)}}
     shorter = _checked(models, teaching)
     blocks, others = len(student.spec.blocks), len(teacher.spec.blocks)
@@ -138,6 +142,9 @@ def distill(
     }
     result = Distilled(made.pop(STUDENT), made, trained, *scores)
     result = dataclasses.replace(result, model=_with_evidence(result, teacher.weights.nbytes))
+    if keep is not None:
+        for name, each in result.beside.items():
+            save(each, keep / name)
     save(result.model, directory, overwrite=overwrite)
     shutil.rmtree(work.folder, ignore_errors=True)
     return result

@@ -101,7 +101,8 @@ def time_both(model: Model, made: Model, speed: SpeedTest | None, run: Run) -> T
     if speed is None:
         return "it was not asked for"
     try:
-        require_room([model, made], "a machine with more shows how fast they are")
+        for each in (model, made):
+            require_room([each], "a machine with more shows how fast it is")
     except UserError as error:
         return str(error)
     test = speed.within(model.spec.context)

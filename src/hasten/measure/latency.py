@@ -23,6 +23,7 @@ from hasten.model import Model
 from hasten.program import Batch, Formats, Program, lower, ops, unfuse
 
 PROFILED = 4  # steps that are profiled after those that are timed
+WARM = 16  # tokens of each prompt that are played before anything is timed
 
 _ARITHMETIC: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "float32": "f32"}  # of activations
 _SHORT = {"bfloat16": "bf16", "float16": "f16"}
@@ -201,8 +202,8 @@ def check_context(model: Model, context: int) -> None:
 
 
 class Trial:
-    """A case on a runner that nothing else uses meanwhile, ready to be timed again and again: it has been played once, shortly, to warm
-    up. Prompts are seeded random ids."""
+    """A case on a runner that nothing else uses meanwhile, ready to be timed again and again: the first of its tokens have been played to
+    warm up. Prompts are seeded random ids."""
 
     def __init__(self, runner: Runner, case: Case) -> None:
         vocab = runner.program.values["logits"].features[-1]
@@ -213,8 +214,11 @@ class Trial:
             Batch.of([each[position : position + 1] for each in ids], [position] * case.batch, rows="last")
             for position in range(case.prompt, case.context)
         ]
-        _, state = self._session.step(self._prompt, self._session.start(case.batch))
-        self._session.step(self._steps[0], state)
+        short = min(case.prompt, WARM)
+        state = self._session.start(case.batch)
+        for start, stop in ((0, short), (short, short + 1)):
+            warm = Batch.of([each[start:stop] for each in ids], [start] * case.batch, rows="last")
+            _, state = self._session.step(warm, state)
 
     def time(self) -> tuple[float, float, Sequences]:
         """Seconds from the prompts to the logits of all sequences, seconds of one more token of each, and the sequences."""
@@ -234,16 +238,20 @@ class Trial:
             yield profile
 
 
-def repetitions(runner: Runner, case: Case, repeats: int) -> Iterator[Repetition]:
-    """``repeats`` timed runs, slices of the limits between them."""
-    limits, trial = runner.limits(case), Trial(runner, case)
-    for _ in range(repeats):
-        ttft_s, tpot_s, state = trial.time()
-        profiles = list(trial.profiles(state)) if isinstance(runner.session, CpuSession) else []
-        yield Repetition(
-            ttft_s, tpot_s, limits.slice(), tuple(each.overhead_ns / 1e3 for each in profiles),
-            tuple((each.tape_ns - each.kernel_ns) / 1e3 for each in profiles),
-        )  # fmt: skip
+def repetitions(runners: Sequence[Runner], case: Case, repeats: int) -> Iterator[list[Repetition]]:
+    """``repeats`` rounds, in each of which every one of ``runners`` is timed once, each round in the other order; slices of the limits
+    between them."""
+    limits, trials = [runner.limits(case) for runner in runners], [Trial(runner, case) for runner in runners]
+    for round_ in range(repeats):
+        found: dict[int, Repetition] = {}
+        for place in range(len(runners)) if round_ % 2 == 0 else reversed(range(len(runners))):
+            ttft_s, tpot_s, state = trials[place].time()
+            profiles = list(trials[place].profiles(state)) if isinstance(runners[place].session, CpuSession) else []
+            found[place] = Repetition(
+                ttft_s, tpot_s, limits[place].slice(), tuple(each.overhead_ns / 1e3 for each in profiles),
+                tuple((each.tape_ns - each.kernel_ns) / 1e3 for each in profiles),
+            )  # fmt: skip
+        yield [found[place] for place in range(len(runners))]
 
 
 def _level(isa: str) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
 from hasten.engine.backends import choose_backend, find_loaded
-from hasten.measure.latency import PROFILED, Case, Runner, Trial, format_names, open_runner
+from hasten.measure.latency import PROFILED, Case, Trial, format_names, open_runner
 from hasten.model import Model
-from hasten.program import unfuse
+from hasten.program import Formats, unfuse
 
 CONFIDENCE = 0.9
 FEWEST = 5
@@ -120,37 +120,48 @@ def require_room(models: Sequence[Model], remedy: str) -> None:
         backend = find_loaded(choose_backend(model)[0], model)
         needed += backend.weight_bytes(backend.program(model))
     if available is not None and needed > available:
-        raise UserError(
-            f"{len(models)} models side by side take {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; {remedy}"
-        )
+        who = f"{models[0].name} takes" if len(models) == 1 else f"{len(models)} models side by side take"
+        raise UserError(f"{who} {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; {remedy}")
+
+
+def fit_together(model: Model, backend: str, formats: Sequence[Formats]) -> bool:
+    """Do the weights of ``model`` fit in memory in all of ``formats`` at once?"""
+    available, loaded = hardware.memory(hardware.ROOT).available, find_loaded(backend, model)
+    needed = sum(loaded.weight_bytes(loaded.program(model, formats=each)) for each in formats)
+    return available is None or needed <= available
 
 
 def measure_speeds(
     base: Model, models: Sequence[Model], test: SpeedTest, threads: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> list[Speeds]:  # fmt: skip
-    """Of ``base`` and each of ``models``, all open at once. In each round every model is timed once, and each round in the other order.
+    """Of ``base`` and each of ``models``, one of them open at a time: in each round every model is opened and timed once at every batch,
+    and each round in the other order.
 
     Raises UserError for sequences longer than a model's context, and as `open_runner` does."""
-    runners, cases = [], test.cases()
-    for model in (base, *models):
-        backend = choose_backend(model)[0]
-        runners.append(open_runner(model, cases, backend=backend, threads=threads if backend == "cpu" else None))
-    found: list[list[Speed]] = [[] for _ in runners]
-    done, of = 0, len(cases) * test.rounds * len(runners)
-    for case in cases:
-        trials = [Trial(runner, case) for runner in runners]
-        times: list[list[tuple[float, float]]] = [[] for _ in trials]
-        for round_ in range(test.rounds):
-            for place in range(len(trials)) if round_ % 2 == 0 else reversed(range(len(trials))):
-                prompt_s, token_s, _ = trials[place].time()
-                times[place].append((prompt_s, token_s))
+    every, cases = (base, *models), test.cases()
+    times: list[list[list[tuple[float, float]]]] = [[[] for _ in cases] for _ in every]
+    found: list[Speeds | None] = [None] * len(every)
+    done, of = 0, len(cases) * test.rounds * len(every)
+    for round_ in range(test.rounds):
+        for place in range(len(every)) if round_ % 2 == 0 else reversed(range(len(every))):
+            backend = choose_backend(every[place])[0]
+            runner = open_runner(every[place], cases, backend=backend, threads=threads if backend == "cpu" else None)
+            for case, own in zip(cases, times[place], strict=True):
+                prompt_s, token_s, _ = Trial(runner, case).time()
+                own.append((prompt_s, token_s))
                 done += 1
                 if report is not None:
                     report(done, of)
-        for place, own in enumerate(times):
-            found[place].append(_speed(case, times[0], own, is_base=place == 0))
-    return [_speeds(runner, rows) for runner, rows in zip(runners, found)]
+            found[place] = Speeds(runner.backend, runner.isa, runner.threads, runner.weights, runner.activations, runner.cache, ())
+            del runner  # before the next is opened
+    return [
+        dataclasses.replace(
+            speeds, rows=tuple(_speed(case, *taken, is_base=place == 0) for case, *taken in zip(cases, times[0], times[place], strict=True))
+        )
+        for place, speeds in enumerate(found)
+        if speeds is not None
+    ]
 
 
 def _speed(case: Case, base: Sequence[tuple[float, float]], own: Sequence[tuple[float, float]], *, is_base: bool) -> Speed:
@@ -158,10 +169,4 @@ def _speed(case: Case, base: Sequence[tuple[float, float]], own: Sequence[tuple[
     return Speed(
         case.batch, case.batch * case.prompt / statistics.median(prompt), case.batch / statistics.median(token),
         None if is_base else Ratio.of(base_prompt, prompt), None if is_base else Ratio.of(base_token, token),
-    )  # fmt: skip
-
-
-def _speeds(runner: Runner, rows: Sequence[Speed]) -> Speeds:
-    return Speeds(
-        runner.backend, runner.isa, runner.threads, runner.weights, runner.activations, runner.cache, tuple(rows)
     )  # fmt: skip
