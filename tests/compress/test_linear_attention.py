@@ -147,16 +147,16 @@ def test_features_begin_at_a_size_of_their_own_whatever_queries_and_keys_are(lou
         assert float(rows.square().mean().sqrt()) == pytest.approx(START, rel=0.2)
 
 
-def test_only_chosen_layers_change_every_second_one_unless_named(tmp_path):
-    model = with_mixers(small(), count=4)
+def test_only_chosen_layers_change_the_later_half_unless_named(tmp_path):
+    model = with_mixers(small(), count=5)
     made = convert(model, tmp_path)
-    assert [type(block.mixer) for block in made.spec.blocks] == [Attention, LinearAttention] * 2
-    assert evidence_of(made)["layers"] == [1, 3]
+    assert [type(block.mixer) for block in made.spec.blocks] == [*[Attention] * 3, *[LinearAttention] * 2]
+    assert evidence_of(made)["layers"] == [3, 4]
     own = ("o.weight", "q_feature.weight", "k_feature.weight")
-    learned = {f"blocks.{n}.mixer.{name}" for n in (1, 3) for name in own}
+    learned = {f"blocks.{n}.mixer.{name}" for n in (3, 4) for name in own}
     assert {name for name in made.weights if made.weights[name] is not model.weights.get(name)} == learned
     named = convert(model, tmp_path, layers=[2, 0])
-    assert [type(block.mixer) for block in named.spec.blocks] == [LinearAttention, Attention] * 2
+    assert [type(block.mixer) for block in named.spec.blocks] == [LinearAttention, Attention, LinearAttention, Attention, Attention]
     assert named.provenance[-1].settings == {"layers": [2, 0], "steps": 8, "rate": 0.02, "fit": True}
 
 

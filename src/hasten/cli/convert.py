@@ -24,8 +24,7 @@ def convert(
     ] = None,
     window: Annotated[int | None, typer.Option("--window", help="Tokens that a query sees, its own among them.")] = None,
     linear: Annotated[
-        bool,
-        typer.Option("--linear", help="Linear attention, a state of fixed size, in every second layer, or --layers."),
+        bool, typer.Option("--linear", help="Linear attention, a state of fixed size, in the later half of the layers, or --layers.")
     ] = False,
     share_kv: Annotated[
         bool, typer.Option("--share-kv", help="Every second layer, or --layers, reads keys and values of one before it.")

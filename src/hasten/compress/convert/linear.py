@@ -31,8 +31,8 @@ MOST_STEPS = 100_000
 
 
 class LinearLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``layers`` get linear attention (every second one with softmax attention unless given). Features learn in ``steps`` of
-    Adam at ``rate``; ``fit`` says whether the output projection is fitted afterwards."""
+    """``layers`` get linear attention (the later half of those with softmax attention unless given: the first ones bear it least).
+    Features learn in ``steps`` of Adam at ``rate``; ``fit`` says whether the output projection is fitted afterwards."""
 
     layers: tuple[int, ...] | None = None
     steps: int = 256
@@ -41,7 +41,10 @@ class LinearLayers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def meant(self, model: Model) -> tuple[int, ...]:
         """The layers to convert."""
-        return chosen_layers(model, None)[1::2] if self.layers is None else chosen_layers(model, self.layers)
+        if self.layers is not None:
+            return chosen_layers(model, self.layers)
+        every = chosen_layers(model, None)
+        return every[(len(every) + 1) // 2 :]
 
 
 def check_linear_attention(model: Model, settings: LinearLayers) -> None:
