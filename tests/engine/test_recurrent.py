@@ -9,11 +9,13 @@ import pytest
 
 from hasten import LLM, SamplingParams
 from hasten.backends.cpu import CpuBackend
+from hasten.backends.reference import ReferenceBackend
+from hasten.base.errors import UserError
 from hasten.engine.batching import ByPriority, Continuous
 from hasten.engine.plan import Costs, Counters, Settings
 from hasten.formats.weights import Weight, Weights
 from hasten.model import Model
-from hasten.program import RecurrentGroup, lower
+from hasten.program import Batch, KvGroup, RecurrentGroup, lower
 from hasten.program.pages import page_counts, sequence_bytes
 from hasten.spec import (
     Attention,
@@ -174,3 +176,29 @@ def test_a_session_has_the_pages_that_were_planned():
             kinds += 1
     assert kinds == 7, "a scan of each mixer, and convolutions of three widths"
     assert sum(pool.page_bytes * pool.pages for pool in session.compiled.pools) <= 5 * sequence_bytes(program, 16)
+
+
+def test_several_sequences_are_scored_at_once_each_in_a_page_of_states():
+    each = sequence_bytes(CpuBackend().program(HYBRID, CONTEXT), 16)
+    session = CpuBackend().session(HYBRID, CONTEXT, cache_bytes=2 * each)  # four states of each kind
+    sequences = [prompt[:20] for prompt in prompts()[:4]]
+    together = session.score(Batch.of(sequences))
+    assert np.array_equal(together, np.concatenate([session.score(Batch.of([one])) for one in sequences]))
+    with pytest.raises(UserError, match="5 pages are more than the cache's 4; score fewer"):
+        session.score(Batch.of([*sequences, [1]]))
+
+
+def test_hidden_states_are_the_references_and_leave_the_same_state():
+    ids = prompts()[0][:30]
+    batch, rest = Batch.of([ids]), Batch.of([[5, 6, 7]], [len(ids)])
+    session, reference = CpuBackend().session(HYBRID, CONTEXT), ReferenceBackend().session(HYBRID, CONTEXT)
+    pages = [[[0, 1, 2] if isinstance(group, KvGroup) else [4] for group in session.program.states]]
+    whole = session.run(Batch.of([[*ids, 5, 6, 7]]), pages)
+    found, expected = session.hidden(batch, pages), reference.hidden(batch, pages)
+    assert np.abs(found - expected).mean() <= 0.1 * np.abs(expected).mean()  # products are in bf16
+    assert np.array_equal(session.run(rest, pages), whole[len(ids) :])
+
+
+def test_the_native_backend_is_chosen():
+    llm = LLM(HYBRID, context=CONTEXT)
+    assert (llm.backend, llm.notice) == ("cpu", "")
