@@ -30,7 +30,11 @@ def convert(
         bool, typer.Option("--share-kv", help="Every second layer, or --layers, reads keys and values of one before it.")
     ] = False,
     layers: Annotated[
-        str | None, typer.Option("--layers", help="Only these, counted from 0, as 0,2. [default: all with keys and values]")
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Only these, counted from 0, as 0,2. [default: all with keys and values; with --linear the later half, with --share-kv every second]",
+        ),
     ] = None,
     heal: HealOption = None,
     making: Making = MAKING,
