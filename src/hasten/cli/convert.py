@@ -33,7 +33,7 @@ def convert(
         str | None,
         typer.Option(
             "--layers",
-            help="Only these, counted from 0, as 0,2. [default: all with keys and values; with --linear the later half, with --share-kv every second]",
+            help="Only these, counted from 0, as 0,2. [default: all; --linear: the later half; --share-kv: every second]",
         ),
     ] = None,
     heal: HealOption = None,
