@@ -105,9 +105,9 @@ def test_as_many_blocks_as_can_ever_be_needed(device):
 
 
 @pytest.mark.parametrize(
-    ("name", "fed"), [("bf16", "bf16"), ("int8", "int8"), ("int4-g32", "bf16"), ("int4-g64-zp", "int8"), ("fp8", "bf16")]
+    ("name", "fed", "shared"),
+    [("bf16", "bf16", True), ("bf16", "bf16", False), ("int8", "int8", False), ("int4-g64-zp", "int8", True), ("fp8", "bf16", False)],
 )
-@pytest.mark.parametrize("shared", [False, True])
 def test_expert_linear(name, fed, shared, device):
     """Against float64, and to the bit what the expert's own linear layer gives the row."""
     form, tokens, chosen, count, size, out = LinearFormat.parse(name), 9, 2, 4, 150, 70

@@ -115,10 +115,10 @@ def tell_apart(experts: Tensor, blocks: Blocks) -> None:
     block = blocks.block
     if room < (needed := most_blocks(choices, count, block)) or block & (block - 1):
         raise ValueError(f"{choices} choices of {count} experts need {needed} blocks of a power of two places, not {room} of {block}")
-    _count[(count,)](experts, blocks.counts, choices, _LISTED, num_warps=4)
+    _count[(count,)](experts, blocks.counts, choices, _LISTED, num_warps=4, enable_fp_fusion=False)
     _place[(count + 1,)](
         experts, blocks.counts, blocks.places, blocks.experts, choices, count, room, block, _LISTED, triton.next_power_of_2(count),
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -280,7 +280,7 @@ def select_rows(x: Tensor, rows: Tensor, y: Tensor) -> None:
 def _taken(source: Tensor, rows: Tensor, y: Tensor, factor: float, offset: int) -> None:
     if len(rows):
         _take[(len(rows), triton.cdiv(y.shape[1], 1024))](
-            source, rows, y, y.shape[1], source.stride(0), y.stride(0), offset, factor, 1024, num_warps=4
+            source, rows, y, y.shape[1], source.stride(0), y.stride(0), offset, factor, 1024, num_warps=4, enable_fp_fusion=False
         )
 
 
