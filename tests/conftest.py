@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what reaches for the Hub says so itself
 
+if not os.path.exists("/dev/nvidiactl"):  # tests/gpu decides by torch; by then another test's library may have imported triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):

@@ -1,0 +1,137 @@
+"""Compiles kernels for an H200 (sm_90) on any machine, and prints what came out: a line of JSON a kernel.
+
+The interpreter plays a kernel as Python; what the compiler refuses, or compiles to another instruction, only the compiler tells. Plain
+functions are called on tensors without memory, of the sizes of a large model, and every launch is compiled in place of run."""
+
+import json
+import re
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+from triton.language import target_info
+from triton.runtime.jit import JITFunction
+
+from hasten.backends.cuda.kernels import experts, linear, rows
+from hasten.backends.cuda.kernels.linear import Scratch, Tiles, default_order, default_tiles, scratch_size
+from hasten.backends.cuda.kernels.pack import PackedWeight
+from hasten.program import ops
+from hasten.spec import ClampedSwiglu
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
+}  # fmt: skip
+BF16, F32, I8, I32 = torch.bfloat16, torch.float32, torch.int8, torch.int32
+H200 = GPUTarget("cuda", 90, 32)
+case = ""
+
+
+def current_target():
+    """In place of asking a driver."""
+    return H200
+
+
+current_target.__triton_builtin__ = True  # or kernels that ask for it are said to refer to a global
+
+
+def compiled(self, *arguments, grid, warmup, **options):
+    """In place of JITFunction.run: what the launch would have run, for sm_90."""
+    signature, constants, attributes = {}, {}, {}
+    for number, (parameter, given) in enumerate(zip(self.params, arguments, strict=True)):
+        if parameter.is_constexpr or given is None:
+            kind = "constexpr"
+        elif isinstance(given, torch.Tensor):
+            kind = f"*{TYPES[given.dtype]}"
+        else:
+            kind = "fp32" if isinstance(given, float) else "i32"
+        specialized = kind == "i32" and not parameter.do_not_specialize
+        if kind == "constexpr" or (specialized and given == 1):
+            kind, constants[number,] = "constexpr", given
+        elif kind.startswith("*") or (specialized and given % 16 == 0):
+            attributes[number,] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=H200, options=options)
+    said = {
+        "case": case, "kernel": self.fn.__name__, "shared": made.metadata.shared, "warps": options["num_warps"],
+        "products": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m\S+)|(mma\.sync\S+)", made.asm["ptx"]))),
+        "nibbles": made.asm["ptx"].count("lop3.b32 t"),
+        "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4|cp\.async\.cg", made.asm["ptx"])),
+    }  # fmt: skip
+    print(json.dumps(said), flush=True)
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(codes, out=4096, size=4096, group=0, stacked=(), zeros=False):
+    """A weight of a large model: ``codes`` dtype, int16 for nibbles in spans of 256."""
+    nibbles = codes == torch.int16
+    scales = None if codes in {BF16, F32} else empty(*stacked, size // (group or size), out, dtype=F32)
+    return PackedWeight(
+        size, "nibbles" if nibbles else "plain", empty(*stacked, out, size // (4 if nibbles else 1), dtype=codes), scales,
+        empty(*stacked, size // (group or size), out, dtype=I8) if zeros else None, group, 256 if nibbles else 0,
+    )  # fmt: skip
+
+
+def products():
+    """Every kind of code and of rows, for decoding and for prompts."""
+    global case
+    for label, codes, group, fed in [
+        ("bf16", BF16, 0, BF16), ("int8 × int8", I8, 0, I8), ("int4 × bf16", torch.int16, 128, BF16),
+    ]:  # fmt: skip
+        its = weight(codes, group=group, zeros=label == "int4 × bf16")
+        order = default_order(its)
+        for count in (1, 4096):
+            case = f"{label}, {count} rows"
+            tiles = default_tiles(count, order)
+            sums, counters = scratch_size(count, its.out, order, tiles)
+            scale = empty(count, 1, dtype=F32) if fed == I8 else None
+            linear.linear(
+                empty(count, its.size, dtype=fed), its, empty(count, its.out), scale=scale, bias=empty(its.out),
+                scratch=Scratch(empty(sums, dtype=F32), empty(counters, dtype=I32)),
+            )  # fmt: skip
+
+
+def mixtures():
+    """An op of a mixture of experts after the other."""
+    global case
+    case = "experts"
+    its, tiles = weight(BF16, 1024, 2048, stacked=(64,)), Tiles(rows=64)
+    op = ops.Route(logits="l", experts="e", weights="w", top_k=6, score="sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4)
+    chosen, size = empty(8, 6, dtype=I32), experts.most_blocks(48, 64, 64)
+    experts.route(op, empty(8, 64, dtype=F32), chosen, empty(8, 6, dtype=F32), empty(64, dtype=F32))
+    blocks = experts.Blocks(empty(size * 64, dtype=I32), empty(size, dtype=I32), empty(64, dtype=I32))
+    experts.tell_apart(chosen, blocks)
+    experts.expert_linear(empty(8, 2048), its, empty(8, 6, 1024), blocks, tiles)
+    experts.combine(empty(8, 6, 2048), empty(8, 6, dtype=F32), empty(8, 2048))
+
+
+def row_ops():
+    """Row-wise kernels, fused as far as they go."""
+    global case
+    case = "rows"
+    to = rows.Rounded(empty(8, 4096, dtype=I8), empty(8, 1, dtype=F32))
+    x, narrow = empty(8, 4096, dtype=F32), empty(8, 4096)
+    rows.norm(x, empty(4096), BF16, eps=1e-5, group=4096, y=narrow, quantized=to, branch=narrow, added=x)
+    rows.norm(narrow, empty(128), BF16, eps=1e-5, group=128, y=narrow, bias=empty(128), centred=True)
+    for kind in ("silu", "gelu_tanh", ClampedSwiglu(alpha=1.7, limit=7.0)):
+        rows.gate(narrow, narrow, kind, BF16, y=narrow)
+    rows.gate(narrow, narrow, "gelu", BF16, quantized=to)
+    rows.quantize_rows(narrow, to)
+    rows.quantize_fixed(narrow, to, 0.1)
+    rows.soft_cap(x, x, 30.0)
+    rows.add(x, narrow, x)
+    rows.embed(narrow, empty(8, dtype=I32), narrow, factor=2.0)
+
+
+if __name__ == "__main__":
+    target_info.current_target = current_target
+    JITFunction.run = compiled
+    CUDABackend.make_cubin = lambda *_: b""  # as far as PTX: half of the time, and what is looked at
+    products()
+    mixtures()
+    row_ops()

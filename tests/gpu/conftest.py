@@ -1,0 +1,31 @@
+"""Kernels run on the device where torch sees one, else in Triton's interpreter on the CPU; without torch or triton they are skipped."""
+
+import importlib.util
+import os
+
+import pytest
+
+MISSING = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+
+if not MISSING:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+class Skipped(pytest.Module):
+    """A test file that cannot be imported here."""
+
+    def collect(self):
+        pytest.skip(f"{' and '.join(MISSING)} not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return Skipped.from_parent(parent, path=module_path) if MISSING else None
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tests' tensors lie: the device, or the CPU for the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

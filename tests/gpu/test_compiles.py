@@ -1,0 +1,57 @@
+"""What the compiler makes of the kernels for an H200, on any machine: all of them compile, and products take one instruction's family."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = 227 * 1024  # bytes that a program may have on compute capability 9.0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    if importlib.util.find_spec("triton.backends.nvidia") is None:
+        pytest.skip("this triton has no compiler for NVIDIA devices")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.compiling"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_and_fits(made):
+    assert {each["kernel"] for each in made} == {
+        "_linear", "_experts", "_route", "_count", "_place", "_combine", "_norm", "_gate", "_fixed", "_mapped", "_take",
+    }  # fmt: skip
+    assert all(each["shared"] <= SHARED for each in made)
+
+
+def test_few_rows_and_many_go_through_the_same_instruction(made):
+    """wgmma m64nNk…: only N, the rows of a tile, differs; an element's sum over k is the instruction's own."""
+    by_format = {}
+    for each in made:
+        if each["kernel"] == "_linear":
+            label, rows = each["case"].split(", ")
+            by_format.setdefault(label, {})[rows] = {part for pair in each["products"] for part in pair if part}
+    assert len(by_format) == 3
+    for few, many in (found.values() for found in by_format.values()):
+        (one,), (other,) = few, many
+        assert one.startswith("m64n16k"), one
+        assert other == one.replace("n16", "n128")
+
+
+def test_nibbles_are_taken_apart_two_by_two(made):
+    assert {each["case"].split(",")[0]: bool(each["nibbles"]) for each in made if each["kernel"] == "_linear"} == {
+        "bf16": False, "int8 × int8": False, "int4 × bf16": True,
+    }  # fmt: skip
+
+
+def test_rows_are_read_in_wide_loads(made):
+    assert all(each["wide"] for each in made if each["kernel"] in {"_linear", "_experts", "_norm", "_gate", "_mapped", "_take"})
