@@ -3,8 +3,8 @@
     python -m benchmarks.smaller sparsegpt-50-healed
 
 One JSON object. Losses and top-1 accuracy are of the whole held-out set; ``retained`` is top-1 over the original's, ``bytes`` and
-``cache_bytes`` are shares of the original's, ``decode`` is tokens a second at batch 1 over the original's, in turn. A recipe that was
-interrupted goes on where it was, and one that is done is not made again until what runs changes."""
+``cache_bytes`` (of a sequence as long as the context) are shares of the original's, ``decode`` is tokens a second at batch 1 over the
+original's, in turn. A recipe that was interrupted goes on where it was, and one that is done is not made again until what runs changes."""
 
 import argparse
 import json
@@ -50,6 +50,8 @@ def recipes(minutes):
     made["one-kv-head-healed"] = [*made["one-kv-head"], heal(minutes)]
     made["latent"] = [{"latent": {"rank": 96}}]
     made["latent-healed"] = [*made["latent"], heal(minutes)]
+    made["linear"] = [{"linear_attention": {}}]
+    made["linear-healed"] = [*made["linear"], heal(minutes)]
     return made
 
 
@@ -93,12 +95,13 @@ def figures(original, made, first):
     """What is told of a result beside its original, whose quality is ``first``."""
     from hasten.measure.speed import SpeedTest, measure_speeds
     from hasten.program import lower
+    from hasten.program.pages import sequence_bytes
 
     def size(model, part=""):
         return sum(weight.nbytes for name, weight in model.weights.items() if part in name)
 
     def cache(model):
-        return sum(group.bytes_per_token() for group in lower(model.spec).states)
+        return sequence_bytes(lower(model.spec, cache="bfloat16"), 16)
 
     second = quality(made)
     shares = {what or "all": size(made, what) / size(original, what) for what in ("", "blocks.", ".mixer.", ".feed_forward.")}

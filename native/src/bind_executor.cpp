@@ -26,6 +26,7 @@
 #include "tape_heads.hpp"
 #include "tape_ops.hpp"
 #include "tape_rows.hpp"
+#include "tape_scans.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -45,7 +46,7 @@ using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb
 
 // A page's memory, which is as long as `bytes`.
 template <class Array>
-std::uint8_t* page_of(const PagePool& pool, int page, const Array& bytes) {
+std::uint8_t* page_of(const Pages& pool, int page, const Array& bytes) {
     if (page < 0 || page >= pool.pages()) refuse("page " + std::to_string(page) + " is outside the cache");
     if (bytes.size() != pool.page_bytes()) refuse("a page has " + std::to_string(pool.page_bytes()) + " bytes, not " + std::to_string(bytes.size()));
     return pool.page_memory(page);
@@ -218,10 +219,17 @@ class Player {
         if (table.pages.size() != groups.size()) refuse("a page table needs a list per state group, of which there are " + std::to_string(groups.size()));
         for (std::size_t group = 0; group < groups.size(); ++group) {
             const auto& pages = table.pages[group];
-            const std::size_t needed = last / groups[group]->page() + 1;  // all of them: a window skips pages, it does not renumber them
+            std::size_t needed = 1;
+            int most = 0;
+            if (const auto* paged = std::get_if<std::shared_ptr<PagePool>>(&groups[group])) {
+                needed = last / (*paged)->page() + 1;  // all of them: a window skips pages, it does not renumber them
+                most = (*paged)->pages();
+            } else {
+                most = std::get<std::shared_ptr<StatePool>>(groups[group])->pages();
+            }
             if (needed > pages.size()) refuse("the page table of sequence " + std::to_string(sequence) + " is too short for its positions");
             for (std::size_t i = 0; i < needed; ++i)
-                if (pages[i] < 0 || pages[i] >= groups[group]->pages()) refuse("page " + std::to_string(pages[i]) + " is outside the cache");
+                if (pages[i] < 0 || pages[i] >= most) refuse("page " + std::to_string(pages[i]) + " is outside the cache");
         }
     }
 
@@ -262,7 +270,10 @@ class Player {
         slots_.resize(groups.size());
         step_.slots.resize(groups.size());
         for (std::size_t group = 0; group < groups.size(); ++group) {
-            const int page = groups[group]->page();
+            const auto* paged = std::get_if<std::shared_ptr<PagePool>>(&groups[group]);
+            step_.slots[group] = nullptr;
+            if (!paged) continue;
+            const int page = (*paged)->page();
             slots_[group].resize(static_cast<std::size_t>(step_.tokens));
             for (int s = 0; s < step_.sequences; ++s) {
                 const auto& pages = step_.tables[s]->pages[group];
@@ -293,6 +304,18 @@ template <NumberOp::Kernel kernel>
 void number_op(Player& player, bool logit_rows, std::int64_t x, std::int64_t y, int n, float number) {
     add_op<NumberOp>(player, rows_named(logit_rows), kernel, place(x), place(y), n, number);
 }
+
+// The recurrent states that are the tape's group of that number.
+std::shared_ptr<StatePool> states_of(const Tape& tape, int group) {
+    const auto& groups = tape.groups();
+    if (group >= 0 && static_cast<std::size_t>(group) < groups.size())
+        if (const auto* states = std::get_if<std::shared_ptr<StatePool>>(&groups[static_cast<std::size_t>(group)])) return *states;
+    refuse("group " + std::to_string(group) + " keeps no recurrent state");
+}
+
+using Numbers = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+
+std::vector<float> copied(const Numbers& numbers) { return {numbers.data(), numbers.data() + numbers.size()}; }
 
 // x, y, size, x_head, x_at, y_head, y_at of CopyFeaturesOp::Part.
 using CopiedPart = std::tuple<std::int64_t, std::int64_t, int, int, int, int, int>;
@@ -328,7 +351,30 @@ void bind_executor(nb::module_& module) {
              "experts"_a)
         .def_prop_ro("nbytes", &ExpertWeights::bytes);
 
-    nb::class_<PagePool>(module, "PagePool", "Keys and values of a state group, bf16, int8 or fp8, in pages. value_dim 0: latent rows, in bf16.")
+    nb::class_<Pages>(module, "Pages", "What sequences keep of one state group, page by page, each a run of bytes.")
+        .def_prop_ro("pages", &Pages::pages)
+        .def_prop_ro("page_bytes", &Pages::page_bytes)
+        .def("copy_page",
+             [](Pages& self, int from, int to) {
+                 if (from < 0 || to < 0 || from >= self.pages() || to >= self.pages())
+                     refuse("page " + std::to_string(from < 0 || from >= self.pages() ? from : to) + " is outside the cache");
+                 self.copy_page(from, to);
+             },
+             "from_"_a, "to"_a, "Copy what every layer has in one page over another's. Raises ValueError for a page out of range.")
+        .def("read_page", [](const Pages& self, int page, Bytes into) { std::memcpy(into.data(), page_of(self, page, into), into.size()); },
+             "page"_a, "into"_a.noconvert(), "Copy all of a page to ``into``. Raises ValueError for a page out of range or another size.")
+        .def("write_page", [](Pages& self, int page, ConstBytes from) { std::memcpy(page_of(self, page, from), from.data(), from.size()); },
+             "page"_a, "from_"_a, "Copy what read_page gave over a page. Raises ValueError for a page out of range or another size.");
+
+    nb::class_<StatePool, Pages>(module, "StatePool", "Recurrent states: a page is all that one sequence keeps, ``size`` float32 numbers a layer.")
+        .def("__init__",
+             [](StatePool* self, int layers, int pages, std::size_t size) {
+                 if (layers < 1 || pages < 1) refuse("a pool of states has at least one of everything");
+                 new (self) StatePool(layers, pages, size);
+             },
+             "layers"_a, "pages"_a, "size"_a);
+
+    nb::class_<PagePool, Pages>(module, "PagePool", "Keys and values of a state group, bf16, int8 or fp8, in pages. value_dim 0: latent rows, in bf16.")
         .def("__init__",
              [](PagePool* self, const std::string& format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim) {
                  if (layers < 1 || pages < 1 || page < 1 || kv_heads < 1 || key_dim < 1 || value_dim < 0)
@@ -338,22 +384,9 @@ void bind_executor(nb::module_& module) {
                  new (self) PagePool(its, layers, pages, page, kv_heads, key_dim, value_dim);
              },
              "format"_a, "layers"_a, "pages"_a, "page"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a)
-        .def_prop_ro("pages", &PagePool::pages)
-        .def_prop_ro("page", &PagePool::page)
-        .def_prop_ro("page_bytes", &PagePool::page_bytes)
-        .def("copy_page",
-             [](PagePool& self, int from, int to) {
-                 if (from < 0 || to < 0 || from >= self.pages() || to >= self.pages())
-                     refuse("page " + std::to_string(from < 0 || from >= self.pages() ? from : to) + " is outside the cache");
-                 self.copy_page(from, to);
-             },
-             "from_"_a, "to"_a, "Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range.")
-        .def("read_page", [](const PagePool& self, int page, Bytes into) { std::memcpy(into.data(), page_of(self, page, into), into.size()); },
-             "page"_a, "into"_a.noconvert(), "Copy all of a page to ``into``. Raises ValueError for a page out of range or another size.")
-        .def("write_page", [](PagePool& self, int page, ConstBytes from) { std::memcpy(page_of(self, page, from), from.data(), from.size()); },
-             "page"_a, "from_"_a, "Copy what read_page gave over a page. Raises ValueError for a page out of range or another size.");
+        .def_prop_ro("page", &PagePool::page);
 
-    nb::class_<PageTable>(module, "PageTable", "The pages that hold one sequence, per state group in the order of its positions.")
+    nb::class_<PageTable>(module, "PageTable", "The pages that hold one sequence, per state group in the order of its positions; of recurrent state the one.")
         .def("__init__", [](PageTable* self, std::vector<std::vector<std::int32_t>> pages) { new (self) PageTable{std::move(pages)}; },
              "pages"_a)
         .def("pages", [](const PageTable& self, std::size_t group) { return self.pages.at(group); }, "group"_a);
@@ -366,6 +399,7 @@ void bind_executor(nb::module_& module) {
         .def_prop_ro("threads", [](const Player& self) { return self.tape.threads(); })
         .def_prop_ro("op_names", [](const Player& self) { return self.tape.op_names(); })
         .def("group", [](Player& self, std::shared_ptr<PagePool> pages) { return self.tape.add_group(std::move(pages)); }, "pages"_a)
+        .def("group", [](Player& self, std::shared_ptr<StatePool> pages) { return self.tape.add_group(std::move(pages)); }, "pages"_a)
         .def("embed",
              [](Player& self, Halves table, float scale, std::int64_t y) {
                  self.kept.append(table.cast());
@@ -529,6 +563,49 @@ void bind_executor(nb::module_& module) {
                  add_op<HeadLinearOp>(self, std::move(weights), place(x), place(y), stride);
              },
              "weights"_a, "x"_a, "y"_a, "stride"_a)
+        .def("causal_conv",
+             [](Player& self, int group, int slot, std::int64_t x, std::int64_t y, int channels, int taps, Numbers weight, Floats bias,
+                std::optional<std::string> activation) {
+                 add_op<CausalConvOp>(self, states_of(self.tape, group), group, slot, place(x), place(y), channels, taps, copied(weight), std::move(bias),
+                                      activation ? std::optional(activation_named(*activation)) : std::nullopt);
+             },
+             "group"_a, "slot"_a, "x"_a, "y"_a, "channels"_a, "taps"_a, "weight"_a, "bias"_a, "activation"_a.none())
+        .def("selective_scan",
+             [](Player& self, int group, int slot, std::int64_t x, std::int64_t dt, std::int64_t b, std::int64_t c, std::int64_t y, int channels,
+                int states, Numbers a_log, Floats d, Floats dt_bias) {
+                 add_op<SelectiveScanOp>(self, states_of(self.tape, group), group, slot,
+                                         SelectiveScanOp::Places{place(x), place(dt), place(b), place(c), place(y)}, channels, states, copied(a_log),
+                                         std::move(d), std::move(dt_bias));
+             },
+             "group"_a, "slot"_a, "x"_a, "dt"_a, "b"_a, "c"_a, "y"_a, "channels"_a, "states"_a, "a_log"_a, "d"_a, "dt_bias"_a)
+        .def("dual_scan",
+             [](Player& self, int group, int slot, std::int64_t x, std::int64_t dt, std::int64_t b, std::int64_t c, std::int64_t y, int heads,
+                int groups, int head_dim, int states, Floats a_log, Floats d, Floats dt_bias, float dt_min, float dt_max) {
+                 add_op<DualScanOp>(self, states_of(self.tape, group), group, slot,
+                                    DualScanOp::Places{place(x), place(dt), place(b), place(c), place(y)},
+                                    DualScanOp::Sizes{heads, groups, head_dim, states}, a_log, std::move(d), std::move(dt_bias), dt_min, dt_max);
+             },
+             "group"_a, "slot"_a, "x"_a, "dt"_a, "b"_a, "c"_a, "y"_a, "heads"_a, "groups"_a, "head_dim"_a, "states"_a, "a_log"_a, "d"_a,
+             "dt_bias"_a, "dt_min"_a, "dt_max"_a)
+        .def("gated_delta_scan",
+             [](Player& self, int group, int slot, std::int64_t q, std::int64_t k, std::int64_t v, std::int64_t a, std::int64_t b, std::int64_t y,
+                int key_heads, int value_heads, int key_dim, int value_dim, Floats a_log, Floats dt_bias) {
+                 self.tape.need_scratch(2 * static_cast<std::size_t>(key_dim));
+                 add_op<GatedDeltaScanOp>(self, states_of(self.tape, group), group, slot,
+                                          GatedDeltaScanOp::Places{place(q), place(k), place(v), place(a), place(b), place(y)},
+                                          GatedDeltaScanOp::Sizes{key_heads, value_heads, key_dim, value_dim}, a_log, std::move(dt_bias));
+             },
+             "group"_a, "slot"_a, "q"_a, "k"_a, "v"_a, "a"_a, "b"_a, "y"_a, "key_heads"_a, "value_heads"_a, "key_dim"_a, "value_dim"_a, "a_log"_a,
+             "dt_bias"_a)
+        .def("linear_scan",
+             [](Player& self, int group, int slot, std::int64_t q, std::int64_t k, std::int64_t v, std::int64_t y, int heads, int kv_heads,
+                int head_dim, int value_dim, float floor) {
+                 if (kv_heads < 1 || heads % kv_heads) refuse("kv_heads must divide the heads");
+                 const LinearScanShape shape{heads, kv_heads, head_dim, value_dim, floor};
+                 self.tape.need_scratch(shape.scratch());
+                 add_op<LinearScanOp>(self, states_of(self.tape, group), group, slot, LinearScanOp::Places{place(q), place(k), place(v), place(y)}, shape);
+             },
+             "group"_a, "slot"_a, "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "value_dim"_a, "floor"_a)
         .def("select_rows", [](Player& self, std::int64_t x, std::int64_t y, int n) { add_op<SelectRowsOp>(self, place(x), place(y), n); },
              "x"_a, "y"_a, "n"_a)
         .def("open_chain", &Player::open_chain, "most_rows"_a, "block_bytes"_a)

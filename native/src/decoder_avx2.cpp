@@ -15,6 +15,7 @@
 #define HASTEN_LEVEL level_avx2
 #define HASTEN_AVX2
 #include "decoder_vector.hpp"
+#include "vector_steps.hpp"
 #include "cache_vector.hpp"
 #include "decoder_body.hpp"
 #include "attention_straight.hpp"

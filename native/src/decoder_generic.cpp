@@ -7,6 +7,7 @@
 
 #define HASTEN_LEVEL level_generic
 #include "decoder_vector.hpp"
+#include "vector_steps.hpp"
 #include "cache_vector.hpp"
 #include "decoder_body.hpp"
 #include "attention_turned.hpp"

@@ -23,8 +23,7 @@ namespace hasten {
 namespace {
 
 constexpr int kRows = 5;           // of a register block: 5 × 16 sums take 10 registers of 16; with 6, gcc 12 spills
-constexpr int kNibbleRows = 4;     // the same of Int4, whose masks take two more
-constexpr int kShortStretch = 256; // k of a stretch of Int4 with so many rows that a long one would not stay in the first-level cache
+constexpr int kNibbleRows = 4;     // the same of nibbles; with 5, gcc 12 keeps sums in memory
 constexpr int kBlock = 50;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
 constexpr int kPanels = 4;         // panels that share a widening of activations
 constexpr int kInRegisters = 8;    // rows up to which taking weights apart in registers for each block is less than once for all
@@ -59,7 +58,8 @@ AVX2 inline void store_sums(const Vector (&total)[rows][2], Sums<Sum> sums) {
 }
 
 // What a product multiplies: X, activations as widened; Sum, what sums are; kStretch, k widened at a time; widen(), k of one row; add(),
-// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, or, where there is nothing to decode them in, as they lie.
+// what `k` of some rows contribute to their sums, with weights as PanelReader gives them, as expand() makes them (W), or, where there is
+// nothing to decode them in, as they lie.
 
 struct F32 {
     using X = float;
@@ -254,6 +254,7 @@ struct Int4Bf16 {
 template <class Weight>
 struct Expanded {
     using X = float;
+    using W = float;
     using Sum = float;
     static constexpr Feed kFeed = Feed::bf16;
     static constexpr int kStretch = Weight::kStretch;
@@ -385,6 +386,51 @@ struct Int4 {
     }
 };
 
+// The same for more rows: a stretch of nibbles is taken apart once, to bytes of q + 8.
+struct Int4Expanded {
+    using X = std::int8_t;
+    using W = std::uint8_t;
+    using Sum = std::int32_t;
+    static constexpr Feed kFeed = Feed::int8;
+    static constexpr int kStretch = 256;
+
+    AVX2 static void widen(const void* row, int at, int k, X* to) { Int4::widen(row, at, k, to); }
+    AVX2 static std::int32_t sum(const X* x, int k) { return Int4::sum(x, k); }
+
+    // Quadruples of k for each channel, as bytes lie.
+    AVX2 static void expand(const std::byte* panel, int at, int k, W* to) {
+        const __m256i low = _mm256_set1_epi8(0x0f), eight = _mm256_set1_epi8(0x08);
+        for (int i = 0; i < k; i += Int4::kUnit) {
+            const int unit = (at + i) / Int4::kUnit;
+            const std::byte* const w = panel + unit / 4 * kTileBytes + unit % 2 * (kTileBytes / 2);
+            for (int j = 0; j < kTileBytes / 2; j += 32, to += 32) {
+                const __m256i both = words(w + j), nibbles = _mm256_and_si256(unit & 2 ? _mm256_srli_epi16(both, 4) : both, low);
+                if (!(unit & 2)) ahead(w + j);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_xor_si256(nibbles, eight));
+            }
+        }
+    }
+
+    template <int rows>
+    AVX2 static void add(const std::byte* w, int k, const X* x, std::ptrdiff_t stride, Sums<Sum> sums) {
+        const __m256i one = _mm256_set1_epi16(1);
+        for (int unit = 0; unit < k; unit += Int4::kUnit, x += Int4::kUnit) {
+            __m256i total[rows][2];
+            UNROLLED for (int r = 0; r < rows; ++r) total[r][0] = total[r][1] = _mm256_setzero_si256();
+            FOUR_TIMES for (int i = 0; i < Int4::kUnit; i += 4, w += 64) {
+                const __m256i q[2] = {words(w), words(w + 32)};
+                UNROLLED for (int r = 0; r < rows; ++r) {
+                    const __m256i four = broadcast(x + r * stride + i);
+                    UNROLLED for (int half = 0; half < 2; ++half) total[r][half] = _mm256_add_epi16(total[r][half], _mm256_maddubs_epi16(q[half], four));
+                }
+            }
+            UNROLLED for (int r = 0; r < rows; ++r)
+                UNROLLED for (int half = 0; half < 2; ++half)
+                    store(sums[r] + 8 * half, _mm256_add_epi32(load(sums[r] + 8 * half), _mm256_madd_epi16(total[r][half], one)));
+        }
+    }
+};
+
 // Places in a codebook, looked up in registers; the product is Int8's.
 struct Lut4 {
     using X = std::int8_t;
@@ -496,9 +542,10 @@ struct PanelTiles {
     std::optional<PanelReader> reader;
     alignas(64) std::byte scratch[PanelReader::kScratch];
 };
-template <class Weight>
-struct PanelTiles<Expanded<Weight>> {
-    alignas(64) float expanded[Weight::kStretch * kChannels];
+template <class Product>
+    requires requires { typename Product::W; }
+struct PanelTiles<Product> {
+    alignas(64) typename Product::W expanded[Product::kStretch * kChannels];
 };
 template <>
 struct PanelTiles<Int4> {};
@@ -532,16 +579,34 @@ AVX2 void fold(Sums<Sum> group, Sums<float> total, int rows, const float* scales
         }
 }
 
-// group −= (8 + zero) · sums, row by row.
-AVX2 void take_off(Sums<std::int32_t> group, int rows, const std::int8_t* zeros, const std::int32_t* sums) {
-    __m256i excess[2];
-    UNROLLED for (int half = 0; half < 2; ++half) {
-        excess[half] = _mm256_set1_epi32(8);
-        if (zeros) excess[half] = _mm256_add_epi32(excess[half], _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * half))));
+// What nibbles that lie as q + 8 have too much in a group, for each row's sum of activations: 8 + zero.
+struct Excess {
+    __m256i by[2];
+
+    AVX2 explicit Excess(const std::int8_t* zeros) {
+        UNROLLED for (int half = 0; half < 2; ++half) {
+            by[half] = _mm256_set1_epi32(8);
+            if (zeros) by[half] = _mm256_add_epi32(by[half], _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * half))));
+        }
     }
+    AVX2 __m256i off(__m256i group, int half, std::int32_t sum) const { return _mm256_sub_epi32(group, _mm256_mullo_epi32(by[half], _mm256_set1_epi32(sum))); }
+};
+
+// group −= excess · sums, row by row.
+AVX2 void take_off(Sums<std::int32_t> group, int rows, const Excess& excess, const std::int32_t* sums) {
     for (int r = 0; r < rows; ++r)
-        UNROLLED for (int half = 0; half < 2; ++half)
-            store(group[r] + 8 * half, _mm256_sub_epi32(load(group[r] + 8 * half), _mm256_mullo_epi32(excess[half], _mm256_set1_epi32(sums[r]))));
+        UNROLLED for (int half = 0; half < 2; ++half) store(group[r] + 8 * half, excess.off(load(group[r] + 8 * half), half, sums[r]));
+}
+
+// Both in one: total = fma(group − excess · sums, scale, total); the group begins anew.
+AVX2 void take_off_and_fold(Sums<std::int32_t> group, Sums<float> total, int rows, const Excess& excess, const std::int32_t* sums, const float* scales) {
+    const __m256 by[2] = {load(scales), load(scales + 8)};
+    for (int r = 0; r < rows; ++r)
+        UNROLLED for (int half = 0; half < 2; ++half) {
+            const __m256 sum = _mm256_cvtepi32_ps(excess.off(load(group[r] + 8 * half), half, sums[r]));
+            store(total[r] + 8 * half, _mm256_fmadd_ps(sum, by[half], load(total[r] + 8 * half)));
+            store(group[r] + 8 * half, _mm256_setzero_si256());
+        }
 }
 
 template <class Product>
@@ -556,11 +621,10 @@ struct Body {
     const int groups = scale_groups(weight);
     const int depth = Product::kFeed == Feed::f32 ? weight.in : weight.group && groups ? std::min(weight.padded_in(), groups * weight.group) : weight.padded_in();
     const int per_group = groups && weight.group ? weight.group : depth;
-    static constexpr bool kNibbles = std::is_same_v<Product, Int4>, kPlaces = std::is_same_v<Product, Lut4>;
+    static constexpr bool kNibbles = requires { Product::sum; }, kPlaces = std::is_same_v<Product, Lut4>;
     static constexpr bool kAsStored = std::is_empty_v<PanelTiles<Product>>;
-    static constexpr bool kExpands = requires { PanelTiles<Product>::expanded; };
+    static constexpr bool kExpands = requires { typename Product::W; };
     const float factor = !kAsStored && !kExpands && shifted(weight) ? 0.0625f : 1.0f;
-    const int stretch = kNibbles && x.count > kFew * kNibbleRows ? kShortStretch : kStretch;
 
     // Panels [first, first + count), rows [row, row + rows).
     AVX2 void play(int first, int count, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels) const {
@@ -569,8 +633,8 @@ struct Body {
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
             if constexpr (!kAsStored && !kExpands) panels[p].reader.emplace(Isa::avx2, weight, first + p, Product::kFeed, panels[p].scratch);
         }
-        for (int at = 0; at < depth; at += stretch) {
-            const int end = std::min(at + stretch, depth);
+        for (int at = 0; at < depth; at += kStretch) {
+            const int end = std::min(at + kStretch, depth);
             if (widened.row != row || widened.rows != rows || at < widened.begin || end > widened.end) {
                 const bool all = rows * depth <= Widened<Product>::kRoom;  // and then for all panels
                 widen(row, rows, all ? 0 : at, all ? depth : end, widened);
@@ -595,7 +659,7 @@ struct Body {
     }
 
     // Where the part of a group and of a stretch that begins at `from` ends.
-    int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / stretch + 1) * stretch}); }
+    int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / kStretch + 1) * kStretch}); }
 
     AVX2 void add_stretch(int panel, int rows, int at, int end, const Widened<Product>& widened, PanelSums<Product>& sums) const {
         const std::byte* tiles;
@@ -619,12 +683,21 @@ struct Body {
                 else
                     Product::template add<some>(tiles, k, widened.at(r, from), stride, sums.group + r);
             });
-            if constexpr (kNibbles)
-                take_off(sums.group, rows, weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr, widened.sum(from));
+            const bool ends = groups && (until % per_group == 0 || until == depth);
+            const float* const scales = ends ? panel_scales(weight, panel) + group * kChannels : nullptr;
+            if constexpr (kExpands)
+                tiles += static_cast<std::ptrdiff_t>(k) * kChannels * static_cast<int>(sizeof(typename Product::W));
             else if constexpr (!kAsStored)
-                tiles += static_cast<std::ptrdiff_t>(k) * kChannels * (kExpands ? static_cast<int>(sizeof(float)) : element_bytes(Product::kFeed));
-            if (groups && (until % per_group == 0 || until == depth))
-                fold<typename Product::Sum>(sums.group, sums.total, rows, panel_scales(weight, panel) + group * kChannels, factor);
+                tiles += static_cast<std::ptrdiff_t>(k) * kChannels * element_bytes(Product::kFeed);
+            if constexpr (kNibbles) {
+                const Excess excess(weight.zeros ? panel_zeros(weight, panel) + group * kChannels : nullptr);
+                if (ends)
+                    take_off_and_fold(sums.group, sums.total, rows, excess, widened.sum(from), scales);
+                else
+                    take_off(sums.group, rows, excess, widened.sum(from));
+            } else if (ends) {
+                fold<typename Product::Sum>(sums.group, sums.total, rows, scales, factor);
+            }
         }
     }
 
@@ -659,22 +732,29 @@ AVX2 void play(const PackedLinear& weight, const Activations& x, int first, int 
             body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels);
 }
 
+// One product for few rows, another for more.
+template <class Few, class Many>
+AVX2 void play_by_count(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    if (x.count <= kInRegisters)
+        play<Few>(weight, x, first, last, bias, y, y_stride);
+    else
+        play<Many>(weight, x, first, last, bias, y, y_stride);
+}
+
 }  // namespace
 
 AVX2 void linear_avx2(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
     if (weight.masks && linear_sparse_avx2(weight, x, first, last, bias, y, y_stride)) return;
+    const auto lies_in = [&](WeightFormat format) { return weight.format == format && !weight.masks; };
     switch (feed_of(weight, x)) {
         case Feed::f32: return play<F32>(weight, x, first, last, bias, y, y_stride);
         case Feed::bf16:
-            if (!weight.masks && !weight.zeros) {
-                const bool few = x.count <= kInRegisters;
-                if (weight.format == WeightFormat::int8) return few ? play<Int8Bf16>(weight, x, first, last, bias, y, y_stride) : play<Expanded<Int8Bf16>>(weight, x, first, last, bias, y, y_stride);
-                if (weight.format == WeightFormat::int4) return few ? play<Int4Bf16>(weight, x, first, last, bias, y, y_stride) : play<Expanded<Int4Bf16>>(weight, x, first, last, bias, y, y_stride);
-            }
+            if (lies_in(WeightFormat::int8)) return play_by_count<Int8Bf16, Expanded<Int8Bf16>>(weight, x, first, last, bias, y, y_stride);
+            if (lies_in(WeightFormat::int4) && !weight.zeros) return play_by_count<Int4Bf16, Expanded<Int4Bf16>>(weight, x, first, last, bias, y, y_stride);
             return play<Bf16>(weight, x, first, last, bias, y, y_stride);
         default:
-            if (weight.format == WeightFormat::int4 && !weight.masks) return play<Int4>(weight, x, first, last, bias, y, y_stride);
-            if (weight.format == WeightFormat::lut4 && x.count <= kInRegisters) return play<Lut4>(weight, x, first, last, bias, y, y_stride);
+            if (lies_in(WeightFormat::int4)) return play_by_count<Int4, Int4Expanded>(weight, x, first, last, bias, y, y_stride);
+            if (lies_in(WeightFormat::lut4)) return play_by_count<Lut4, Int8>(weight, x, first, last, bias, y, y_stride);
             return play<Int8>(weight, x, first, last, bias, y, y_stride);
     }
 }

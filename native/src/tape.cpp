@@ -133,28 +133,20 @@ void TableBuffer::lie_in(std::shared_ptr<const MappedFile> file, std::size_t off
 }
 
 PagePool::PagePool(CacheFormat format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim)
-    : pages_(pages), layer_{nullptr, 0, format, page, kv_heads, key_dim, value_dim} {
-    layer_.page_stride = layer_.bytes() * static_cast<std::size_t>(layers);
-    memory_ = Buffer(layer_.page_stride * static_cast<std::size_t>(pages));
-}
+    : Pages(pages, PagedLayer{nullptr, 0, format, page, kv_heads, key_dim, value_dim}.bytes() * static_cast<std::size_t>(layers)),
+      layer_{nullptr, page_bytes(), format, page, kv_heads, key_dim, value_dim} {}
 
 PagedLayer PagePool::layer(int slot) const {
     PagedLayer layer = layer_;
-    layer.base = memory_.data() + layer.bytes() * static_cast<std::size_t>(slot);
+    layer.base = reinterpret_cast<std::byte*>(page_memory(0)) + layer.bytes() * static_cast<std::size_t>(slot);
     return layer;
-}
-
-void PagePool::copy_page(int from, int to) { std::memmove(page_memory(to), page_memory(from), page_bytes()); }
-
-std::uint8_t* PagePool::page_memory(int page) const {
-    return reinterpret_cast<std::uint8_t*>(memory_.data()) + page_bytes() * static_cast<std::size_t>(page);
 }
 
 Tape::Tape(std::shared_ptr<ThreadPool> pool, Isa isa, std::size_t arena_bytes, int most_tokens)
     : pool_(std::move(pool)), isa_(isa), most_tokens_(most_tokens), arena_(arena_bytes) {}
 
-int Tape::add_group(std::shared_ptr<PagePool> pages) {
-    groups_.push_back(std::move(pages));
+int Tape::add_group(StateGroup group) {
+    groups_.push_back(std::move(group));
     return static_cast<int>(groups_.size()) - 1;
 }
 

@@ -6,11 +6,13 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "kernels.hpp"
 #include "mapped.hpp"
 #include "memory.hpp"
+#include "pages.hpp"
 #include "thread_pool.hpp"
 
 namespace hasten {
@@ -77,29 +79,22 @@ class TableBuffer {
     std::shared_ptr<const MappedFile> file_;
 };
 
-// Pages of one state group: every layer's keys and values, page by page, so that a page is one run of bytes.
-class PagePool {
+// Keys and values of one state group: a page has those of `page` tokens, of every layer.
+class PagePool : public Pages {
    public:
     PagePool(CacheFormat format, int layers, int pages, int page, int kv_heads, int key_dim, int value_dim);
 
     PagedLayer layer(int slot) const;
-    int pages() const { return pages_; }
     int page() const { return layer_.page; }
-    std::size_t page_bytes() const { return layer_.page_stride; }
-
-    // All layers of one page over those of another; both must lie in the pool.
-    void copy_page(int from, int to);
-
-    // The bytes of a page, which must lie in the pool: page_bytes() of them.
-    std::uint8_t* page_memory(int page) const;
 
    private:
-    int pages_;
     PagedLayer layer_;  // the first; its base is set by layer()
-    Buffer memory_;
 };
 
-// The pages that hold one sequence, group by group, in the order of its positions.
+// What sequences keep of one kind, token by token or as one state each.
+using StateGroup = std::variant<std::shared_ptr<PagePool>, std::shared_ptr<StatePool>>;
+
+// The pages that hold one sequence, group by group: in the order of its positions, or of recurrent state the one.
 struct PageTable {
     std::vector<std::vector<std::int32_t>> pages;
 };
@@ -111,7 +106,7 @@ struct StepInput {
     const std::int32_t* positions;
     const std::int32_t* offsets;
     const std::int32_t* rows;
-    std::vector<const std::int64_t*> slots;  // per group: place of each token's keys and values
+    std::vector<const std::int64_t*> slots;  // per group: place of each token's keys and values; of recurrent state null
     std::vector<const PageTable*> tables;    // per sequence
     float* logits;  // [logit_rows, vocab]
 };
@@ -152,7 +147,7 @@ class Tape {
     Tape(std::shared_ptr<ThreadPool> pool, Isa isa, std::size_t arena_bytes, int most_tokens);
 
     void add(std::unique_ptr<TapeOp> op) { ops_.push_back(std::move(op)); }
-    int add_group(std::shared_ptr<PagePool> pages);
+    int add_group(StateGroup group);
 
     // Plays the ops in order, with a barrier between two unless thread 0 plays both alone. Returns the number of barriers.
     std::size_t run(const StepInput& step) const;
@@ -173,7 +168,10 @@ class Tape {
     int most_tokens() const { return most_tokens_; }
     std::size_t ops() const { return ops_.size(); }
     std::vector<std::string> op_names() const;
-    const std::vector<std::shared_ptr<PagePool>>& groups() const { return groups_; }
+    const std::vector<StateGroup>& groups() const { return groups_; }
+
+    // The pages of a group that is of that kind.
+    const PagePool& pages(int group) const { return *std::get<std::shared_ptr<PagePool>>(groups_[static_cast<std::size_t>(group)]); }
 
     // play(op number, thread) for every op, on every thread that plays it, with the barriers between; how many there were.
     template <class Play>
@@ -185,7 +183,7 @@ class Tape {
     Buffer arena_, scratch_;
     std::size_t scratch_floats_ = 0;
     std::vector<std::unique_ptr<TapeOp>> ops_;
-    std::vector<std::shared_ptr<PagePool>> groups_;
+    std::vector<StateGroup> groups_;
 };
 
 }  // namespace hasten

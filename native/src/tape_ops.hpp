@@ -149,7 +149,7 @@ struct AppendOp final : RowOp {
     AppendOp(int group, int slot, Place k, Place v) : RowOp(Rows::tokens), group(group), slot(slot), k(k), v(v) {}
     std::string name() const override { return "append_kv"; }
     void play_rows(const RowBlock& block) const override {
-        const PagedLayer layer = block.tape.groups()[group]->layer(slot);
+        const PagedLayer layer = block.tape.pages(group).layer(slot);
         append_kv(layer, block.at<float>(k, layer.kv_heads * layer.key_dim), block.at<float>(v, layer.kv_heads * layer.value_dim),
                   block.step.slots[group] + block.begin, 0, block.count());
     }
@@ -178,7 +178,7 @@ struct AttendOp final : TapeOp {
     }
     // Tasks (sequence, block of queries, key/value head) go round the threads, the longest contexts of a sequence last.
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        const PagedLayer layer = tape.groups()[group]->layer(slot);
+        const PagedLayer layer = tape.pages(group).layer(slot);
         const unsigned threads = alone(step) ? 1 : tape.threads();
         std::size_t task = 0;
         for (int sequence = 0; sequence < step.sequences; ++sequence) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../src/tape_fused.hpp"
+#include "../src/tape_scans.hpp"
 
 namespace {
 
@@ -15,6 +16,7 @@ using namespace hasten;
 
 constexpr int kWidth = 96, kHeads = 6, kKvHeads = 2, kHeadDim = 16, kVocab = 1037, kPage = 16, kPages = 16, kMostTokens = 40;
 constexpr int kStride = 256;  // elements of a fed row, both formats
+constexpr int kStates = kKvHeads * kHeadDim, kTaps = 4;
 
 std::vector<bf16> random_weight(int out, int in, unsigned seed) {
     std::mt19937 random(seed);
@@ -43,12 +45,14 @@ class Decoder {
         : pool_(std::make_shared<ThreadPool>(threads)),
           table_(random_weight(kVocab, kWidth, 1)),
           pages_(std::make_shared<PagePool>(CacheFormat::bf16, 1, kPages, kPage, kKvHeads, kHeadDim, kHeadDim)),
+          scanned_(std::make_shared<StatePool>(1, kPages, kHeads * kHeadDim * kStates)),
+          convolved_(std::make_shared<StatePool>(1, kPages, (kTaps - 1) * kHeads * kHeadDim)),
           tape_(pool_, isa, 1 << 20, kMostTokens) {
-        const int group = tape_.add_group(pages_);
+        const int group = tape_.add_group(pages_), scan = tape_.add_group(scanned_), conv = tape_.add_group(convolved_);
         const bool quantized = format != WeightFormat::bf16;
         const Place x = place(kWidth), normed = place(kWidth), rows = place(kStride), scales = place(1), q = place(kHeads * kHeadDim),
                     k = place(kKvHeads * kHeadDim), v = place(kKvHeads * kHeadDim), cos = place(kHeadDim / 2), sin = place(kHeadDim / 2),
-                    mixed = place(kHeads * kHeadDim), y = place(kWidth), last = place(kWidth);
+                    mixed = place(kHeads * kHeadDim), states = place(kHeads * kHeadDim), y = place(kWidth), last = place(kWidth);
         const std::vector<float> ones(kWidth, 1.0f);
         const auto feed = [&](Rows which, Place from) {
             return std::make_unique<FeedOp>(which, from, rows, scales, 1, kWidth, 128, kStride, quantized ? Feed::int8 : Feed::bf16);
@@ -91,6 +95,11 @@ class Decoder {
         const AttendShape shape{kHeads, kKvHeads, kHeadDim, kHeadDim, 0.25f, 0, 0.0f, nullptr, nullptr};
         tape_.need_scratch(attend_scratch(shape, AttendOp::kQueryRows));
         tape_.add(std::make_unique<AttendOp>(group, 0, q, mixed, shape, std::vector<float>(), std::vector<float>()));
+        const std::vector<float> channels(kHeads * kHeadDim, 0.5f);
+        tape_.add(std::make_unique<SelectiveScanOp>(scanned_, scan, 0, SelectiveScanOp::Places{mixed, q, k, v, states}, kHeads * kHeadDim, kStates,
+                                                    std::vector<float>(kHeads * kHeadDim * kStates, 0.25f), channels, channels));
+        tape_.add(std::make_unique<CausalConvOp>(convolved_, conv, 0, states, mixed, kHeads * kHeadDim, kTaps,
+                                                 std::vector<float>(kHeads * kHeadDim * kTaps, 0.3f), channels, Activation::silu));
         tape_.add(feed(Rows::tokens, mixed));
         add_one(product(Rows::tokens, y, kWidth, 5));
         tape_.add(std::make_unique<GateOp>(Activation::silu, y, normed, y, kWidth));
@@ -120,7 +129,7 @@ class Decoder {
 
     // Sequence s goes on with counts[s] tokens at position starts[s].
     void step(const std::vector<int>& counts, const std::vector<int>& starts, std::vector<float>& all) {
-        const std::vector<PageTable> tables = {{{{3, 1}}}, {{{0, 2}}}};
+        const std::vector<PageTable> tables = {{{{3, 1}, {4}, {0}}}, {{{0, 2}, {1}, {3}}}};
         std::vector<std::int32_t> tokens, positions, offsets = {0}, rows;
         std::vector<std::int64_t> slots;
         StepInput input{};
@@ -143,7 +152,7 @@ class Decoder {
         input.positions = positions.data();
         input.offsets = offsets.data();
         input.rows = rows.data();
-        input.slots = {slots.data()};
+        input.slots = {slots.data(), nullptr, nullptr};
         input.logits = logits.data();
         tape_.run(input);
         all.insert(all.end(), logits.begin(), logits.end());
@@ -152,6 +161,7 @@ class Decoder {
     std::shared_ptr<ThreadPool> pool_;
     std::vector<bf16> table_;
     std::shared_ptr<PagePool> pages_;
+    std::shared_ptr<StatePool> scanned_, convolved_;
     Tape tape_;
     std::size_t taken_ = 0;
 };

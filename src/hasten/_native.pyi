@@ -301,19 +301,15 @@ class TableBuffer:
     def lie_in(self, file: MappedFile, offset: int) -> None:
         """Take the rows from a file instead. Raises ValueError where it does not hold them."""
 
-class PagePool:
-    """Keys and values of a state group in pages of ``page`` tokens; ``format`` is bf16, int8 or fp8. With ``value_dim`` 0 keys alone, in
-    bf16, which begin with the values. Raises ValueError for another format."""
+class Pages:
+    """What sequences keep of one state group, page by page, each a run of bytes."""
 
-    def __init__(self, format: str, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
     @property
     def pages(self) -> int: ...
     @property
-    def page(self) -> int: ...
-    @property
     def page_bytes(self) -> int: ...
     def copy_page(self, from_: int, to: int) -> None:
-        """Copy every layer's keys and values of one page over another's. Raises ValueError for a page out of range."""
+        """Copy what every layer has in one page over another's. Raises ValueError for a page out of range."""
 
     def read_page(self, page: int, into: NDArray[np.uint8]) -> None:
         """Copy all of a page to ``into`` [page_bytes]. Raises ValueError for a page out of range or another size."""
@@ -321,8 +317,21 @@ class PagePool:
     def write_page(self, page: int, from_: NDArray[np.uint8]) -> None:
         """Copy what read_page gave over a page. Raises ValueError for a page out of range or another size."""
 
+class PagePool(Pages):
+    """Keys and values of a state group in pages of ``page`` tokens; ``format`` is bf16, int8 or fp8. With ``value_dim`` 0 keys alone, in
+    bf16, which begin with the values. Raises ValueError for another format."""
+
+    def __init__(self, format: str, layers: int, pages: int, page: int, kv_heads: int, key_dim: int, value_dim: int) -> None: ...
+    @property
+    def page(self) -> int: ...
+
+class StatePool(Pages):
+    """Recurrent states: a page is all that one sequence keeps, ``size`` float32 numbers a layer."""
+
+    def __init__(self, layers: int, pages: int, size: int) -> None: ...
+
 class PageTable:
-    """The pages that hold one sequence, per state group in the order of its positions."""
+    """The pages that hold one sequence, per state group in the order of its positions; of recurrent state the one."""
 
     def __init__(self, pages: Sequence[Sequence[int]]) -> None: ...
     def pages(self, group: int) -> list[int]: ...
@@ -338,7 +347,7 @@ class Tape:
     def threads(self) -> int: ...
     @property
     def op_names(self) -> list[str]: ...
-    def group(self, pages: PagePool) -> int: ...
+    def group(self, pages: PagePool | StatePool) -> int: ...
     def embed(self, table: NDArray[np.uint16] | TableBuffer, scale: float, y: int) -> None: ...
     def rotary_table(self, frequencies: list[float], magnitude: float, cos: int, sin: int) -> None: ...
     def rms_norm(self, logit_rows: bool, x: int, y: int, n: int, group: int, weight: list[float], eps: float, offset: float) -> None: ...
@@ -387,6 +396,25 @@ class Tape:
     def feed_heads(self, x: int, y: int, heads: int, n: int, padded: int, stride: int) -> None: ...
     def head_linear(self, weights: list[WeightBuffer], x: int, y: int, stride: int) -> None:
         """One bf16 weight a head, of rows as ``feed_heads`` makes them. Raises ValueError for weights of different shapes."""
+    def causal_conv(
+        self, group: int, slot: int, x: int, y: int, channels: int, taps: int, weight: NDArray[np.float32], bias: list[float],
+        activation: str | None,
+    ) -> None: ...  # fmt: skip
+    def selective_scan(
+        self, group: int, slot: int, x: int, dt: int, b: int, c: int, y: int, channels: int, states: int, a_log: NDArray[np.float32],
+        d: list[float], dt_bias: list[float],
+    ) -> None: ...  # fmt: skip
+    def dual_scan(
+        self, group: int, slot: int, x: int, dt: int, b: int, c: int, y: int, heads: int, groups: int, head_dim: int, states: int,
+        a_log: list[float], d: list[float], dt_bias: list[float], dt_min: float, dt_max: float,
+    ) -> None: ...  # fmt: skip
+    def gated_delta_scan(
+        self, group: int, slot: int, q: int, k: int, v: int, a: int, b: int, y: int, key_heads: int, value_heads: int, key_dim: int,
+        value_dim: int, a_log: list[float], dt_bias: list[float],
+    ) -> None: ...  # fmt: skip
+    def linear_scan(
+        self, group: int, slot: int, q: int, k: int, v: int, y: int, heads: int, kv_heads: int, head_dim: int, value_dim: int, floor: float
+    ) -> None: ...
     def select_rows(self, x: int, y: int, n: int) -> None: ...
     def open_chain(self, most_rows: int, block_bytes: int) -> None: ...
     def open_products(self) -> None: ...

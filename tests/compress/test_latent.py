@@ -13,6 +13,7 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load_directory, save
 from hasten.checkpoint.save import unread_elsewhere
 from hasten.cli.convert import short_form
+from hasten.compress.blocks import Live, Played
 from hasten.compress.convert.latent import Latent, factored
 from hasten.compress.convert.layerwise import Layer
 from hasten.compress.convert.pairs import Pairs, principal
@@ -133,7 +134,9 @@ def test_the_pairs_that_stay_rotated_are_those_that_matter():
     random = np.random.default_rng(0)
     shapes = {"q": (16, 6), "k": (16, 6), "v": (8, 6), "o": (6, 8)}
     weights = {f"blocks.0.mixer.{n}.weight": torch.from_numpy(random.normal(size=s).astype(np.float32)) for n, s in shapes.items()}
-    made = factored(Layer(0, mixer, weights, Statistics(kv, torch.zeros(24, dtype=torch.float64), queries)), 6, 2, 100).mixer
+    played = Played(lower(small().spec), Live({}), (), 1)
+    layer = Layer(0, mixer, weights, Statistics(kv, torch.zeros(24, dtype=torch.float64), queries), played, played)
+    made = factored(layer, 6, 2, 100).mixer
     assert made.rotary.base / made.rotary.scaling.divisors[0] == pytest.approx(10.0 * 10.0 ** (-6 / 8))
 
 
@@ -266,16 +269,16 @@ def test_half_of_a_heads_rotated_features_stay_unless_told_otherwise():
 
 
 def test_the_command_is_short_for_a_recipe():
-    assert short_form(1, None, None, None, False, None) == [{"kv_heads": {"count": 1}}]
-    assert short_form(None, 96, 32, None, False, "0, 2") == [{"latent": {"rank": 96, "rope_dim": 32, "layers": [0, 2]}}]
-    assert short_form(None, None, None, 256, False, "1") == [{"window": {"size": 256, "layers": [1]}}]
-    assert short_form(None, None, None, None, True, None) == [{"share_kv": {}}]
+    assert short_form(1, None, None, None, False, False, None) == [{"kv_heads": {"count": 1}}]
+    assert short_form(None, 96, 32, None, False, False, "0, 2") == [{"latent": {"rank": 96, "rope_dim": 32, "layers": [0, 2]}}]
+    assert short_form(None, None, None, 256, False, False, "1") == [{"window": {"size": 256, "layers": [1]}}]
+    assert short_form(None, None, None, None, False, True, None) == [{"share_kv": {}}]
     for wrong, reason in (
-        ((None, None, None, None, False, None), "0 conversions are asked for"),
-        ((1, 96, None, None, False, None), "2 conversions"),
-        ((1, None, 32, None, False, None), "goes with --latent only"),
-        ((1, None, None, None, False, "x"), "--layers is"),
-        ((None, None, None, None, True, "-1"), "--layers is"),
+        ((None, None, None, None, False, False, None), "0 conversions are asked for"),
+        ((1, 96, None, None, False, False, None), "2 conversions"),
+        ((1, None, 32, None, False, False, None), "goes with --latent only"),
+        ((1, None, None, None, False, False, "x"), "--layers is"),
+        ((None, None, None, None, False, True, "-1"), "--layers is"),
     ):
         with pytest.raises(ConfigError, match=reason):
             short_form(*wrong)

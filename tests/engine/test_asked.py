@@ -174,10 +174,11 @@ def test_a_grammar_that_fails_ends_its_output_and_no_other():
     assert [pool.available for pool in engine.cache.pools] == [pool.pages for pool in engine.cache.pools]
 
 
-def test_what_is_adopted_while_a_mask_is_late_is_there_when_it_comes(tmp_path):
+@pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend], ids=lambda backend: backend.name)
+def test_what_is_adopted_while_a_mask_is_late_is_there_when_it_comes(backend, tmp_path):
     """A recurrent state is copied in a step that computes nothing."""
     make_checkpoint(HYBRID, tmp_path)
-    session = ReferenceBackend().session(load(tmp_path), 256)
+    session = backend().session(load(tmp_path), 256)
     engine, params = Engine(session, Settings(40, Continuous(4))), SamplingParams(max_tokens=8)
     prompt = [*range(64), 70]
     first, again = request(0, prompt, params), request(1, prompt, params, late := Late(97))

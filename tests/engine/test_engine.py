@@ -25,14 +25,19 @@ def page_bytes(model, pages):
     return pages * 16 * sum(group.bytes_per_token() for group in CpuBackend().session(model, 64).program.states)
 
 
-def test_recurrent_states_are_found_again(tmp_path):
-    """On the reference backend, which promises no bits: the logits that follow a restored snapshot are near."""
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_recurrent_states_are_found_again(backend, tmp_path):
+    """The reference promises no bits: the logits that follow a restored snapshot are near. Natively tokens are as without one."""
     make_checkpoint(HYBRID, tmp_path)
     model = load(tmp_path)
-    llm = LLM(model, backend="reference", context=256, scheduling=Settings(40, Continuous(4)))
+    llm = LLM(model, backend=backend, context=256, scheduling=Settings(40, Continuous(4)))
     prompts = [[*range(64), *tail] for tail in ([70, 71, 72], [80, 81], [90])]
     done = [llm.generate([prompt], SamplingParams(max_tokens=8))[0].token_ids for prompt in prompts]
     assert llm.engine(256).counters.hit_tokens == 2 * 64
+    if backend == "cpu":
+        without = LLM(model, backend=backend, context=256, prefixes=False)
+        assert [one.token_ids for one in without.generate(prompts, SamplingParams(max_tokens=8))] == done
+        return
     for prompt, tokens in zip(prompts, done):
         rows = model.logits([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
         best = rows.max(axis=-1)

@@ -104,6 +104,22 @@ def test_the_second_start_reads_the_same_bits(weights, model, place, uncached, c
     assert caplog.records == []
 
 
+def test_a_settled_session_is_written_whole_and_lets_go_of_its_memory(model, place, monkeypatch):
+    held, real = threading.Event(), PackedCache._write
+
+    def slow(self, *arguments):
+        held.wait(5)
+        real(self, *arguments)
+
+    monkeypatch.setattr(PackedCache, "_write", slow)
+    session = CpuBackend(1).session(model, 64, Formats("int4"))
+    assert files(place) == []
+    threading.Timer(0.2, held.set).start()
+    session.compiled.store.settle()
+    only(place)
+    assert "hasten-packed-cache" not in [thread.name for thread in threading.enumerate()]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 def test_a_file_in_memory_is_mapped_and_then_moved(model, place, caplog):
     """The same bits before and after; what is changed in the file later is nobody's concern."""

@@ -48,9 +48,12 @@ def test_logits(family, index, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
-@pytest.mark.parametrize(("name", "index"), [("gpt2", 0), ("gpt_neox", 1), ("bloom", 1), ("mpt", 1), ("gemma2", 0)])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("gpt2", 0), ("gpt_neox", 1), ("bloom", 1), ("mpt", 1), ("gemma2", 0), ("mamba", 1), ("mamba2", 0), ("qwen3_next", 1)],
+)
 def test_the_same_bits_however_the_batch_is_cut(name, index, weights, tmp_path):
-    """Learned positions, parallel branches, ALiBi, clips, soft caps and windows, on one thread and two."""
+    """Learned positions, parallel branches, ALiBi, clips, soft caps, windows and recurrent states, on one thread and two."""
     (config,) = (family.examples[index] for family in all_families() if family.name == name)
     make_checkpoint(config, tmp_path)
     model = load(tmp_path)
@@ -62,8 +65,8 @@ def test_the_same_bits_however_the_batch_is_cut(name, index, weights, tmp_path):
 
 
 NATIVE = [
-    "bloom", "deepseek_v3", "falcon", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "llama", "mistral", "mixtral", "mpt", "phi3",
-    "qwen2", "qwen3", "qwen3_moe",
+    "bloom", "deepseek_v3", "falcon", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_oss", "llama", "mamba", "mamba2", "mistral", "mixtral",
+    "mpt", "phi3", "qwen2", "qwen3", "qwen3_moe", "qwen3_next",
 ]  # fmt: skip
 
 

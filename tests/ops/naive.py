@@ -471,6 +471,29 @@ def gated_delta_scan(op, world, q, k, v, a, b):
     return (y,)
 
 
+def linear_scan(op, world, q, k, v):
+    def features(row):
+        rises, falls = np.exp(row - row.max()), np.exp(row.min() - row)
+        return np.maximum(np.concatenate([rises / rises.sum(), falls / falls.sum()]), 1e-12)
+
+    y, world.after[op.state] = np.zeros((len(q), op.heads * op.value_dim)), []
+    for s, begin, end, _ in world.sequences():
+        past = begin_with(world, op.state, s, (op.kv_heads, 2 * op.head_dim, op.value_dim + 1))
+        keys = [[features(row) for row in k[t].reshape(op.kv_heads, -1)] for t in range(begin, end)]
+        values = [[np.append(row, 1.0) for row in v[t].reshape(op.kv_heads, -1)] for t in range(begin, end)]
+        for t in range(begin, end):  # every query with every key before it: no state within the step
+            for h, row in enumerate(q[t].reshape(op.heads, -1)):
+                head, query = h // (op.heads // op.kv_heads), features(row)
+                z = query @ past[head]
+                for seen in range(t - begin + 1):
+                    z = z + dot(query, keys[seen][head]) * values[seen][head]
+                y[t, h * op.value_dim : (h + 1) * op.value_dim] = z[:-1] / z[-1]
+        for key, value in zip(keys, values):
+            past = past + np.stack([np.outer(a, b) for a, b in zip(key, value)])
+        world.after[op.state].append((past,))
+    return (y,)
+
+
 ORACLES = {
     ops.Embed: embed, ops.EmbedPositions: embed_positions, ops.SelectRows: select_rows, ops.Split: split, ops.Concat: concat,
     ops.HeadSplit: head_split, ops.Cast: cast, ops.QuantizeRows: quantize_rows, ops.QuantizeFixed: quantize_fixed, ops.Linear: linear,
@@ -480,4 +503,5 @@ ORACLES = {
     ops.AppendKv: append_kv, ops.Attend: attend, ops.AttendRelative: attend_relative, ops.AttentionMap: attention_map,
     ops.AttentionMapRelative: attention_map_relative,
     ops.CausalConv: causal_conv, ops.SelectiveScan: selective_scan, ops.DualScan: dual_scan, ops.GatedDeltaScan: gated_delta_scan,
+    ops.LinearScan: linear_scan,
 }  # fmt: skip

@@ -73,7 +73,7 @@ def data_of(case: Case) -> dict[str, np.ndarray]:
     if case.group is not None:
         for s, start in enumerate(case.starts or ()):
             for i, shape in enumerate(kept_shapes(case.group, start)):
-                arrays[f"s:{s}:{i}"] = rng.standard_normal(shape)
+                arrays[f"s:{s}:{i}"] = case.fill.get("state", spread(1.0))(rng, shape)
     return arrays
 
 
@@ -146,6 +146,11 @@ def spread(scale: float) -> Fill:
 
 def integers(high: int) -> Fill:
     return lambda rng, shape: rng.integers(0, high, shape, dtype=np.int32)
+
+
+def positive(rng, shape):
+    """What features have been summed to: nothing below zero."""
+    return rng.exponential(size=shape)
 
 
 def int8(rng, shape):
@@ -273,6 +278,15 @@ def delta(id: str, key_heads: int, value_heads: int, key_dim: int, value_dim: in
     inputs = {"q": keys, "k": keys, "v": values, "a": (value_heads,), "b": (value_heads,)}
     weights = {"a_log": (value_heads,), "dt_bias": (value_heads,)}
     return Case(op, inputs, weights, group=RecurrentGroup("s", 1, (value_heads, key_dim, value_dim)), id=id, **settings)
+
+
+def linear_scan(id: str, heads: int, kv_heads: int, head_dim: int, value_dim: int, fill=None, **settings) -> Case:
+    op = ops.LinearScan(
+        q="q", k="k", v="v", y="y", state=REF, heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim
+    )  # fmt: skip
+    inputs = {"q": (heads * head_dim,), "k": (kv_heads * head_dim,), "v": (kv_heads * value_dim,)}
+    group = RecurrentGroup("s", 1, (kv_heads, 2 * head_dim, value_dim + 1))
+    return Case(op, inputs, group=group, fill={"state": positive, **(fill or {})}, id=id, **settings)
 
 
 def route(id: str, experts: int, *, correction=False, fill=None, lengths=MANY, **fields) -> Case:
@@ -447,6 +461,13 @@ CASES: dict[type[ops.Op], list[Case]] = {
         delta("one-token", 1, 1, 3, 2, lengths=ONE),
         delta("shared-keys", 2, 4, 3, 2, lengths=MANY),
         delta("past", 1, 3, 2, 5, lengths=(3, 2), starts=(0, 4)),
+    ],
+    ops.LinearScan: [
+        linear_scan("one-token", 1, 1, 3, 2, lengths=ONE),
+        linear_scan("shared-keys", 6, 2, 3, 1, lengths=MANY),
+        linear_scan("past", 2, 2, 1, 5, lengths=(3, 2), starts=(0, 4)),
+        linear_scan("past-block", 2, 1, 2, 1, lengths=(131, 64, 65), starts=(0, 3, 0)),
+        linear_scan("nothing-in-common", 2, 1, 4, 3, fill={"q": spread(300.0), "k": spread(300.0)}, lengths=(5, 2), starts=(0, 1)),
     ],
 }
 

@@ -19,6 +19,7 @@ from hasten.spec import (
     LatentAttention,
     LayerNorm,
     LearnedPositions,
+    LinearAttention,
     LinearScaling,
     Llama3Scaling,
     LongRope,
@@ -79,6 +80,10 @@ MIXERS = {
     ),
     "mamba": Mamba(inner=10, state=3, conv=4, dt_rank=2),
     "mamba2": Mamba2(heads=4, head_dim=3, state=2, groups=2, conv=3, norm=RMS, dt_min=0.001, dt_max=0.5),
+    "linear": LinearAttention(heads=4, kv_heads=2, head_dim=4, value_dim=3, position=ROPE),
+    "linear-norms": LinearAttention(
+        heads=4, kv_heads=4, head_dim=3, value_dim=2, position=None, bias=True, out_bias=True, q_norm=RMS, k_norm=LAYER
+    ),
     "delta": GatedDeltaNet(key_heads=2, value_heads=4, key_dim=3, value_dim=2, conv=3, norm=RMS),
 }
 
@@ -220,6 +225,20 @@ DELTAS = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
         conv=sizes(8), norm=RMS_NORMS,
     )
 )  # fmt: skip
+
+
+@st.composite
+def linear_attentions(draw):
+    kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(2, 16))
+    return draw(
+        structs(
+            LinearAttention, heads=st.integers(1, 3).map(lambda shared: kv_heads * shared), kv_heads=st.just(kv_heads),
+            head_dim=st.just(head_dim), value_dim=sizes(), position=maybe(rotaries(head_dim)), bias=st.booleans(), out_bias=st.booleans(),
+            q_norm=maybe(NORMS), k_norm=maybe(NORMS),
+        )
+    )  # fmt: skip
+
+
 MLPS = structs(MLP, hidden=sizes(), activation=ACTIVATIONS, bias=st.booleans())
 GATED = structs(
     GatedMLP, hidden=sizes(), activation=ACTIVATIONS | structs(ClampedSwiglu, alpha=floats(), limit=floats()), bias=st.booleans()
@@ -251,9 +270,9 @@ WIRED = (
     | structs(Parallel, mixer=NORMS, feed_forward=maybe(NORMS))
 )
 FED = MLPS | GATED | mixtures()
-BLOCKS = structs(Block, mixer=attentions() | LATENTS | MAMBAS | DELTAS, feed_forward=maybe(FED), wiring=WIRED) | structs(
-    Block, mixer=st.none(), feed_forward=FED, wiring=WIRED
-)
+BLOCKS = structs(
+    Block, mixer=attentions() | LATENTS | MAMBAS | DELTAS | linear_attentions(), feed_forward=maybe(FED), wiring=WIRED
+) | structs(Block, mixer=st.none(), feed_forward=FED, wiring=WIRED)
 HEADS = structs(Head, tied=st.booleans(), bias=st.booleans(), softcap=maybe(floats()), scale=floats())
 
 

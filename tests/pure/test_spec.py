@@ -161,6 +161,8 @@ def missing_field():
         (lambda: LongRope(short_factor=(1.0,), long_factor=(), original_context=4, attention_factor=1.0), "1 short and 0 long"),
         (lambda: Mamba2(heads=3, head_dim=1, state=1, groups=2, conv=1, norm=RMS), "3 Mamba-2 heads cannot share 2"),
         (lambda: msgspec.structs.replace(MIXERS["delta"], key_heads=3), "4 value heads cannot share 3"),
+        (lambda: msgspec.structs.replace(MIXERS["linear"], kv_heads=3), "4 linear heads cannot share 3"),
+        (lambda: msgspec.structs.replace(MIXERS["linear"], head_dim=3), "rotary dims 4 exceed the head dimension 3"),
         (lambda: moe(top_k=5), "5 experts per token"),
         (lambda: moe(Router(groups=3)), "cannot be split into 3 groups"),
         (lambda: moe(Router(groups=2, top_groups=3)), "3 groups are to be picked of 2"),
@@ -200,7 +202,7 @@ def test_any_other_json_is_a_config_error(data):
 def test_every_kind_is_in_the_examples():
     blocks = (block for spec in SPECS.values() for block in spec.blocks)
     seen = {type(part).__name__ for block in blocks for part in (block.mixer, block.feed_forward) if part is not None}
-    attentions = {"Attention", "CrossLayerAttention", "LatentAttention"}
+    attentions = {"Attention", "CrossLayerAttention", "LatentAttention", "LinearAttention"}
     assert seen == {*attentions, "Mamba", "Mamba2", "GatedDeltaNet", "MLP", "GatedMLP", "MixtureOfExperts"}
     assert isinstance(FEED_FORWARDS["moe"], MixtureOfExperts)
     assert attention().position == ROPE

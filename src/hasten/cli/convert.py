@@ -23,23 +23,36 @@ def convert(
         int | None, typer.Option("--rope-dim", help="With --latent: rotated features beside the row. [default: half a head's]")
     ] = None,
     window: Annotated[int | None, typer.Option("--window", help="Tokens that a query sees, its own among them.")] = None,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Linear attention, a state of fixed size, in the later half of the layers, or --layers.")
+    ] = False,
     share_kv: Annotated[
         bool, typer.Option("--share-kv", help="Every second layer, or --layers, reads keys and values of one before it.")
     ] = False,
     layers: Annotated[
-        str | None, typer.Option("--layers", help="Only these, counted from 0, as 0,2. [default: all with keys and values]")
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Only these, counted from 0, as 0,2. [default: all; --linear: the later half; --share-kv: every second]",
+        ),
     ] = None,
     heal: HealOption = None,
     making: Making = MAKING,
     as_json: options.JsonOption = False,
 ) -> None:
     """Have a model's attention keep less of each token: the short form of a recipe. Give one of --kv-heads, --latent,
-    --window and --share-kv."""
-    run_recipe(model, [*short_form(kv_heads, latent, rope_dim, window, share_kv, layers), *healing(heal)], out, making, as_json)
+    --window, --linear and --share-kv."""
+    run_recipe(model, [*short_form(kv_heads, latent, rope_dim, window, linear, share_kv, layers), *healing(heal)], out, making, as_json)
 
 
 def short_form(
-    kv_heads: int | None, latent: int | None, rope_dim: int | None, window: int | None, share_kv: bool, layers: str | None
+    kv_heads: int | None,
+    latent: int | None,
+    rope_dim: int | None,
+    window: int | None,
+    linear: bool,
+    share_kv: bool,
+    layers: str | None,
 ) -> list[dict[str, Any]]:
     """The recipe that `hasten convert` is short for, as plain data. Raises ConfigError unless exactly one conversion is asked for."""
     asked = {
@@ -48,9 +61,9 @@ def short_form(
         "window": {"size": window},
     }
     given: dict[str, dict[str, Any]] = {name: settings for name, settings in asked.items() if next(iter(settings.values())) is not None}
-    given |= {"share_kv": {}} if share_kv else {}
+    given |= {name: {} for name, wanted in (("linear_attention", linear), ("share_kv", share_kv)) if wanted}
     if len(given) != 1:
-        raise ConfigError(f"{len(given)} conversions are asked for; give one of --kv-heads, --latent, --window and --share-kv")
+        raise ConfigError(f"{len(given)} conversions are asked for; give one of --kv-heads, --latent, --window, --linear and --share-kv")
     if rope_dim is not None and latent is None:
         raise ConfigError(f"--rope-dim is {rope_dim}, which goes with --latent only")
     ((name, settings),) = given.items()

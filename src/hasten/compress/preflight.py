@@ -10,6 +10,7 @@ from hasten.base import hardware
 from hasten.base.errors import UserError
 from hasten.compress.block_qat import BlockQat
 from hasten.compress.blocks import CHUNK, pieces
+from hasten.compress.convert.linear import LinearLayers
 from hasten.compress.data import Text
 from hasten.compress.heal import Heal
 from hasten.compress.mixed import Mixed
@@ -18,7 +19,7 @@ from hasten.compress.recipe import Step
 from hasten.compress.rounding import Rounding, Uniform
 from hasten.compress.sites import Layers, sites_of
 from hasten.model import Model
-from hasten.program import lower
+from hasten.program import Program, lower, ops
 
 WORKING = 350 << 20
 """Bytes of Python, torch and everything else that does not grow with the model."""
@@ -71,6 +72,8 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
             widest = max((piece.params[site.weight][-1] for site in sites), default=0)
             experts = max((math.prod(piece.params[site.weight][:-2]) for site in sites), default=1)
             memory += 8 * widest**2 * (2 * experts + 3)
+            if any(isinstance(step.settings, LinearLayers) for step in recipe):
+                memory += threads * _features(piece, text.longest)
             if any(isinstance(step.settings, BlockQat) for step in recipe):  # what all of the text is to give, masters and their moments
                 memory += 4 * text.tokens * crossing + 4 * weights
         most = max(most, memory)
@@ -83,6 +86,11 @@ def estimate(model: Model, recipe: Sequence[Step], text: Text | None, threads: i
     return Estimate(
         WORKING + max(most, _played(model, recipe), *(each.memory for each in learning)), max(disk, *(each.disk for each in learning), 0)
     )
+
+
+def _features(piece: Program, length: int) -> int:
+    """Weights of both attentions over a window, below the diagonal, with as much in passing, and the features of its queries."""
+    return sum(8 * op.heads * length * (length + 8 * op.head_dim) for op in piece.ops if isinstance(op, ops.Attend))
 
 
 def _learning(model: Model, settings: Heal) -> Estimate:

@@ -22,6 +22,7 @@ from hasten.compress.cache import Cache, cache_transform, check_cache
 from hasten.compress.codebook import Cluster, check_codebook, codebook
 from hasten.compress.convert.heads import KvHeads, check_kv_heads, kv_heads
 from hasten.compress.convert.latent import Latent, check_latent, latent
+from hasten.compress.convert.linear import LinearLayers, check_linear_attention, linear_attention
 from hasten.compress.convert.share import ShareKv, check_share_kv, share_kv
 from hasten.compress.convert.window import Window, check_window, window
 from hasten.compress.cut.heads import CutHeads, check_cut_heads, cut_heads
@@ -106,6 +107,7 @@ BUILT_IN: Mapping[str, Transform | Training] = {
         Transform("kv_heads", KvHeads, kv_heads, check_kv_heads, stage=Stage.SHAPES),
         Transform("latent", Latent, latent, check_latent, stage=Stage.SHAPES),
         Transform("window", Window, window, check_window, lambda settings: False, stage=Stage.SHAPES),
+        Transform("linear_attention", LinearLayers, linear_attention, check_linear_attention, stage=Stage.SHAPES),
         Transform("share_kv", ShareKv, share_kv, check_share_kv, stage=Stage.SHAPES),
         Transform("static", Static, static_transform, check_static, stage=Stage.MARKS),
         Transform("cache", Cache, cache_transform, check_cache, stage=Stage.MARKS),

@@ -7,8 +7,8 @@ from hasten.program import Program, RecurrentGroup, StateGroup, ops
 
 
 def operations(program: Program, starts: Sequence[int], new: int, logit_rows: int) -> int:
-    """Multiplications and additions of products (linear layers and attention; norms, gates and scans are left out) for ``new`` tokens of
-    each sequence that begins at a position of ``starts``, with logits for ``logit_rows`` rows."""
+    """Multiplications and additions of products (linear layers and attention; norms, gates and other scans are left out) for ``new``
+    tokens of each sequence that begins at a position of ``starts``, with logits for ``logit_rows`` rows."""
     tokens, total = new * len(starts), 0
     pairs = {
         group.name: sum(_visible(group, position) for start in starts for position in range(start, start + new)) for group in program.states
@@ -23,6 +23,8 @@ def operations(program: Program, starts: Sequence[int], new: int, logit_rows: in
                 total += 2 * math.prod(program.params[op.weight][1:]) * chosen * tokens
             case ops.Attend():
                 total += 2 * op.heads * (op.head_dim + op.value_dim) * pairs[op.state.group]
+            case ops.LinearScan():
+                total += 4 * (op.heads + op.kv_heads) * op.head_dim * (op.value_dim + 1) * tokens
             case _:
                 pass
     return total

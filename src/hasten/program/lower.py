@@ -27,6 +27,7 @@ from hasten.spec import (
     Head,
     LatentAttention,
     LayerNorm,
+    LinearAttention,
     Mamba,
     Mamba2,
     Mixer,
@@ -532,6 +533,27 @@ class _Builder:
         )  # fmt: skip
         normed = self.norm(f"{path}.norm", mixer.norm, y, group=mixer.value_dim)
         return self.linear(f"{path}.o", self.gate(f"{path}.gated", z, normed, "silu"), self.spec.width, False, "in")
+
+    @mixer.register
+    def _(self, mixer: LinearAttention, path: str, x: str) -> str:
+        heads, kv_heads, dim, value_dim = mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.value_dim
+        q: str = self.linear(f"{path}.q", x, heads * dim, mixer.bias, "out")
+        k: str = self.linear(f"{path}.k", x, kv_heads * dim, mixer.bias, "out")
+        v = self.linear(f"{path}.v", x, kv_heads * value_dim, mixer.bias, "out")
+        if mixer.q_norm is not None:
+            q = self.norm(f"{path}.q_norm", mixer.q_norm, q, group=dim)
+        if mixer.k_norm is not None:
+            k = self.norm(f"{path}.k_norm", mixer.k_norm, k, group=dim)
+        if mixer.position is not None:
+            q = self.rotate(f"{path}.q_rotated", q, heads, mixer.position)
+            k = self.rotate(f"{path}.k_rotated", k, kv_heads, mixer.position)
+        q, k = self.head_linear(f"{path}.q_feature", q, heads, dim), self.head_linear(f"{path}.k_feature", k, kv_heads, dim)
+        y = self.value(f"{path}.scanned", heads * value_dim, self.precision.compute)
+        state = self.state(RecurrentGroup("linear", 0, (kv_heads, 2 * dim, value_dim + 1), self.scan), path)
+        self.ops.append(
+            ops.LinearScan(q=In(q), k=In(k), v=In(v), y=y, state=state, heads=heads, kv_heads=kv_heads, head_dim=dim, value_dim=value_dim)
+        )
+        return self.linear(f"{path}.o", y, self.spec.width, mixer.out_bias, "in")
 
     def conv(self, path: str, x: str, taps: int, bias: bool) -> Out:
         width = self.width(x)

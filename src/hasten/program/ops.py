@@ -44,6 +44,9 @@ class Contract(msgspec.Struct, frozen=True):
 _ROUNDING = (2e-6, 1e-2)
 _REDUCTION = (2e-5, 2e-2)
 _EXACT = (0.0, 0.0)
+FEATURE_FLOOR = 1e-12
+"""The least a feature of LinearScan is, so that what it divides by is never zero."""
+
 _ONE_STEP = (1 / 127, 1 / 127)  # half a step rounds either way: max|x| / 2 is 63.5 steps in float64, a hair beside it in float32
 
 
@@ -572,9 +575,28 @@ class GatedDeltaScan(Op, frozen=True, kw_only=True):
     value_heads: int
 
 
+@_op(_REDUCTION, state="reads and writes")
+class LinearScan(Op, frozen=True, kw_only=True):
+    """Linear attention, per key/value head: S += φ(k) ⊗ [v, 1]; with z = Sᵀφ(q), y = z[:value_dim] / z[value_dim].
+
+    φ(x) = [softmax(x), softmax(−x)] over the features of a head, none below 1e-12 (FEATURE_FLOOR). q [T, heads·head_dim]; k
+    [T, kv_heads·head_dim]; v [T, kv_heads·value_dim]; y [T, heads·value_dim]. Query head h reads key/value head
+    h // (heads / kv_heads). The state is S [kv_heads, 2·head_dim, value_dim + 1]."""
+
+    q: In
+    k: In
+    v: In
+    y: Out
+    state: StateRef
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
 OPS: tuple[type[Op], ...] = (
     Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, QuantizeFixed, Linear, HeadLinear, ExpertLinear,
     Route, Combine, RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap,
-    AttentionMapRelative, CausalConv, SelectiveScan, DualScan, GatedDeltaScan,
+    AttentionMapRelative, CausalConv, SelectiveScan, DualScan, GatedDeltaScan, LinearScan,
 )  # fmt: skip
 """Every op there is. The generic tests walk this list: an op without a case fails them."""

@@ -23,6 +23,7 @@ from hasten.spec.spec import (
     LatentAttention,
     LayerNorm,
     LearnedPositions,
+    LinearAttention,
     LinearScaling,
     Llama3Scaling,
     LongRope,
@@ -55,7 +56,7 @@ from hasten.spec.spec import (
 __all__ = [
     "Activation", "Alibi", "Attention", "BLOCK_LIMIT", "Block", "BranchNorm", "Causal", "ClampedSwiglu", "CrossLayerAttention", "Dtype",
     "Embedding", "Exit", "FeedForward", "GatedDeltaNet", "GatedMLP", "Head", "LatentAttention", "LayerNorm", "LearnedPositions",
-    "LinearScaling", "Llama3Scaling", "LongRope", "LowRank", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts", "Norm", "Parallel",
-    "PerPair", "Part", "PostNorm", "PreNorm", "RMSNorm", "ROTARY_LIMIT", "RelativeSinusoid", "Rotary", "Router", "SIZE_LIMIT", "Sandwich",
-    "Scaling", "SegmentMemory", "SlidingWindow", "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
+    "LinearAttention", "LinearScaling", "Llama3Scaling", "LongRope", "LowRank", "MLP", "Mamba", "Mamba2", "Mixer", "MixtureOfExperts",
+    "Norm", "Parallel", "PerPair", "Part", "PostNorm", "PreNorm", "RMSNorm", "ROTARY_LIMIT", "RelativeSinusoid", "Rotary", "Router",
+    "SIZE_LIMIT", "Sandwich", "Scaling", "SegmentMemory", "SlidingWindow", "Spec", "Visibility", "Wiring", "Yarn", "parse_json",
 ]  # fmt: skip

@@ -319,7 +319,30 @@ class GatedDeltaNet(Part, frozen=True):
             raise ConfigError(f"{self.value_heads} value heads cannot share {self.key_heads} key heads; the first must be a multiple")
 
 
-Mixer = Attention | CrossLayerAttention | LatentAttention | Mamba | Mamba2 | GatedDeltaNet
+class LinearAttention(Part, frozen=True):
+    """Linear attention with Hedgehog's learned features (Zhang et al. 2024, arXiv:2402.04347): a state of fixed size in place of keys and
+    values. A query weighs a key by φ(A·q) · φ(B·k), with φ(x) = [softmax(x), softmax(−x)], A and B a head's own square matrices.
+
+    Queries and keys come as softmax attention has them: head by head normalized where there are norms, then rotated."""
+
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    value_dim: Size
+    position: Rotary | None
+    bias: bool = False
+    out_bias: bool = False
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    def _check(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} linear heads cannot share {self.kv_heads} key/value heads; the first must be a multiple")
+        if self.position is not None and self.position.dims > self.head_dim:
+            raise ConfigError(f"rotary dims {self.position.dims} exceed the head dimension {self.head_dim}")
+
+
+Mixer = Attention | CrossLayerAttention | LatentAttention | Mamba | Mamba2 | GatedDeltaNet | LinearAttention
 
 
 # --- feed-forwards

@@ -1,6 +1,7 @@
 """The native backend as an engine sees it."""
 
 import functools
+import itertools
 import math
 import threading
 import time
@@ -27,6 +28,7 @@ from hasten.program import (
     Move,
     PageLists,
     Program,
+    RecurrentGroup,
     SwapIn,
     SwapOut,
     fuse,
@@ -191,15 +193,13 @@ class CpuSession:
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
-        lengths, held = np.diff(batch.offsets), list[PageLists]()
-        begin = 0
-        for needed in (-(-lengths // PAGE)).tolist():
-            held.append([list(range(begin, begin + needed))] * len(self.pages))
-            begin += needed
-        if begin > min(self.pages.values(), default=begin):
-            raise UserError(f"{begin} pages are more than the cache's {min(self.pages.values())}; score fewer or shorter sequences at once")
+        needed = (-(-np.diff(batch.offsets) // PAGE)).tolist()
+        tables = [_from_the_first([1] * len(needed) if isinstance(group, RecurrentGroup) else needed) for group in self.program.states]
+        for group, table in zip(self.program.states, tables, strict=True):
+            if (last := table[-1][-1] + 1) > (most := self.pages[group.name]):
+                raise UserError(f"{last} pages are more than the cache's {most}; score fewer or shorter sequences at once")
         with self._scoring:
-            return self.run(batch, held)
+            return self.run(batch, [[table[index] for table in tables] for index in range(len(needed))])
 
     def _play(self, batch: Batch, pages: Sequence[PageLists], play: Callable[..., Any]) -> NDArray[np.float32]:
         if self.compiled.store.changed:
@@ -210,3 +210,8 @@ class CpuSession:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return logits
+
+
+def _from_the_first(counts: Sequence[int]) -> list[list[int]]:
+    """So many pages for each, one behind the other."""
+    return [list(range(end - count, end)) for count, end in zip(counts, itertools.accumulate(counts))]

@@ -12,12 +12,13 @@ from hasten import _native
 from hasten.backends.cpu.arena import ALIGNMENT, Arena
 from hasten.backends.cpu.experts import ExpertPlaces
 from hasten.backends.cpu.packed import PackedWeights, Stack
+from hasten.backends.cpu.recurrent import emit_recurrent
 from hasten.backends.cpu.rows import ELEMENT_BYTES, FEEDS, format_of, padded_width, row_stride
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.cache import CACHE_FORMATS
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
-from hasten.program import KvGroup, LatentGroup, Products, Program, RowChain, Value, ops, unfuse
+from hasten.program import KvGroup, LatentGroup, Products, Program, RecurrentGroup, RowChain, StateGroup, Value, ops, unfuse
 from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
 FED = ".fed"  # beside the values of an op: its own copy of what it reads
@@ -26,7 +27,8 @@ BLOCK = -2  # and down: places in a thread's own block, inside a chain
 KERNELS = (
     ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.QuantizeFixed, ops.Linear, ops.HeadLinear,
     ops.Rotate, ops.AppendKv, ops.Attend, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Split, ops.HeadSplit,
-    ops.Concat, ops.Cast, ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine,
+    ops.Concat, ops.Cast, ops.SelectRows, ops.Route, ops.ExpertLinear, ops.Combine, ops.CausalConv, ops.SelectiveScan, ops.DualScan,
+    ops.GatedDeltaScan, ops.LinearScan,
 )  # fmt: skip
 IN_CHAINS = (
     ops.Embed, ops.EmbedPositions, ops.RmsNorm, ops.LayerNorm, ops.QuantizeRows, ops.QuantizeFixed, ops.Cast, ops.Rotate,
@@ -35,6 +37,7 @@ IN_CHAINS = (
 """Ops that the tape can play on a block of rows (RowOp in native/src/row_op.hpp)."""
 CHAIN_BYTES = 64 << 10  # of a block's inner values: they and the rows around them stay in a core's second-level cache
 CHAIN_ROWS = 16  # most rows of a block
+Pool = _native.PagePool | _native.StatePool
 NATIVE_DTYPES = {"float32", "int8", "int32"}
 
 
@@ -68,7 +71,7 @@ class Compiled:
     ``packed`` weights of ``store`` were packed anew, the others came from the cache. ``arena_bytes`` hold a step's values."""
 
     tape: _native.Tape
-    pools: tuple[_native.PagePool, ...]
+    pools: tuple[Pool, ...]
     weight_bytes: int
     packed: int
     arena_bytes: int
@@ -77,7 +80,7 @@ class Compiled:
 
 def compile_program(
     program: Program, weights: Weights, packed: PackedWeights, pool: _native.ThreadPool, *, isa: str, most_tokens: int, page: int,
-    pages: Mapping[str, int], pools: tuple[_native.PagePool, ...] | None = None,
+    pages: Mapping[str, int], pools: tuple[Pool, ...] | None = None,
 ) -> Compiled:  # fmt: skip
     """The tape of ``program`` for steps of up to ``most_tokens`` tokens. ``pages`` gives each state group's number of pages, unless it is
     to write to the ``pools`` of another tape. What ``program`` returns first are a step's logits.
@@ -165,17 +168,16 @@ class _Compiler(_Layout):
         self.packed: dict[tuple[str, str], _native.WeightBuffer] = {}
         self.weight_bytes = 0
 
-    def compile(self, isa: str, page: int, pages: Mapping[str, int], pools: tuple[_native.PagePool, ...] | None) -> Compiled:
+    def compile(self, isa: str, page: int, pages: Mapping[str, int], pools: tuple[Pool, ...] | None) -> Compiled:
         program, places = self.program, self.lay_out()
         if "logits" in program.outputs:
             vocab = program.values["logits"].features[-1]
         else:  # a Program that ends before them is handed rows as wide as they would be
             vocab = next(program.params[op.weight][0] for op in self.plain.ops if isinstance(op, ops.Embed))
         tape = _native.Tape(self.pool, isa, self.arena.size, self.most_tokens, vocab, program.context)
-        groups = [group for group in program.states if isinstance(group, KvGroup | LatentGroup)]
         if pools is None:
-            pools = tuple(_page_pool(group, pages[group.name], page) for group in groups)
-        self.group_index = {group.name: tape.group(pool) for group, pool in zip(groups, pools, strict=True)}
+            pools = tuple(_pool(group, pages[group.name], page) for group in program.states)
+        self.group_index = {group.name: tape.group(pool) for group, pool in zip(program.states, pools, strict=True)}
         for (frequencies, magnitude), (cos, sin) in self.tables.items():
             tape.rotary_table(list(frequencies), magnitude, cos, sin)
         for op, where in zip(program.ops, places, strict=True):
@@ -272,6 +274,11 @@ class _Compiler(_Layout):
                 self.experts.emit_linear(tape, op, self._expert_weights(op), at[op.x], scales, at[op.y], bias)
             case ops.Combine():
                 self.experts.emit_combine(tape, op, at)
+            case ops.CausalConv() | ops.SelectiveScan() | ops.DualScan() | ops.GatedDeltaScan() | ops.LinearScan():
+                group = self.program.state(op.state.group)
+                if not isinstance(group, RecurrentGroup):
+                    raise TypeError(f"{type(op).__name__} keeps its state in {group}")
+                emit_recurrent(tape, op, at, self.group_index[group.name], group, self.weights.array)
             case _:
                 raise TypeError(f"{type(op).__name__} for {params} was let through by unsupported_ops")
 
@@ -368,7 +375,9 @@ def _row_bytes(value: Value) -> int:
     return math.prod(value.features[:-1]) * _stride(value) * ELEMENT_BYTES.get(value.dtype, 4)
 
 
-def _page_pool(group: KvGroup | LatentGroup, pages: int, page: int) -> _native.PagePool:
+def _pool(group: StateGroup, pages: int, page: int) -> Pool:
+    if isinstance(group, RecurrentGroup):
+        return _native.StatePool(group.layers, pages, math.prod(group.shape))
     form = _native_cache(group)
     if isinstance(group, LatentGroup):  # one row a token, which begins with the values
         return _native.PagePool(form, group.layers, pages, page, 1, group.width, 0)

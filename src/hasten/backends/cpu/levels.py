@@ -37,6 +37,11 @@ LEVELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "HeadSplit": {"float32": _PLAIN},
     "Concat": {"float32": _PLAIN},
     "SelectRows": {"float32": _PLAIN},
+    "CausalConv": {"float32": _VECTOR},
+    "SelectiveScan": {"float32": _VECTOR},
+    "DualScan": {"float32": _VECTOR},
+    "GatedDeltaScan": {"float32": _VECTOR},
+    "LinearScan": {"float32": _VECTOR},
 }
 """Per op and format (of weights, cache or rows), the levels that have a kernel of their own, worst first; others take the next lower."""
 

@@ -134,6 +134,7 @@ class PackedWeights:
         self._cache = cache if origin is not None and cache is not None and cache.limit else None
         self._requests: list[_Request] = []
         self._mapped: _native.MappedFile | None = None
+        self._written: threading.Thread | None = None
         self._made: dict[tuple[str, str], _native.WeightBuffer] = {}  # what several tapes read is there once
         self._tables: dict[str, _native.TableBuffer] = {}
         self._filled = False
@@ -203,9 +204,11 @@ class PackedWeights:
         return self._mapped is not None and self._mapped.changed
 
     def settle(self) -> None:
-        """Wait until nothing of them is on its way to other memory, as whoever measures must."""
+        """Wait until nothing of them is on its way to other memory or to disk, as whoever measures must."""
         if self._mapped is not None:
             self._mapped.moved()
+        if self._written is not None:
+            self._written.join()
 
     def fill(self) -> int:
         """Give every weight its numbers; returns how many had to be packed.
@@ -229,7 +232,7 @@ class PackedWeights:
         whole = self._cache.read(key, parts, self._pool)
         packed = _pack([request for request, found in zip(requests, whole, strict=True) if not found])
         if packed:
-            self._cache.keep(self._model, key, parts)
+            self._written = self._cache.keep(self._model, key, parts)
         return self._at_once + packed
 
 

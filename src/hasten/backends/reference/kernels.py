@@ -312,3 +312,8 @@ def _(op: ops.DualScan, step: Step, x: Tensor, dt: Tensor, b: Tensor, c: Tensor)
 @compute.register
 def _(op: ops.GatedDeltaScan, step: Step, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Outputs:
     return (scans.gated_delta_scan(op, step, q, k, v, a, b),)
+
+
+@compute.register
+def _(op: ops.LinearScan, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return (scans.linear_scan(op, step, q, k, v),)

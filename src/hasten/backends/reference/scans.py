@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hasten.backends.reference.step import Cohort, Step
 from hasten.program import StateRef
-from hasten.program.ops import CausalConv, DualScan, GatedDeltaScan, SelectiveScan
+from hasten.program.ops import FEATURE_FLOOR, CausalConv, DualScan, GatedDeltaScan, LinearScan, SelectiveScan
 from hasten.spec import Activation
 
-_CHUNK = 64  # positions that DualScan treats as one quadratic block
+_CHUNK = 64  # positions that DualScan and LinearScan treat as one quadratic block
 
 
 def recurrent_past(step: Step, cohort: Cohort, ref: StateRef, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -118,6 +118,38 @@ def gated_delta_scan(op: GatedDeltaScan, step: Step, q: Tensor, k: Tensor, v: Te
         step.keep(op.state, cohort, [(kept,) for kept in s])
         parts.append(torch.stack(ys, dim=1).flatten(-2).to(q.dtype))
     return step.scatter(parts)
+
+
+def linear_scan(op: LinearScan, step: Step, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In blocks, as DualScan: quadratic inside a block, the state between blocks. [T, heads·value_dim]."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    parts = []
+    for cohort in step.cohorts:
+        queries = features(cohort.take(q).to(work).unflatten(-1, (op.kv_heads, op.heads // op.kv_heads, op.head_dim)))  # [B, L, K, G, F]
+        keys = features(cohort.take(k).to(work).unflatten(-1, (op.kv_heads, op.head_dim)))  # [B, L, K, F]
+        values = F.pad(cohort.take(v).to(work).unflatten(-1, (op.kv_heads, op.value_dim)), (0, 1), value=1.0)  # [B, L, K, V + 1]
+        s = recurrent_past(step, cohort, op.state, (op.kv_heads, 2 * op.head_dim, op.value_dim + 1), values)
+        ys = []
+        for begin in range(0, cohort.length, _CHUNK):
+            block = slice(begin, begin + _CHUNK)
+            y, s = _linear_block(queries[:, block], keys[:, block], values[:, block], s)
+            ys.append(y)
+        step.keep(op.state, cohort, [(kept,) for kept in s])
+        z = torch.cat(ys, dim=1)
+        parts.append((z[..., :-1] / z[..., -1:]).flatten(-3).to(q.dtype))
+    return step.scatter(parts)
+
+
+def features(x: Tensor) -> Tensor:
+    """Hedgehog's [softmax(x), softmax(−x)] along the last axis, none below FEATURE_FLOOR: [..., N] → [..., 2·N]."""
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1).clamp_min(FEATURE_FLOOR)
+
+
+def _linear_block(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """One block of features: q [B, L, K, G, F], k [B, L, K, F], v [B, L, K, V], s [B, K, F, V] → z [B, L, K, G, V], s."""
+    weight = torch.einsum("blkgf,bmkf->bkglm", q, k).tril()
+    z = torch.einsum("bkglm,bmkv->blkgv", weight, v) + torch.einsum("blkgf,bkfv->blkgv", q, s)
+    return z, s + torch.einsum("blkf,blkv->bkfv", k, v)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -27,12 +27,15 @@ DAMP = 1e-3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """The attention of one layer to convert: float32 weights by their names in the Program, and what it is like over the text."""
+    """The attention of one layer to convert: float32 weights by their names in the Program, what it is like over the text, and the layer
+    unconverted with the text that reaches it: ``plain`` through layers as they were, ``live`` through those that are converted."""
 
     index: int
     mixer: Attention
     weights: Mapping[str, Tensor]
     seen: Statistics
+    plain: Played
+    live: Played
 
     @property
     def path(self) -> str:
@@ -82,7 +85,7 @@ def convert_layers(model: Model, layers: Sequence[int], text: Text | None, run: 
             if index in layers:
                 read, mixer = values_of(old[index + 1], index), attention_of(model.spec, index)
                 path = f"blocks.{index}.mixer"
-                changed = change(Layer(index, mixer, weights, statistics(before, weights, mixer, read, path)))
+                changed = change(Layer(index, mixer, weights, statistics(before, weights, mixer, read, path), before, after))
                 spec = with_mixers(spec, {index: changed.mixer})
                 piece = pieces(spec, text.longest)[index + 1]
                 become = {name: tensor for name, tensor in {**weights, **changed.weights}.items() if name in piece.params}

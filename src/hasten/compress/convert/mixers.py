@@ -12,7 +12,11 @@ from hasten.formats.quantized import DequantizedWeight, QuantizedWeight
 from hasten.formats.weights import Weight, Weights
 from hasten.model import Model, Provenance, Source
 from hasten.program import Program, lower, ops
+from hasten.program.pages import sequence_bytes
 from hasten.spec import Attention, CrossLayerAttention, Mixer, Spec
+
+PAGE = 16
+"""Tokens of a page in what is said of the cache's bytes."""
 
 
 def chosen_layers(model: Model, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -79,11 +83,15 @@ class Read:
 
 def values_of(piece: Program, index: int) -> Read:
     """The values of layer ``index`` in its piece of a Program."""
-    path = f"blocks.{index}.mixer"
-    attend = next(op for op in piece.ops if isinstance(op, ops.Attend) and op.y.startswith(f"{path}."))
-    append = next(op for op in piece.ops if isinstance(op, ops.AppendKv) and op.state == attend.state)
-    last = next(op for op in piece.ops if isinstance(op, ops.Linear) and op.weight == f"{path}.o.weight")
+    append, attend = attention_ops(piece, index)
+    last = next(op for op in piece.ops if isinstance(op, ops.Linear) and op.weight == f"blocks.{index}.mixer.o.weight")
     return Read(_unrotated(piece, attend.q), _unrotated(piece, append.k), append.v or append.k, last.x)
+
+
+def attention_ops(piece: Program, index: int) -> tuple[ops.AppendKv, ops.Attend]:
+    """What keeps keys and values, and what reads them, of layer ``index`` in its piece of a Program."""
+    attend = next(op for op in piece.ops if isinstance(op, ops.Attend) and op.y.startswith(f"blocks.{index}.mixer."))
+    return next(op for op in piece.ops if isinstance(op, ops.AppendKv) and op.state == attend.state), attend
 
 
 def _unrotated(piece: Program, name: str) -> str:
@@ -129,3 +137,8 @@ def cache_bytes(spec: Spec) -> int:
     """Bytes of the cache a token, kept in bf16, once the text is longer than every window."""
     groups = lower(spec, cache="bfloat16").states
     return sum(group.bytes_per_token() for group in groups)
+
+
+def sequence_cache_bytes(spec: Spec) -> int:
+    """Bytes of the cache of a sequence as long as the context, kept in bf16, in pages of PAGE tokens."""
+    return sequence_bytes(lower(spec, cache="bfloat16"), PAGE)

@@ -6,16 +6,19 @@ from typing import Any
 import msgspec
 
 from hasten.base.errors import ConfigError, UnsupportedError
-from hasten.compress.convert.mixers import attention_of, chosen_layers, converted, record, refuse_shared, with_mixers
+from hasten.compress.convert.mixers import (
+    attention_of,
+    chosen_layers,
+    converted,
+    record,
+    refuse_shared,
+    sequence_cache_bytes,
+    with_mixers,
+)
 from hasten.compress.data import Text
 from hasten.compress.walk import Run
 from hasten.model import Model
-from hasten.program import lower
-from hasten.program.pages import sequence_bytes
 from hasten.spec import Attention, Causal, RelativeSinusoid, SlidingWindow, Spec
-
-PAGE = 16
-"""Tokens of a page in what is said of the cache's bytes."""
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,14 +50,9 @@ def window(model: Model, settings: Window, text: Text | None, run: Run) -> Model
     layers, size = chosen_layers(model, settings.layers), settings.size
     mixers = {index: msgspec.structs.replace(attention_of(model.spec, index), visible=SlidingWindow(size=size)) for index in layers}
     spec = with_mixers(model.spec, mixers)
-    evidence = {"layers": list(layers), "cache_bytes_per_sequence": [_sequence(model.spec), _sequence(spec)]}
+    evidence = {"layers": list(layers), "cache_bytes_per_sequence": [sequence_cache_bytes(model.spec), sequence_cache_bytes(spec)]}
     said = record("window", settings, evidence)
     return converted(model, spec, {}, said, _candidates(model, spec, size))
-
-
-def _sequence(spec: Spec) -> int:
-    """Bytes of the cache of a sequence as long as the context, kept in bf16, in pages of PAGE tokens."""
-    return sequence_bytes(lower(spec, cache="bfloat16"), PAGE)
 
 
 def _candidates(model: Model, spec: Spec, size: int) -> Iterator[dict[str, Any]]:
