@@ -163,8 +163,8 @@ def test_norms_that_do_not_fit_are_refused(device):
         (12, {"group": 12, "branch": x}),
     ]
     for weight, more in refused:
-        with pytest.raises(ValueError):
-            rows.norm(x, torch.ones(weight), torch.float32, eps=1e-5, **{"y": y, **more})
+        with pytest.raises(ValueError, match=r"features|whole runs|rounded|written|runs"):
+            rows.norm(x.to(device), torch.ones(weight, device=device), torch.float32, eps=1e-5, **{"y": y.to(device), **more})
 
 
 def test_rows_of_several_runs_are_rounded_as_wholes(device):

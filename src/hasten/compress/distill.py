@@ -142,10 +142,15 @@ def distill(
     }
     result = Distilled(made.pop(STUDENT), made, trained, *scores)
     result = dataclasses.replace(result, model=_with_evidence(result, teacher.weights.nbytes))
-    if keep is not None:
-        for name, each in result.beside.items():
-            save(each, keep / name)
+    partial = work.folder / "beside"  # what is whole there appears under its name last of all
+    for name, each in result.beside.items() if keep is not None else ():
+        save(each, partial / name, overwrite=True)
     save(result.model, directory, overwrite=overwrite)
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        if keep.exists():
+            keep.rmdir()  # empty
+        shutil.move(partial, keep)
     shutil.rmtree(work.folder, ignore_errors=True)
     return result
 

@@ -23,7 +23,7 @@ from hasten.model import Model
 from hasten.program import Batch, Formats, Program, lower, ops, unfuse
 
 PROFILED = 4  # steps that are profiled after those that are timed
-WARM = 16  # tokens of each prompt that are played before anything is timed
+WARM = 128  # tokens of a batch that are played before anything is timed
 
 _ARITHMETIC: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "float32": "f32"}  # of activations
 _SHORT = {"bfloat16": "bf16", "float16": "f16"}
@@ -214,7 +214,7 @@ class Trial:
             Batch.of([each[position : position + 1] for each in ids], [position] * case.batch, rows="last")
             for position in range(case.prompt, case.context)
         ]
-        short = min(case.prompt, WARM)
+        short = min(case.prompt, -(-WARM // case.batch))
         state = self._session.start(case.batch)
         for start, stop in ((0, short), (short, short + 1)):
             warm = Batch.of([each[start:stop] for each in ids], [start] * case.batch, rows="last")

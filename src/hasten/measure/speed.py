@@ -13,6 +13,9 @@ from hasten.model import Model
 from hasten.program import Formats, unfuse
 
 CONFIDENCE = 0.9
+ROOMY = 0.75
+"""Of free memory, for weights; what else each open model takes, and packing, is in the rest."""
+
 FEWEST = 5
 """Rounds whose ratios from the least to the most hold the median with CONFIDENCE (2 / 2⁵ of all ways that they may fall miss it)."""
 
@@ -125,10 +128,10 @@ def require_room(models: Sequence[Model], remedy: str) -> None:
 
 
 def fit_together(model: Model, backend: str, formats: Sequence[Formats]) -> bool:
-    """Do the weights of ``model`` fit in memory in all of ``formats`` at once?"""
+    """Do the weights of ``model`` fit in ROOMY of the free memory in all of ``formats`` at once?"""
     available, loaded = hardware.memory(hardware.ROOT).available, find_loaded(backend, model)
     needed = sum(loaded.weight_bytes(loaded.program(model, formats=each)) for each in formats)
-    return available is None or needed <= available
+    return available is None or needed <= ROOMY * available
 
 
 def measure_speeds(

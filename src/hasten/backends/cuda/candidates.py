@@ -78,6 +78,8 @@ def _triton_refuses(site: LinearSite) -> str | None:
         return f"needs a device of compute capability 8.9 for fp8; this one has {site.capability[0]}.{site.capability[1]}"
     if site.fed == "int8" and site.size * 127 * 127 >= 2**31:
         return f"a sum of {site.size} products of bytes may not fit in 32 bits"
+    if site.fed == "int8" and site.form.zero_points and site.form.bits > 4:
+        return f"bytes with zero points are not multiplied with bytes: {site.form}; feed it bfloat16"
     return None
 
 

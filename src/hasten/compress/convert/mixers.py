@@ -140,5 +140,6 @@ def cache_bytes(spec: Spec) -> int:
 
 
 def sequence_cache_bytes(spec: Spec) -> int:
-    """Bytes of the cache of a sequence as long as the context, kept in bf16, in pages of PAGE tokens."""
+    """Bytes of cache that are planned for a sequence as long as the context, kept in bf16, in pages of PAGE tokens: recurrent states
+    twice, once for a snapshot."""
     return sequence_bytes(lower(spec, cache="bfloat16"), PAGE)

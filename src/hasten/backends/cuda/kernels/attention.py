@@ -133,7 +133,7 @@ def attend(
         GROUP=group, SPAN=span, KV_HEADS=cache.kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         VALUE_WIDTH=key_dim if latent else value_dim, DIM=dim, REST=rest, VALUES=wide, PAGE=PAGE, KEYS=blocks.keys, PART=blocks.part,
         LANES=blocks.lanes, SCALED=cache.key_scales is not None, CAPPED=softcap is not None, SLOPES=slopes is not None,
-        SINKS=sinks is not None, VISIBLE=mode, SPLIT=split, num_warps=blocks.warps, num_stages=blocks.stages,
+        SINKS=sinks is not None, VISIBLE=mode, SPLIT=split, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=False,
     )  # fmt: skip
     if parts is None:
         return
@@ -141,7 +141,7 @@ def attend(
         parts.sums, parts.totals, parts.maxima, y, positions, sequence, _or(sinks, anything), y.stride(0), heads, parts.totals.shape[2],
         near, memory,
         VALUE_DIM=value_dim, VALUES=max(16, triton.next_power_of_2(value_dim)), PART=blocks.part, MAXIMA=128, TOGETHER=8,
-        SINKS=sinks is not None, VISIBLE=mode,
+        SINKS=sinks is not None, VISIBLE=mode, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def _launch(
         given(q).stride(0), given(k).stride(0), given(v).stride(0), given(y).stride(0), given(pages).stride(0), turn.start if turn else 0,
         HEADS=heads, KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, DIMS=dims, INTERLEAVED=bool(turn and turn.interleaved),
         LARGEST=largest.largest if isinstance(largest, ScaledRows) else 0.0, PAGE=PAGE,
-        BLOCK=triton.next_power_of_2(max(key_dim, value_dim)), ROWS=rows,
+        BLOCK=triton.next_power_of_2(max(key_dim, value_dim)), ROWS=rows, enable_fp_fusion=False,
     )  # fmt: skip
 
 

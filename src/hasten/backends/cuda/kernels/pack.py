@@ -70,13 +70,16 @@ class PackedWeight:
 
 def pack(form: LinearFormat, stored: QuantizedLinear) -> PackedWeight:
     """``stored`` in ``form``, on the CPU. Numbers below four bits take four; places in a codebook become its numbers, eight bits each; what
-    a sparse form leaves out is stored as the zero it is. Raises UnsupportedError for zero points that take more than a byte."""
+    a sparse form leaves out is stored as the zero it is. Raises UnsupportedError for zero points that take more than a byte, with a nibble
+    taken from them too."""
     size = stored.q.shape[-1]
     if stored.scales is None:
         return PackedWeight(size, "plain", _filled(_tensor(stored.q).to(_PLAIN[form.number]), WIDE))
     group = stored.group if 0 < stored.group < size else 0
     if form.number in {"int2", "int3", "int4"}:
         span = _span(group, form)
+        if stored.zeros is not None and (stored.zeros.min() < -120 or stored.zeros.max() > 119):
+            raise UnsupportedError("a zero point beyond -120 to 119 takes nibbles out of a byte; round the model again, without it")
         codes = _nibbles(_filled(_tensor(stored.q), span), span)
         return PackedWeight(size, "nibbles", codes, *_turned(stored, size, group, span), group, span)
     q = stored.q

@@ -15,7 +15,7 @@ from triton.language import constexpr, tensor
 from hasten.backends.cuda.kernels.pointwise import activated, magnitude, rounded, row_scale, sigmoid, tanh
 from hasten.spec import Activation, ClampedSwiglu
 
-LONGEST = 1 << 16  # features of one tile: what one program's registers hold, 32 warps of it
+LONGEST = 1 << 16  # features of one tile: what one program's registers hold, 128 a lane
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
