@@ -29,3 +29,12 @@ def pytest_pycollect_makemodule(module_path, parent):
 def device():
     """Where the tests' tensors lie: the device, or the CPU for the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_put_right(monkeypatch, device):
+    """On a device nothing is changed."""
+    if device.type == "cpu":
+        from tests.gpu.interpreter import put_right
+
+        put_right(monkeypatch)

@@ -11,7 +11,6 @@ from hasten.backends.cuda.kernels.cache import GroupCache, append
 from hasten.backends.reference import State, play
 from hasten.program import Batch, KvGroup, LatentGroup, Layer, Program, StateRef, Value, ops
 from hasten.spec import Causal, SegmentMemory, SlidingWindow
-from tests.gpu.exact import exact  # noqa: F401  (a fixture)
 from tests.gpu.test_cache import poisoned
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")  # numpy's, of NaN

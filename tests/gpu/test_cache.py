@@ -9,7 +9,6 @@ from hasten.backends.cuda.kernels import cache as kernels
 from hasten.backends.reference import State, play
 from hasten.formats.cache import ROW_FORMATS
 from hasten.program import Batch, Layer, Program, Value, ops
-from tests.gpu.exact import exact  # noqa: F401  (a fixture)
 
 FORMS = ["bfloat16", "int8", "fp8", "float32"]
 NP = {torch.int8: np.int8, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn, torch.bfloat16: ml_dtypes.bfloat16, torch.float32: np.float32}

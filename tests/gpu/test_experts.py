@@ -10,7 +10,6 @@ from hasten.backends.cuda.kernels.linear import Order, Tiles, default_order, lin
 from hasten.backends.cuda.kernels.pack import pack
 from hasten.formats.linear import LinearFormat, stacked
 from hasten.program import ops
-from tests.gpu.in_order import in_order  # noqa: F401
 from tests.gpu.test_linear import rows_of
 from tests.gpu.test_pack import stored
 from tests.gpu.test_rows import DTYPES, empty, near, numbers, reference

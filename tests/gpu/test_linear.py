@@ -9,7 +9,6 @@ from hasten.backends.cuda.kernels.linear import Order, Scratch, Tiles, default_o
 from hasten.backends.cuda.kernels.pack import PackedWeight, pack, unpack
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat, stacked
-from tests.gpu.in_order import in_order  # noqa: F401
 from tests.gpu.test_pack import stored
 
 NAMES = [

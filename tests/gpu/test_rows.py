@@ -13,7 +13,6 @@ from hasten.backends.cuda.kernels.rows import Rounded
 from hasten.backends.reference import play
 from hasten.program import Batch, Layer, Program, Value, ops
 from hasten.spec import Activation, ClampedSwiglu
-from tests.gpu.in_order import in_order  # noqa: F401
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 0, torch.bfloat16: 1}

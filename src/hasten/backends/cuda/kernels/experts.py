@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from hasten.backends.cuda.kernels.linear import Order, Tiles, check, constants, default_order, finished, stacked_stride, tile_sum
+from hasten.backends.cuda.kernels.linear import Order, Tiles, check, constants, default_order, finished, stacked_stride, sum_of_parts
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.pointwise import sigmoid
 from hasten.program import ops
@@ -208,17 +208,9 @@ def _experts(
         if bias is not None:
             bias += expert * out
         x_rows = x + (place // sharing).to(tl.int64) * x_stride
-        steps = tl.cdiv(size, STEP)
-        each = tl.cdiv(steps, PARTS)
-        total = tile_sum(
-            codes, scales, zeros, x_rows, o, out, size, width, group, 0, tl.minimum(each, steps),
-            STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
-        )  # fmt: skip
-        for part in range(1, PARTS):
-            total += tile_sum(
-                codes, scales, zeros, x_rows, o, out, size, width, group, part * each, tl.minimum(part * each + each, steps),
-                STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
-            )  # fmt: skip
+        total = sum_of_parts(
+            codes, scales, zeros, x_rows, o, out, size, width, group, STEP, NIBBLES, MASK_X, MASK_W, GROUPED, PARTS, OUT, ROWS
+        )
         value = finished(total, scales, row_scale, bias, o, out, place // sharing, kept, GROUPED)
         tl.store(y + place.to(tl.int64)[None, :] * out + o[:, None], value.to(y.dtype.element_ty), mask=(o < out)[:, None] & kept[None, :])
 

@@ -235,6 +235,27 @@ def tile_sum(
 
 
 @triton.jit
+def sum_of_parts(
+    codes: tensor, scales: tensor, zeros: tensor, x_rows: tensor, o: tensor, out: tensor, size: tensor, width: tensor, group: tensor,
+    STEP: constexpr, NIBBLES: constexpr, MASK_X: constexpr, MASK_W: constexpr, GROUPED: constexpr, PARTS: constexpr, OUT: constexpr,
+    ROWS: constexpr,
+) -> tensor:  # fmt: skip
+    """tile_sum of every part of K, added in order."""
+    steps = tl.cdiv(size, STEP)
+    each = tl.cdiv(steps, PARTS)
+    total = tile_sum(
+        codes, scales, zeros, x_rows, o, out, size, width, group, 0, tl.minimum(each, steps),
+        STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
+    )  # fmt: skip
+    for part in range(1, PARTS):
+        total += tile_sum(
+            codes, scales, zeros, x_rows, o, out, size, width, group, part * each, tl.minimum(part * each + each, steps),
+            STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
+        )  # fmt: skip
+    return total
+
+
+@triton.jit
 def finished(
     total: tensor, scales: tensor, row_scale: tensor, bias: tensor, o: tensor, out: tensor, rows: tensor, kept: tensor,
     GROUPED: constexpr,
@@ -276,10 +297,9 @@ def _linear(
     x_rows = x + which * size + tl.minimum(r, rows - 1).to(tl.int64) * x_stride
     inside = (o < out)[:, None] & (r < rows)[None, :]
 
-    steps = tl.cdiv(size, STEP)
-    each = tl.cdiv(steps, PARTS)
     if SPLIT:
-        part = tl.program_id(1)
+        steps = tl.cdiv(size, STEP)
+        each, part = tl.cdiv(steps, PARTS), tl.program_id(1)
         total = tile_sum(
             codes, scales, zeros, x_rows, o, out, size, width, group, part * each, tl.minimum(part * each + each, steps),
             STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
@@ -296,14 +316,8 @@ def _linear(
             tl.store(y + r.to(tl.int64)[None, :] * y_stride + which * out + o[:, None], value.to(y.dtype.element_ty), mask=inside)
             tl.store(counter, 0)
     else:
-        total = tile_sum(
-            codes, scales, zeros, x_rows, o, out, size, width, group, 0, tl.minimum(each, steps),
-            STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
-        )  # fmt: skip
-        for part in range(1, PARTS):
-            total += tile_sum(
-                codes, scales, zeros, x_rows, o, out, size, width, group, part * each, tl.minimum(part * each + each, steps),
-                STEP, NIBBLES, MASK_X, MASK_W, GROUPED, OUT, ROWS,
-            )  # fmt: skip
+        total = sum_of_parts(
+            codes, scales, zeros, x_rows, o, out, size, width, group, STEP, NIBBLES, MASK_X, MASK_W, GROUPED, PARTS, OUT, ROWS
+        )
         value = finished(total, scales, row_scale, bias, o, out, r, r < rows, GROUPED)
         tl.store(y + r.to(tl.int64)[None, :] * y_stride + which * out + o[:, None], value.to(y.dtype.element_ty), mask=inside)

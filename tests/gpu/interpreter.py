@@ -7,17 +7,14 @@ order only such a product can tell."""
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 
-@pytest.fixture(autouse=True)
-def in_order(monkeypatch, device):
-    """Import it into a test file; on a device nothing is changed."""
-    if device.type == "cpu":
-        from triton.runtime.interpreter import InterpreterBuilder
+def put_right(monkeypatch):
+    """Products and casts of the interpreter, until ``monkeypatch`` is undone."""
+    from triton.runtime.interpreter import InterpreterBuilder
 
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", casting(InterpreterBuilder.cast_impl))
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", casting(InterpreterBuilder.cast_impl))
 
 
 def product(self, a, b, d, input_precision, max_num_imprecise_acc):
