@@ -5,10 +5,10 @@ import functools
 
 import numpy as np
 import pytest
+from hasten.backends.cpu.arena import Arena
 
 from hasten import _native
 from hasten.backends.cpu import CpuBackend, unsupported_ops
-from hasten.backends.cpu.arena import Arena
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load

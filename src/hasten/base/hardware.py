@@ -132,6 +132,11 @@ def memory(root: Path = ROOT) -> Memory:
     )
 
 
+def free_bytes() -> int:
+    """Bytes of main memory that can be allocated without swapping; 8 GiB where that is not known."""
+    return memory(ROOT).available or 8 << 30
+
+
 def free_disk(path: Path) -> int | None:
     """Bytes free where ``path`` lies, or would; None where it is not known."""
     try:

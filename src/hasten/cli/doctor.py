@@ -25,12 +25,13 @@ def doctor(
     from hasten.backends.cpu.levels import kernels
     from hasten.base import hardware
 
-    machine = hardware.detect()
+    machine, (device, products) = hardware.detect(), _cuda()
     facts: dict[str, Any] = {
         "cpu": {**dataclasses.asdict(machine.cpu), "features": sorted(machine.cpu.features), "cores": machine.cpu.cores},
         "memory": dataclasses.asdict(machine.memory),
-        "backends": _backends(),
+        "backends": _backends() | {"cuda": device},
         "kernels": [dataclasses.asdict(kernel) for kernel in kernels()],
+        "cuda_kernels": products,
     }
     if measure:
         with Console(stderr=True).status("measuring memory bandwidth and arithmetic peaks …"):
@@ -58,6 +59,21 @@ def _backends() -> dict[str, str]:
     return states
 
 
+def _cuda() -> tuple[str, dict[str, str]]:
+    """The GPU, or what is missing for one; and what products go through there."""
+    from hasten.base.errors import UserError
+    from hasten.model import load_backend
+
+    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"needs {' and '.join(missing)}: pip install 'hasten[cuda]'", {}
+    try:
+        backend = load_backend("cuda")
+        return backend.described(), backend.kernels()
+    except UserError as error:
+        return str(error), {}
+
+
 def native_level() -> str:
     """The instruction-set level the native kernels run at."""
     from hasten import _native
@@ -76,6 +92,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"memory    {_gib(memory['total'])} GiB, {_gib(memory['available'])} available{limit}; huge pages: {pages}",
         *(f"backend   {name}: {state}" for name, state in facts["backends"].items()),
         *_kernel_lines(facts["kernels"]),
+        *(f"cuda      {product}: {kernel}" for product, kernel in facts["cuda_kernels"].items()),
     ]
     if (roofline := facts.get("roofline")) is not None:
         lines += [

@@ -20,7 +20,9 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A directory, a .gguf file, a Hub id (org/name), a bundled model (code-8m), or random:SHAPE.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="What plays the model: cpu (native), reference (torch), or auto.")]
+BackendOption = Annotated[
+    str, typer.Option("--backend", help="What plays the model: cpu (native), cuda (NVIDIA GPUs), reference (torch), or auto.")
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(

@@ -59,6 +59,6 @@ def find_loaded(backend: str, model: Model) -> Any:
     try:
         return load_backend(backend)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in {"torch", "triton"}:
             raise
-        raise MissingExtraError(f"{model.name}: backend {backend!r}", "torch") from None
+        raise MissingExtraError(f"{model.name}: backend {backend!r}", "cuda" if backend == "cuda" else "torch") from None

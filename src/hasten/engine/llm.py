@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hasten.base import hardware
 from hasten.base.errors import ConfigError, one_line
 from hasten.checkpoint import load
 from hasten.engine.answer import Completion
@@ -137,8 +136,9 @@ class LLM:
 
         Raises UserError where ``memory`` is not enough."""
         if not self._plans:
-            free = hardware.memory(hardware.ROOT).available or 8 << 30
-            self._plans = dict(zip(self.preparer.contexts, plan_memory(self.loads(), memory=self._memory, free=free)))
+            loaded = find_loaded(self.backend, self.model)
+            plans = plan_memory(self.loads(), memory=self._memory, free=loaded.free_bytes())
+            self._plans = dict(zip(self.preparer.contexts, plans))
         return added([*self._plans.values()]) if context is None else self._plans[context]
 
     @property

@@ -87,7 +87,11 @@ class LogitsBackend(Protocol):
 BACKENDS = "hasten.backends"
 """The group of entry points that names backends of others."""
 
-_BUILT_IN = {"cpu": "hasten.backends.cpu:CpuBackend", "reference": "hasten.backends.reference:ReferenceBackend"}  # found without a search
+_BUILT_IN = {
+    "cpu": "hasten.backends.cpu:CpuBackend", "cuda": "hasten.backends.cuda.backend:CudaBackend",
+    "reference": "hasten.backends.reference:ReferenceBackend",
+}  # fmt: skip
+"""Found without a search."""
 
 
 def load_backend(name: str) -> Any:

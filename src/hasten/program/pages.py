@@ -5,7 +5,11 @@ group's layers; of a recurrent group it is one sequence's whole state."""
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import accumulate
 
+import numpy as np
+
+from hasten.program.batch import Batch
 from hasten.program.program import Program, RecurrentGroup, StateGroup, most_seen
 
 
@@ -91,3 +95,12 @@ def pages_held(seen: int | None, length: int, step: int, page: int) -> int:
 def _pages_of(group: StateGroup, context: int, page: int) -> int:
     """Pages of a group that a sequence of ``context`` tokens holds at most."""
     return 0 if isinstance(group, RecurrentGroup) else pages_held(most_seen(group.visible), context, STEP, page)
+
+
+def first_pages(program: Program, batch: Batch, page: int) -> list[PageLists]:
+    """Pages for whole sequences that nothing is carried on of: of each group the first ones, each sequence's behind those of the one
+    before."""
+    needed = (-(-np.diff(batch.offsets) // page)).tolist()
+    counts = [[1] * len(needed) if isinstance(group, RecurrentGroup) else needed for group in program.states]
+    ends = [list(accumulate(each)) for each in counts]
+    return [[list(range(stops[s] - each[s], stops[s])) for each, stops in zip(counts, ends)] for s in range(len(needed))]

@@ -1,7 +1,6 @@
 """The native backend as an engine sees it."""
 
 import functools
-import itertools
 import math
 import threading
 import time
@@ -28,9 +27,9 @@ from hasten.program import (
     Move,
     PageLists,
     Program,
-    RecurrentGroup,
     SwapIn,
     SwapOut,
+    first_pages,
     fuse,
     hidden_states,
     linear_formats,
@@ -83,6 +82,10 @@ class CpuBackend:
         """Bytes of the values of a step of ``tokens`` tokens, its logits left out."""
         return arena_bytes(program, min(tokens, STEP_TOKENS, program.context))
 
+    def free_bytes(self) -> int:
+        """Bytes that weights, caches and arenas may take together."""
+        return hardware.free_bytes()
+
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
     ) -> "CpuSession":
@@ -91,8 +94,7 @@ class CpuBackend:
 
         ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given; no page costs anything till used."""
         program = self.program(model, context, formats)
-        free = hardware.memory(hardware.ROOT).available or 8 << 30
-        pages = page_counts(program, PAGE, free // 4 if cache_bytes is None else cache_bytes)
+        pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
         threads = _native.ThreadPool(self.threads)
         packed = PackedWeights(threads, _native.isa_level(self.isa), model.name, model.weights.origin, PackedCache.of_user())
         tape_of = functools.partial(
@@ -193,13 +195,12 @@ class CpuSession:
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
-        needed = (-(-np.diff(batch.offsets) // PAGE)).tolist()
-        tables = [_from_the_first([1] * len(needed) if isinstance(group, RecurrentGroup) else needed) for group in self.program.states]
-        for group, table in zip(self.program.states, tables, strict=True):
-            if (last := table[-1][-1] + 1) > (most := self.pages[group.name]):
+        pages = first_pages(self.program, batch, PAGE)
+        for index, group in enumerate(self.program.states):
+            if (last := pages[-1][index][-1] + 1) > (most := self.pages[group.name]):
                 raise UserError(f"{last} pages are more than the cache's {most}; score fewer or shorter sequences at once")
         with self._scoring:
-            return self.run(batch, [[table[index] for table in tables] for index in range(len(needed))])
+            return self.run(batch, pages)
 
     def _play(self, batch: Batch, pages: Sequence[PageLists], play: Callable[..., Any]) -> NDArray[np.float32]:
         if self.compiled.store.changed:
@@ -210,8 +211,3 @@ class CpuSession:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return logits
-
-
-def _from_the_first(counts: Sequence[int]) -> list[list[int]]:
-    """So many pages for each, one behind the other."""
-    return [list(range(end - count, end)) for count, end in zip(counts, itertools.accumulate(counts))]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from hasten import _native
-from hasten.backends.cpu.arena import ALIGNMENT, Arena
 from hasten.backends.cpu.experts import ExpertPlaces
 from hasten.backends.cpu.packed import PackedWeights, Stack
 from hasten.backends.cpu.recurrent import emit_recurrent
@@ -19,6 +18,7 @@ from hasten.formats.cache import CACHE_FORMATS
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
 from hasten.program import KvGroup, LatentGroup, Products, Program, RecurrentGroup, RowChain, StateGroup, Value, ops, unfuse
+from hasten.program.arena import ALIGNMENT, Arena
 from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
 FED = ".fed"  # beside the values of an op: its own copy of what it reads

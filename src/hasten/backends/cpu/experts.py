@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from hasten import _native
-from hasten.backends.cpu.arena import Arena
 from hasten.backends.cpu.rows import ELEMENT_BYTES, row_stride
 from hasten.program import Program, ops
+from hasten.program.arena import Arena
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -61,6 +61,12 @@ class ReferenceBackend:
             live -= sum(sizes[name] for name in {*op.inputs, *op.outputs} if last[name] == index)
         return most
 
+    def free_bytes(self) -> int:
+        """Bytes that weights, caches and arenas may take together."""
+        if torch.device(self.device).type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        return hardware.free_bytes()
+
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
     ) -> "ReferenceSession":
@@ -69,7 +75,7 @@ class ReferenceBackend:
 
         ``cache_bytes`` is how much its pages may take together, a quarter of free memory unless given."""
         program = self.program(model, context, formats)
-        memory = (hardware.memory(hardware.ROOT).available or 8 << 30) // 4 if cache_bytes is None else cache_bytes
+        memory = self.free_bytes() // 4 if cache_bytes is None else cache_bytes
         compute = TORCH_DTYPES[(self.precision or Precision()).compute]
         return ReferenceSession(program, weights_of(program, model.weights, self.device, compute), memory)
 

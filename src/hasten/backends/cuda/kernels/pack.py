@@ -9,6 +9,7 @@ Four bits are packed four to a word of 16 in spans: of the ``span`` inputs in a 
 taken apart. A quarter of a span never holds inputs of two groups."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -101,6 +102,14 @@ def unpack(weight: PackedWeight) -> Tensor:
     if weight.zeros is not None:
         dense = dense - weight.zeros.mT[..., group].to(torch.float32)
     return dense * weight.scales.mT[..., group]
+
+
+def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Weights of one form and one size as one, their output channels one after the other."""
+    first = weights[0]
+    scales = torch.cat([each.scales for each in weights if each.scales is not None], dim=-1) if first.scales is not None else None
+    zeros = torch.cat([each.zeros for each in weights if each.zeros is not None], dim=-1) if first.zeros is not None else None
+    return dataclasses.replace(first, codes=torch.cat([each.codes for each in weights], dim=-2), scales=scales, zeros=zeros)
 
 
 def _span(group: int, form: LinearFormat) -> int:

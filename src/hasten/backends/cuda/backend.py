@@ -1,0 +1,147 @@
+"""The CUDA backend as an engine sees it."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.inputs import Bucket
+from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
+from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.session import STEP_TOKENS, CudaSession
+from hasten.backends.cuda.tape import Device, unsupported_ops
+from hasten.backends.cuda.tuned import Tuned, read
+from hasten.backends.cuda.units import units_of
+from hasten.backends.cuda.weights import DeviceWeights
+from hasten.base import hardware, settings
+from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.formats.cache import cache_format
+from hasten.formats.linear import LinearFormat
+from hasten.model import Model
+from hasten.program import Batch, Formats, KvGroup, LatentGroup, Precision, Program, StateGroup, linear_formats, lower, ops, page_counts
+
+LEAST_CAPABILITY = (8, 0)
+PRODUCTS = (("bf16", "bf16"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("int8", "int8"), ("int4", "int8"))
+"""Kinds of products that `kernels` tells of: weights, activations."""
+INTERPRETED = Device(torch.device("cpu"), (9, 0), Tuned("interpreter"))
+"""Kernels in Triton's interpreter, on the CPU: what they compute, and nothing of how fast."""
+
+
+class CudaBackend:
+    """Plays Programs with Triton kernels on the first CUDA device, or ``on`` another; computed in bfloat16 with the Spec's residual
+    dtype."""
+
+    name = "cuda"
+    page = PAGE
+
+    def __init__(self, on: Device | None = None) -> None:
+        self._on = on
+
+    @functools.cached_property
+    def on(self) -> Device:
+        """The device. Raises UnsupportedError where there is none, or one that is too old."""
+        return self._on or find_device()
+
+    def described(self) -> str:
+        """The device and what was measured there. Raises UnsupportedError where there is none."""
+        major, minor = self.on.capability
+        tuned = f"block sizes measured for {len(self.on.tuned.linear)} shapes" if self.on.tuned.linear else "block sizes are defaults"
+        return f"{self.on.tuned.device}, compute capability {major}.{minor}, torch {torch.__version__}, {tuned}"
+
+    def kernels(self) -> dict[str, str]:
+        """By kind of product, as 'int8 × bf16' (weights × activations): the kernel it goes through, and why not those before it."""
+        found = {}
+        for form, fed in PRODUCTS:
+            site = LinearSite(LinearFormat.parse(form), fed, 16, 4096, 4096, torch.bfloat16, invariant=True, capability=self.on.capability)
+            try:
+                choice = choose(LINEAR, site)
+            except UnsupportedError as error:
+                found[f"{form} × {fed}"] = f"none: {error}"
+            else:
+                found[f"{form} × {fed}"] = "; ".join([choice.candidate.name, *(f"not {name}: {why}" for name, why in choice.refused)])
+        return found
+
+    def refusals(self, model: Model) -> tuple[str, ...]:
+        """What of ``model`` has no CUDA kernel; empty where it runs here."""
+        return unsupported_ops(lower(model.spec))
+
+    def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
+        """What a session would play."""
+        formats, precision = (formats or Formats()).meant_for(model.cache), Precision(model.spec.residual, "bfloat16")
+        linear = linear_formats(lower(model.spec, context=context), formats, model.weights, plain="bf16")
+        return lower(model.spec, context=context, precision=precision, formats=linear, cache=cache_format(formats.cache or "bf16"))
+
+    def weight_bytes(self, program: Program) -> int:
+        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
+        found: dict[tuple[str, str], float] = {}
+        for op in program.ops:
+            match op:
+                case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear() if op.weight_format != "dense":
+                    form = LinearFormat.parse(op.weight_format)
+                    bits = max(4, form.bits) + 32 / form.group if form.group else max(4, form.bits)
+                    found[op.weight, str(form)] = math.prod(program.params[op.weight]) * bits / 8
+                case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear() | ops.Embed():
+                    found[op.weight, "bf16"] = math.prod(program.params[op.weight]) * 2
+                case _:
+                    found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params})
+        return round(sum(found.values()))
+
+    def arena_bytes(self, program: Program, tokens: int) -> int:
+        """Bytes of the values of a step of ``tokens`` tokens, its logits left out."""
+        rows = min(tokens, STEP_TOKENS, program.context)
+        return lay_out(program, units_of(program), Bucket(rows, min(rows, 8), min(rows, 8))).size
+
+    def free_bytes(self) -> int:
+        """Bytes of the device that weights, caches and arenas may take together."""
+        if self.on.device.type != "cuda":
+            return hardware.free_bytes()
+        return int(torch.cuda.mem_get_info(self.on.device)[0])
+
+    def session(
+        self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
+    ) -> CudaSession:
+        """The model on the device, for sequences of up to ``context`` tokens; as its weights are stored, in bf16 where that is plainly,
+        unless ``formats`` says otherwise.
+
+        ``cache_bytes`` is how much its pages may take together, a quarter of the device's free memory unless given."""
+        program = self.program(model, context, formats)
+        if refused := unsupported_ops(program):
+            raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
+        pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
+        pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
+        return CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
+
+    def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits float32 [T, vocab] of one sequence."""
+        batch = Batch.of([token_ids])
+        if len(batch.tokens) > model.spec.context:
+            raise ConfigError(f"{len(batch.tokens)} tokens are more than the model's context of {model.spec.context}; shorten the input")
+        return self.session(model, len(batch.tokens)).score(batch)
+
+
+def find_device() -> Device:
+    """The first CUDA device that torch sees, with what was measured there. Raises UnsupportedError, saying what is missing."""
+    if not torch.cuda.is_available():
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        raise UnsupportedError(f"backend 'cuda' needs an NVIDIA GPU: {why}; --backend cpu or reference runs here")
+    capability, name = torch.cuda.get_device_capability(0), torch.cuda.get_device_name(0)
+    if capability < LEAST_CAPABILITY:
+        told = ".".join(map(str, capability))
+        raise UnsupportedError(
+            f"backend 'cuda' needs a device of compute capability 8.0 or more; {name} has {told}: --backend cpu runs here"
+        )
+    directory = settings.cache_directory()
+    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory / "tuned", name))
+
+
+def _pool(group: StateGroup, pages: int, device: torch.device) -> GroupCache:
+    match group:
+        case KvGroup():
+            return GroupCache.of(group.layers, pages, group.kv_heads, group.key_dim, group.value_dim, group.format, device)
+        case LatentGroup():
+            return GroupCache.of(group.layers, pages, 1, group.width, None, group.format, device)
+    raise UnsupportedError(f"no CUDA kernel keeps {group.name}")

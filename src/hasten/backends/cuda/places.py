@@ -1,0 +1,90 @@
+"""Where the values of a step lie on the device: places in one arena, and pieces of values that lie in them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hasten.backends.cuda.inputs import Bucket
+from hasten.backends.cuda.units import Unit
+from hasten.program import Program, Value, ops
+from hasten.program.arena import Arena
+
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "int32": torch.int32,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """``rows`` rows of ``features`` from byte ``start`` on; a row of the memory is ``width`` numbers, these begin at ``first``."""
+
+    start: int
+    dtype: torch.dtype
+    rows: int
+    features: tuple[int, ...]
+    width: int
+    first: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Places by value, in an arena of ``size`` bytes. Outputs of the Program have none: they outlive the step."""
+
+    size: int
+    places: Mapping[str, Place]
+
+
+def lay_out(program: Program, units: Sequence[Unit], bucket: Bucket) -> Layout:
+    """Every value that ``units`` write has a place from then on until its last use."""
+    values, arena, places = program.values, Arena(), dict[str, Place]()
+    whole: dict[str, str] = {}  # by value: in whose memory it lies
+    for unit in units:
+        for name in unit.outputs:
+            owner = _owner(unit, name)
+            whole[name] = whole.get(owner, owner)
+    last = {whole[name]: index for index, unit in enumerate(units) for name in (*unit.inputs, *unit.outputs) if name in whole}
+    for index, unit in enumerate(units):
+        first = dict[str, int]()
+        for name in unit.outputs:
+            if whole[name] in program.outputs:
+                continue
+            value, size = values[name], math.prod(values[name].features)
+            rows, dtype, at = rows_of(value, bucket), DTYPES[value.dtype], first.get(whole[name], 0)
+            if whole[name] in places and isinstance(unit.parts[0], ops.Split):  # a piece of a piece begins where that does
+                above = places[_owner(unit, name)]
+                start, width, at = above.start, above.width, above.first + at
+                first[whole[name]] = at - above.first + size
+            else:
+                width = sum(math.prod(values[each].features) for each in unit.outputs if whole[each] == whole[name])
+                start = places[whole[name]].start if at else arena.take(rows * width * dtype.itemsize)
+                first[whole[name]] = at + size
+            places[name] = Place(start, dtype, rows, value.features, width, at)
+        for name in {whole[each] for each in (*unit.inputs, *unit.outputs) if each in whole}:
+            if last[name] == index and name in places:
+                arena.give_back(places[name].start)
+    return Layout(max(arena.size, 1), places)
+
+
+def view(arena: Tensor, place: Place) -> Tensor:
+    """The value at ``place`` of ``arena`` uint8 [size], as a tensor [rows, …features]."""
+    count = place.rows * place.width
+    whole = arena[place.start : place.start + count * place.dtype.itemsize].view(place.dtype).view(place.rows, place.width)
+    if place.width == math.prod(place.features):
+        return whole.view(place.rows, *place.features)
+    return whole[:, place.first : place.first + place.features[-1]]
+
+
+def rows_of(value: Value, bucket: Bucket) -> int:
+    """How many rows a value has in ``bucket``."""
+    return {"T": bucket.rows, "R": bucket.wanted, "S": bucket.sequences}[value.rows]
+
+
+def _owner(unit: Unit, name: str) -> str:
+    """In whose memory a value lies that ``unit`` makes: pieces in what was cut, products of the same rows in one."""
+    first = unit.parts[0]
+    if isinstance(first, ops.Split):
+        return first.x
+    return first.y if isinstance(first, ops.Linear) else name

@@ -1,0 +1,123 @@
+"""A model on a device: its weights, its pages, and a tape for every bucket of batches that came."""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hasten.backends.cuda.inputs import Bucket, pieces
+from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
+from hasten.backends.cuda.tape import Device, Tape, compile_tape
+from hasten.backends.cuda.weights import DeviceWeights
+from hasten.base.errors import ConfigError, UserError
+from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
+
+STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
+SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
+
+
+class CudaSession:
+    """One Program with its weights, and ``pools`` of pages of ``page`` tokens, of which ``pages`` says how many there are by state group.
+    Which of them holds what is the caller's business.
+
+    A bucket's first step is launched op by op, which compiles its kernels; its second is captured into a graph that later ones replay."""
+
+    page = PAGE
+    threads = None
+    """Sampling has none of its own here."""
+
+    def __init__(
+        self, program: Program, weights: DeviceWeights, pools: Mapping[str, GroupCache], pages: Mapping[str, int], on: Device
+    ) -> None:
+        self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
+        self._tapes: dict[tuple[str, Bucket], _Player] = {}
+        self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
+        self._scoring = threading.Lock()
+        embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
+        self._vocab = None if embed is None else program.params[embed.weight][0]
+
+    @torch.inference_mode()
+    def carry_out(self, moves: Sequence[Move]) -> None:
+        """Copy pages, swap them out and in, in this order."""
+        for move in moves:
+            tensors = self.pools[self.program.states[move.group].name].tensors
+            match move:
+                case CopyPage():
+                    for x in tensors:
+                        x[:, move.target].copy_(x[:, move.source])
+                case SwapOut():
+                    self._outside[move.group, move.place] = tuple(x[:, move.source].to("cpu", copy=True) for x in tensors)
+                case SwapIn():
+                    for x, kept in zip(tensors, self._outside.pop((move.group, move.place)), strict=True):
+                        x[:, move.target].copy_(kept)
+
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``. Raises ConfigError for
+        tokens and positions that are out of range; nothing is changed then."""
+        return self._play("logits", batch, pages)
+
+    def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``."""
+        return self._play("hidden", batch, pages)
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
+        pages = first_pages(self.program, batch, PAGE)
+        for index, group in enumerate(self.program.states):
+            if (last := pages[-1][index][-1] + 1) > (most := self.pages[group.name]):
+                raise UserError(f"{last} pages are more than the cache's {most}; score fewer or shorter sequences at once")
+        with self._scoring:
+            return self.run(batch, pages)
+
+    @torch.inference_mode()
+    def _play(self, what: str, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        self._check(batch)
+        made = []
+        for part, its in pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS):
+            player = self._player(what, Bucket.of(part))
+            player.tape.inputs.fill(part, its)
+            made.append(player.play()[: len(part.rows)].to("cpu", torch.float32, copy=True).numpy())
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    def _player(self, what: str, bucket: Bucket) -> "_Player":
+        if (what, bucket) not in self._tapes:
+            program = self.program if what == "logits" else hidden_states(self.program)
+            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE)
+            self._tapes[what, bucket] = _Player(tape, tape.outputs[program.outputs[0]])
+        return self._tapes[what, bucket]
+
+    def _check(self, batch: Batch) -> None:
+        if not batch.tokens.size:
+            return
+        if self._vocab is not None and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < self._vocab:
+            wrong = batch.tokens[(batch.tokens < 0) | (batch.tokens >= self._vocab)][0]
+            raise ConfigError(f"token id {wrong} is outside the vocabulary; accepted are 0 to {self._vocab - 1}")
+        if int(batch.positions.max()) >= (most := self.program.context):
+            raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {most} tokens; shorten the input")
+
+
+class _Player:
+    """A tape, and the graph that was captured of it; ``result`` is what it leaves behind."""
+
+    def __init__(self, tape: Tape, result: Tensor) -> None:
+        self.tape, self.result = tape, result
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._played = False
+
+    def play(self) -> Tensor:
+        """One step; the result is there until the next."""
+        if self._graph is not None:
+            self._graph.replay()
+        elif not self._played or self.result.device.type != "cuda":
+            self.tape.play()
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.tape.play()
+            self._graph = graph
+            graph.replay()
+        self._played = True
+        return self.result

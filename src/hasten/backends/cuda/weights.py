@@ -1,0 +1,65 @@
+"""Weights on the device, in the layouts of its kernels: each is brought over once, whoever asks for it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.backends.cuda.kernels.pack import PackedWeight, joined, pack
+from hasten.formats.linear import LinearFormat
+from hasten.formats.mapped import release
+from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.weights import Array, Weights
+
+
+class DeviceWeights:
+    """``weights`` on ``device``; what is asked for twice lies there once. ``nbytes`` are what lies there by now."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self.device, self._weights = device, weights
+        self._plain: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._linear: dict[tuple[tuple[str, ...], str, torch.dtype], PackedWeight] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that was asked for."""
+        return sum(each.nbytes for each in self._plain.values()) + sum(each.nbytes for each in self._linear.values())
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight in plain numbers of ``dtype``."""
+        key = name, dtype
+        if key not in self._plain:
+            self._plain[key] = self._brought(name, dtype)
+        return self._plain[key]
+
+    def linear(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """Weights of linear layers that read the same rows, as one whose output channels are theirs one after the other; in ``form``, or
+        where that is 'dense' in ``dense``. What is stored in ``form`` already comes over to the bit."""
+        key = names, form, dense
+        if key not in self._linear:
+            parts = [self._packed(name, form, dense, len(names) == 1) for name in names]
+            self._linear[key] = parts[0] if len(parts) == 1 else joined(parts)
+        return self._linear[key]
+
+    def _packed(self, name: str, form: str, dense: torch.dtype, alone: bool) -> PackedWeight:
+        if form == "dense":  # what becomes part of a joined one is not kept beside it
+            return PackedWeight.of_dense(self.plain(name, dense) if alone else self._brought(name, dense))
+        weight, its = self._weights[name], LinearFormat.parse(form)
+        if isinstance(weight, QuantizedWeight) and weight.form == its:
+            return pack(its, weight.quantized()).to(self.device)
+        array = weight.load()
+        packed = pack(its, its.quantize(array)).to(self.device)
+        release(array)
+        return packed
+
+    def _brought(self, name: str, dtype: torch.dtype) -> Tensor:
+        array = self._weights.array(name)
+        brought = _tensor(array).to(self.device, dtype, copy=True).contiguous()
+        release(array)
+        return brought
+
+
+def _tensor(array: Array) -> Tensor:
+    """The same memory, bfloat16 too, which torch does not take from numpy."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
