@@ -327,6 +327,7 @@ def test_doctor_json(hasten_main):
     assert facts["cpu"]["cores"] >= 1
     assert facts["memory"]["total"] > 0
     assert facts["backends"]["reference"].startswith("torch")
+    assert "NVIDIA" in facts["backends"]["cuda"] or "hasten[cuda]" in facts["backends"]["cuda"]
     assert "roofline" not in facts
 
 

@@ -1,5 +1,7 @@
 """The CUDA backend as an engine uses it, against the reference: whole models, however their batches are cut."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,16 @@ def test_what_is_out_of_range(tmp_path, backend):
 def test_without_a_device():
     with pytest.raises(UnsupportedError, match=r"needs an NVIDIA GPU.*--backend cpu"):
         find_device()
+
+
+def test_doctor_is_told_of_every_kind_of_product():
+    told = CudaBackend(INTERPRETED).kernels()
+    assert told["int4 × int8"].startswith("triton; not cublas: reads dense weights alone")
+    assert "batch" in told["bf16 × bf16"]
+    assert len(told) == 6
+    old = CudaBackend(dataclasses.replace(INTERPRETED, capability=(8, 6))).kernels()
+    assert old["fp8 × bf16"].startswith("none: ")
+    assert "8.9" in old["fp8 × bf16"]
 
 
 # --- what a tape is made of

@@ -51,6 +51,13 @@ def test_names_the_extra_to_install(arguments):
     assert "reference" in line
 
 
+def test_cuda_names_its_extra():
+    result = hasten("generate", "code-8m", "-p", "x", "--backend", "cuda")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "hasten[cuda]" in result.stderr.splitlines()[-1]
+    assert "hasten[cuda]" in json.loads(hasten("doctor", "--no-measure", "--json").stdout)["backends"]["cuda"]
+
+
 def test_a_model_that_needs_reference_names_the_extra_too(tmp_path):
     """Transformer-XL, whose relative attention has no native kernel, written without torch."""
     full, weights = random_checkpoint(find_family("transfo-xl").examples[0], 0)
