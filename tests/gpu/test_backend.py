@@ -9,13 +9,14 @@ import torch
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend, find_device
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, StepInputs, pieces
 from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.tape import unsupported_ops
 from hasten.backends.cuda.units import units_of
 from hasten.backends.reference import ReferenceBackend
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
 from hasten.engine.stepper import Stepper
 from hasten.families import all_families
-from hasten.program import Batch, CopyPage, Formats, Precision, SwapIn, SwapOut, first_pages, hidden_states, ops
+from hasten.program import Batch, CopyPage, Formats, Precision, SwapIn, SwapOut, first_pages, hidden_states, lower, ops
 from tests.families.oracles import make_checkpoint
 
 LENGTH = 13
@@ -32,10 +33,18 @@ def model_of(name, index, directory):
     return load(directory), np.random.default_rng(index).integers(0, config["vocab_size"], LENGTH).tolist()
 
 
-@pytest.mark.parametrize(
-    ("name", "index", "weights"),
-    [("llama", 0, None), ("qwen2", 0, "int8"), ("gpt2", 0, None), ("bloom", 1, "int4-g32")],
-)
+SOME = [("llama", 0, None), ("qwen2", 0, "int8"), ("gpt2", 0, None), ("bloom", 1, "int4-g32")]
+"""In the interpreter, which takes seconds for each; on a device all there are."""
+EVERY = [
+    (family.name, index, weights)
+    for family in all_families()
+    for index, example in enumerate(family.examples)
+    if not unsupported_ops(lower(family.spec(example)))
+    for weights in (None, "int8", "int4-g32")
+]
+
+
+@pytest.mark.parametrize(("name", "index", "weights"), EVERY if torch.cuda.is_available() else SOME)
 def test_logits(name, index, weights, tmp_path, backend):
     """Near the reference, and the same bits in pieces beside another sequence."""
     model, ids = model_of(name, index, tmp_path)
@@ -77,6 +86,29 @@ def test_hidden_states(tmp_path, backend):
     expected = ReferenceBackend().session(model, 32).hidden(batch, first_pages(session.program, batch, session.page))
     rows = session.hidden(batch, first_pages(session.program, batch, session.page))
     assert np.abs(rows - expected).max() <= 2e-2 * np.abs(expected).max()
+
+
+def test_out_of_memory_at_any_launch_leaves_the_session_whole(tmp_path, backend):
+    """What fails is that step: the same step comes to the same bits afterwards, and so does one after it."""
+    model, ids = model_of("llama", 0, tmp_path)
+    session, lists = backend.session(model, 32), [[[0]]]
+    head, tail = Batch.of([ids[:4]], rows="last"), Batch.of([ids[4:8]], [4], rows="last")
+    expected = [session.run(batch, lists) for batch in (head, tail)]
+    (tape,) = {id(player.tape): player.tape for player in session._tapes.values()}.values()
+    launches = tape.launches
+    for place in (0, len(launches) // 2, len(launches) - 1):
+
+        def fails():
+            raise torch.cuda.OutOfMemoryError("injected")
+
+        broken = dataclasses.replace(tape, launches=(*launches[:place], fails, *launches[place + 1 :]))
+        for player in session._tapes.values():
+            player.tape = broken
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            session.run(head, lists)
+        for player in session._tapes.values():
+            player.tape = tape
+        assert all(np.array_equal(session.run(batch, lists), logits) for batch, logits in zip((head, tail), expected))
 
 
 def test_what_is_out_of_range(tmp_path, backend):
