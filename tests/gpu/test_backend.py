@@ -8,6 +8,7 @@ import torch
 
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend, find_device
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, StepInputs, pieces
+from hasten.backends.cuda.limits import limits
 from hasten.backends.cuda.places import lay_out
 from hasten.backends.cuda.tape import unsupported_ops
 from hasten.backends.cuda.units import units_of
@@ -94,20 +95,19 @@ def test_out_of_memory_at_any_launch_leaves_the_session_whole(tmp_path, backend)
     session, lists = backend.session(model, 32), [[[0]]]
     head, tail = Batch.of([ids[:4]], rows="last"), Batch.of([ids[4:8]], [4], rows="last")
     expected = [session.run(batch, lists) for batch in (head, tail)]
-    (tape,) = {id(player.tape): player.tape for player in session._tapes.values()}.values()
-    launches = tape.launches
+    player = session._player("logits", Bucket.of(head))
+    assert Bucket.of(tail) == Bucket.of(head)
+    tape, launches = player.tape, player.tape.launches
     for place in (0, len(launches) // 2, len(launches) - 1):
 
         def fails():
             raise torch.cuda.OutOfMemoryError("injected")
 
         broken = dataclasses.replace(tape, launches=(*launches[:place], fails, *launches[place + 1 :]))
-        for player in session._tapes.values():
-            player.tape = broken
+        player.tape = broken
         with pytest.raises(torch.cuda.OutOfMemoryError):
             session.run(head, lists)
-        for player in session._tapes.values():
-            player.tape = tape
+        player.tape = tape
         assert all(np.array_equal(session.run(batch, lists), logits) for batch, logits in zip((head, tail), expected))
 
 
@@ -118,6 +118,12 @@ def test_what_is_out_of_range(tmp_path, backend):
         session.score(Batch.of([[*ids, 10**6]]))
     with pytest.raises(ConfigError, match="beyond the context of 32"):
         session.run(Batch.of([ids], [25]), [[[0, 1, 2] for _ in session.program.states]])
+
+
+def test_limits_are_measured(backend):
+    copied, multiplied = limits(backend.on.device, "f32", 1 << 20)
+    assert 0.1 < copied < 1e5
+    assert 1e-3 < multiplied < 1e5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -18,7 +18,7 @@ from hasten.engine.backends import open_session
 from hasten.engine.stepper import Sequences, Stepper
 from hasten.formats.linear import LinearFormat
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
-from hasten.measure.roofline import Arithmetic, Limits, Slice
+from hasten.measure.roofline import Arithmetic, DeviceLimits, KnowsItsLimits, Limits, Slice
 from hasten.model import Model
 from hasten.program import Batch, Formats, Program, lower, ops, unfuse
 
@@ -45,7 +45,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Runner:
-    """A model made ready once, and how it is stored and fed. ``isa`` is the level of native kernels, 'torch' where torch chooses;
+    """A model made ready once, and how it is stored and fed. ``isa`` is the level of native kernels, what a device's are compiled for, or
+    'torch' where torch chooses;
     ``weight_bytes`` are those that a step reads if it reads all experts."""
 
     session: Any
@@ -60,8 +61,10 @@ class Runner:
     weight_bytes: int
     open_s: float
 
-    def limits(self, case: Case) -> Limits:
+    def limits(self, case: Case) -> Limits | DeviceLimits:
         """The machine's limits for this case: a buffer as large as what a step of decoding reads, products as the linear layers take."""
+        if isinstance(self.session, KnowsItsLimits):
+            return DeviceLimits(self.session, _ARITHMETIC[self.activations], self.bytes_per_step(case)[0])
         level = self.isa if isinstance(self.session, CpuSession) else "best"
         return Limits(self.threads, level, _ARITHMETIC[self.activations], self.bytes_per_step(case)[0])
 
@@ -171,17 +174,18 @@ def open_runner(
     if isinstance(session, CpuSession):
         session.compiled.store.settle()
     program: Program = unfuse(session.program)
-    native = isinstance(session, CpuSession)
-    found = format_names(program, native)
+    found = format_names(program)
     for what, wanted, got in (("activations", activations, found[1]), ("cache", cache, found[2])):
         if wanted is not None and wanted != got:
             raise UnsupportedError(
                 f"{what} {one_line(wanted)} are not to be had with weights {found[0]} on backend {backend}; accepted: {got}"
             )
-    return Runner(
-        session, program, model.name, backend, level if native else "torch", threads or cores, *found,
-        session.compiled.weight_bytes if native else 4 * weight_elements(program), open_s,
-    )  # fmt: skip
+    isa, weight_bytes = "torch", 4 * weight_elements(program)
+    if isinstance(session, CpuSession):
+        isa, weight_bytes = level, session.compiled.weight_bytes
+    elif isinstance(session, KnowsItsLimits):
+        isa, weight_bytes = session.isa, session.weight_bytes
+    return Runner(session, program, model.name, backend, isa, threads or cores, *found, weight_bytes, open_s)
 
 
 def check_weights(formats: Sequence[str | None]) -> None:
@@ -261,12 +265,15 @@ def _level(isa: str) -> str:
         raise ConfigError(str(error)) from error
 
 
-def format_names(program: Program, native: bool) -> tuple[str, str, str]:
+def format_names(program: Program) -> tuple[str, str, str]:
     """(weights, activations, cache) as they are: those of the linear layers, the head's aside."""
     linear = [op for op in program.ops if isinstance(op, ops.Linear | ops.ExpertLinear)]
     body = [op for op in linear if op.y != "logits"] or linear
-    dense = "bf16" if native else "float32"
-    weights = {dense if op.weight_format == "dense" else op.weight_format for op in body}
-    fed = {_SHORT.get(dtype := program.values[op.x].dtype, dtype) for op in body}
-    kept = {_SHORT.get(group.format, group.format) for group in program.states}
+    weights = {_short(program.values[op.x].dtype) if op.weight_format == "dense" else op.weight_format for op in body}
+    fed = {_short(program.values[op.x].dtype) for op in body}
+    kept = {_short(group.format) for group in program.states}
     return "+".join(sorted(weights)), "int8" if "int8" in fed else "+".join(sorted(fed)), "+".join(sorted(kept)) or "none"
+
+
+def _short(dtype: str) -> str:
+    return _SHORT.get(dtype, dtype)

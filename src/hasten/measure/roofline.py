@@ -1,7 +1,7 @@
 """This machine's limits beside a measurement: short slices, to be taken between timed runs."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from hasten import _native
 from hasten.base import hardware
@@ -39,6 +39,38 @@ class Slice:
     def seconds(self, read_bytes: float, operations: float) -> float:
         """The least time in which so much can be read and computed: the larger of the two."""
         return max(read_bytes / self.read_gb_per_s / 1e9, operations / self.peak_tops / 1e12)
+
+
+@runtime_checkable
+class KnowsItsLimits(Protocol):
+    """A session on a device of its own, which measures that device itself."""
+
+    weight_bytes: int
+    """What a step reads of weights if it reads all experts."""
+    isa: str
+    """What its kernels are compiled for."""
+
+    def limits(self, arithmetic: Arithmetic, read_bytes: int) -> tuple[float, float]:
+        """1e9 bytes that pass a second while so many are copied, and 1e12 operations a second of products, both now."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What to measure beside a run on ``device``: copying ``read_bytes`` there, and multiplying ``arithmetic``."""
+
+    device: KnowsItsLimits
+    arithmetic: Arithmetic
+    read_bytes: int
+
+    @property
+    def peak_isa(self) -> str:
+        """What the peak is taken with."""
+        return self.device.isa
+
+    def slice(self) -> Slice:
+        """Measure both now."""
+        return Slice(*self.device.limits(self.arithmetic, self.read_bytes))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Speeds:
 def played_as(model: Model) -> tuple[str, str, str]:
     """(weights, activations, cache) of the linear layers, as this machine plays ``model``."""
     backend = choose_backend(model)[0]
-    return format_names(unfuse(find_loaded(backend, model).program(model)), backend == "cpu")
+    return format_names(unfuse(find_loaded(backend, model).program(model)))
 
 
 def require_room(models: Sequence[Model], remedy: str) -> None:

@@ -113,7 +113,9 @@ class CudaBackend:
             raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
         pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
         pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
-        return CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
+        session = CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
+        session.make_ready()
+        return session
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hasten.backends.cuda.inputs import Bucket, pieces
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
+from hasten.backends.cuda.limits import limits
 from hasten.backends.cuda.tape import Device, Tape, compile_tape
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import ConfigError, UserError
@@ -33,11 +35,26 @@ class CudaSession:
         self, program: Program, weights: DeviceWeights, pools: Mapping[str, GroupCache], pages: Mapping[str, int], on: Device
     ) -> None:
         self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
+        self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
         self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
         self._scoring = threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
         self._vocab = None if embed is None else program.params[embed.weight][0]
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of weights if it reads all experts: linear layers as they are packed."""
+        return self.weights.linear_bytes
+
+    def limits(self, arithmetic: Literal["bf16", "int8", "f32"], read_bytes: int) -> tuple[float, float]:
+        """What the device can do at this moment (`limits.limits`)."""
+        return limits(self.on.device, arithmetic, read_bytes)
+
+    @torch.inference_mode()
+    def make_ready(self) -> None:
+        """Bring the weights over, which the first step would do otherwise."""
+        self._player("logits", Bucket(1, 1, 1))
 
     @torch.inference_mode()
     def carry_out(self, moves: Sequence[Move]) -> None:

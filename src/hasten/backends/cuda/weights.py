@@ -24,6 +24,11 @@ class DeviceWeights:
         """Bytes of all that was asked for."""
         return sum(each.nbytes for each in self._plain.values()) + sum(each.nbytes for each in self._linear.values())
 
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of those of linear layers."""
+        return sum(each.nbytes for each in self._linear.values())
+
     def plain(self, name: str, dtype: torch.dtype) -> Tensor:
         """A weight in plain numbers of ``dtype``."""
         key = name, dtype
