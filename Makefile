@@ -18,7 +18,7 @@ class Point:
 endef
 export DEMO
 
-.PHONY: demo test lint bench evidence sanitize determinism kill load requests fuzz tenants quantize soak clean
+.PHONY: demo test lint bench gpu evidence sanitize determinism kill load requests fuzz tenants quantize soak clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/hasten inspect code-8m
@@ -36,6 +36,10 @@ lint: $(VENV)/.tested
 # The table of measured figures; needs a quiet machine.
 bench: $(VENV)/.tested
 	@$(BIN)/python benchmarks/training_step.py
+
+# All that only a GPU can show, in under nine minutes; writes docs/gpu.md. Says what is missing where there is none.
+gpu: $(VENV)/.tested
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 # The measured tables: all that this machine can show, each line once until what runs changes. ARGS=--help says how to run some of it.
 evidence: $(VENV)/.tested
