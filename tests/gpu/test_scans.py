@@ -1,4 +1,4 @@
-"""Recurrences against the reference backend in float64, and to the bit against themselves in other cuts, other company and other buckets."""
+"""Recurrences against the reference backend in float64, and to the bit against themselves in other cuts, batches and buckets."""
 
 import dataclasses
 

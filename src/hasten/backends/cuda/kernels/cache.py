@@ -108,7 +108,7 @@ def rotary_tables(
     count, pairs = cosines.shape
     block = triton.next_power_of_2(pairs)
     _rotary_tables[(triton.cdiv(count, rows),)](
-        positions, frequencies, cosines, sines, count, magnitude, PAIRS=pairs, BLOCK=block, ROWS=rows
+        positions, frequencies, cosines, sines, count, magnitude, PAIRS=pairs, BLOCK=block, ROWS=rows, enable_fp_fusion=False
     )
 
 
