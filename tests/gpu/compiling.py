@@ -152,14 +152,13 @@ def attending():
 def caching():
     """Rows on their way to the cache, and pages on theirs."""
     global case
+    case, kept = "fp8", cache.GroupCache.of(1, 4, 8, 128, 128, "fp8", META)
     turn = cache.Turn(empty(64, 64, dtype=F32), empty(64, 64, dtype=F32))
     positions, sequence, pages = empty(64, dtype=I32), empty(64, dtype=I32), empty(4, 16, dtype=I32)
     cache.rotary_tables(positions, empty(64, dtype=F32), turn.cosines, turn.sines)
     qkv = empty(64, 48 * 128)
     q, k, v = qkv.split((32 * 128, 8 * 128, 8 * 128), dim=1)
-    for case in ("bfloat16", "fp8"):
-        kept = cache.GroupCache.of(1, 4, 8, 128, 128, case, META)
-        cache.rotate_append(q, k, v, empty(64, 32 * 128), turn, kept.layer(0), positions, sequence, pages, heads=32)
+    cache.rotate_append(q, k, v, empty(64, 32 * 128), turn, kept.layer(0), positions, sequence, pages, heads=32)
     cache.move_pages(StatePool.of(2, 4, (64, 64), META), None, empty(8, 2, dtype=I32))
 
 

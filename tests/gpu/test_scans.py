@@ -88,7 +88,7 @@ class Player:
         count = max(rows, len(picked))
         more = max(0, sequences - len(parts))
         given = (
-            np.pad(positions, (0, count - len(picked)), constant_values=3), np.pad(offsets, (0, more), mode="edge"),
+            np.pad(positions, (0, count - len(picked))), np.pad(offsets, (0, more), mode="edge"),
             np.pad([p.page for p in parts], (0, more), constant_values=padding_page),
         )  # fmt: skip
         step = Sequences(*(torch.from_numpy(x.astype(np.int32)).to(self.device) for x in given))

@@ -33,8 +33,8 @@ class StatePool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sequences:
-    """Whose rows those of a step are: positions int32 [T] of the rows; offsets int32 [S + 1], of which sequence s has rows offsets[s] to
-    offsets[s + 1]; states int32 [S], the page that its state is in.
+    """Whose rows those of a step are: positions int32 [T] of the rows; offsets int32 [S + 1], rising from 0, where sequence s has rows
+    offsets[s] to offsets[s + 1]; states int32 [S], the page that its state is in.
 
     A sequence whose first row is at position 0 begins from zeros, whatever its page held; one without rows is left alone. Rows that no
     sequence has, or one of page −1, are padding: what is made of them is zeros. Raises ValueError for lengths that do not go together."""
