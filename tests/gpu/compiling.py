@@ -14,16 +14,19 @@ from triton.compiler import ASTSource
 from triton.language import target_info
 from triton.runtime.jit import JITFunction
 
-from hasten.backends.cuda.kernels import experts, linear, rows
+from hasten.backends.cuda.kernels import attention, cache, experts, linear, linear_scan, rows, scans
 from hasten.backends.cuda.kernels.linear import Scratch, Tiles, default_order, default_tiles, scratch_size
 from hasten.backends.cuda.kernels.pack import PackedWeight
+from hasten.backends.cuda.kernels.states import Sequences, StatePool
 from hasten.program import ops
-from hasten.spec import ClampedSwiglu
+from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
+    torch.int64: "i64",
 }  # fmt: skip
 BF16, F32, I8, I32 = torch.bfloat16, torch.float32, torch.int8, torch.int32
+META = torch.device("meta")
 H200 = GPUTarget("cuda", 90, 32)
 case = ""
 
@@ -36,9 +39,11 @@ def current_target():
 current_target.__triton_builtin__ = True  # or kernels that ask for it are said to refer to a global
 
 
-def compiled(self, *arguments, grid, warmup, **options):
+def compiled(self, *arguments, grid, warmup, **named):
     """In place of JITFunction.run: what the launch would have run, for sm_90."""
     signature, constants, attributes = {}, {}, {}
+    options = {name: named.pop(name) for name in [*named] if name not in self.arg_names}
+    arguments = (*arguments, *(named.pop(name) for name in self.arg_names[len(arguments) :]))
     for number, (parameter, given) in enumerate(zip(self.params, arguments, strict=True)):
         if parameter.is_constexpr or given is None:
             kind = "constexpr"
@@ -55,7 +60,7 @@ def compiled(self, *arguments, grid, warmup, **options):
     source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=H200, options=options)
     said = {
-        "case": case, "kernel": self.fn.__name__, "shared": made.metadata.shared, "warps": options["num_warps"],
+        "case": case, "kernel": self.fn.__name__, "shared": made.metadata.shared, "warps": made.metadata.num_warps,
         "products": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m\S+)|(mma\.sync\S+)", made.asm["ptx"]))),
         "nibbles": made.asm["ptx"].count("lop3.b32 t"),
         "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4|cp\.async\.cg", made.asm["ptx"])),
@@ -64,7 +69,7 @@ def compiled(self, *arguments, grid, warmup, **options):
 
 
 def empty(*shape, dtype=BF16):
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def weight(codes, out=4096, size=4096, group=0, stacked=(), zeros=False):
@@ -128,6 +133,65 @@ def row_ops():
     rows.embed(narrow, empty(8, dtype=I32), narrow, factor=2.0)
 
 
+def attending():
+    """Attention in parts over a narrow cache, and whole over latent rows, which take most memory."""
+    global case
+    for case, heads, kv_heads, key_dim, value_dim, form, visible, programs in [
+        ("fp8 in parts", 64, 8, 128, 128, "fp8", SlidingWindow(size=4096), 8), ("latent", 128, 1, 576, 512, "bfloat16", Causal(), 0),
+    ]:  # fmt: skip
+        latent, blocks = case == "latent", attention.blocks_for(key_dim)
+        kept = cache.GroupCache.of(1, 4, kv_heads, key_dim, None if latent else value_dim, form, META)
+        parts = attention.Parts.of(16, heads, value_dim, 4096, programs, META, blocks) if programs else None
+        attention.attend(
+            empty(16, heads * key_dim), kept.layer(0), empty(16, heads * value_dim), empty(16, dtype=I32), empty(16, dtype=I32),
+            empty(4, 16, dtype=I32), empty(16, 2, dtype=I32), heads=heads, scale=0.1, visible=visible, blocks=blocks, parts=parts,
+            sinks=empty(heads) if programs else None,
+        )  # fmt: skip
+
+
+def caching():
+    """Rows on their way to the cache, and pages on theirs."""
+    global case
+    case, kept = "fp8", cache.GroupCache.of(1, 4, 8, 128, 128, "fp8", META)
+    turn = cache.Turn(empty(64, 64, dtype=F32), empty(64, 64, dtype=F32))
+    positions, sequence, pages = empty(64, dtype=I32), empty(64, dtype=I32), empty(4, 16, dtype=I32)
+    cache.rotary_tables(positions, empty(64, dtype=F32), turn.cosines, turn.sines)
+    qkv = empty(64, 48 * 128)
+    q, k, v = qkv.split((32 * 128, 8 * 128, 8 * 128), dim=1)
+    cache.rotate_append(q, k, v, empty(64, 32 * 128), turn, kept.layer(0), positions, sequence, pages, heads=32)
+    cache.move_pages(StatePool.of(2, 4, (64, 64), META), None, empty(8, 2, dtype=I32))
+
+
+def recurrences():
+    """A recurrence after the other, of the sizes of a large model."""
+    global case
+    case, count, step = "recurrences", 64, Sequences(empty(64, dtype=I32), empty(65, dtype=I32), empty(64, dtype=I32))
+
+    def state(*shape):
+        return StatePool.of(1, 64, shape, META).layer(0)
+
+    def wide(*shape):
+        return empty(*shape, dtype=F32)
+
+    scans.causal_conv(empty(count, 8192), empty(8192, 4), empty(count, 8192), state(3, 8192), step, activation="silu")
+    scans.selective_scan(
+        empty(count, 5120), empty(count, 5120), empty(count, 16), empty(count, 16), wide(5120, 16), wide(5120), wide(5120),
+        empty(count, 5120), state(5120, 16), step,
+    )  # fmt: skip
+    scans.dual_scan(
+        empty(count, 5120), empty(count, 80), empty(count, 128), empty(count, 128), wide(80), wide(80), wide(80), empty(count, 5120),
+        state(80, 64, 128), step, heads=80, groups=1,
+    )  # fmt: skip
+    scans.gated_delta_scan(
+        empty(count, 2048), empty(count, 2048), empty(count, 4096), empty(count, 32), empty(count, 32), wide(32), wide(32),
+        empty(count, 4096), state(32, 128, 128), step, key_heads=16, value_heads=32,
+    )  # fmt: skip
+    linear_scan.linear_scan(
+        empty(count, 2048), empty(count, 1024), empty(count, 1024), empty(count, 2048), wide(count, 16), state(8, 256, 129), step,
+        heads=16, kv_heads=8,
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     target_info.current_target = current_target
     JITFunction.run = compiled
@@ -135,3 +199,6 @@ if __name__ == "__main__":
     products()
     mixtures()
     row_ops()
+    attending()
+    caching()
+    recurrences()

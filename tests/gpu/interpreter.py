@@ -3,16 +3,22 @@
 It keeps bfloat16 as integers of 16 bits, takes them for integers in a block product and where whole numbers are cast, and cuts float32
 off where a device rounds to nearest even. And it hands products to numpy, whose sums of floats depend on how many columns there are; a
 device's do not: an element of a tile is summed over K in one order, whatever the tile's other sizes. Of what a kernel sums in which
-order only such a product can tell."""
+order only such a product can tell.
+
+It also puts its own functions into the language anew wherever a kernel calls another function, which takes longer than most functions;
+here it does so where they are not there."""
+
+import functools
 
 import ml_dtypes
 import numpy as np
 
 
 def put_right(monkeypatch):
-    """Products and casts of the interpreter, until ``monkeypatch`` is undone."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    """Products, casts and calls of the interpreter, until ``monkeypatch`` is undone."""
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
+    monkeypatch.setattr(InterpretedFunction, "__call__", called)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", casting(InterpreterBuilder.cast_impl))
 
@@ -44,6 +50,24 @@ def casting(cast_impl):
         return TensorHandle(nearest.view(np.uint16), tl.bfloat16)
 
     return cast
+
+
+def called(self, *args, **kwargs):
+    """In place of InterpretedFunction.__call__: a function called by a kernel."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    if any(is_builtin(language.load) for language in _languages(self.fn)):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+@functools.cache
+def _languages(fn):
+    """What the function knows the language as."""
+    import triton.language as tl
+
+    return [each for each in fn.__globals__.values() if each is tl or each is tl.core]
 
 
 def _numbers(handle):

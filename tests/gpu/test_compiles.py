@@ -29,6 +29,8 @@ def made(tmp_path_factory):
 def test_every_kernel_compiles_and_fits(made):
     assert {each["kernel"] for each in made} == {
         "_linear", "_experts", "_route", "_count", "_place", "_combine", "_norm", "_gate", "_fixed", "_mapped", "_take",
+        "_attend", "_add_parts", "_rotary_tables", "_rotate_append", "_move_pages", "_causal_conv", "_selective_scan", "_dual_scan",
+        "_gated_delta_scan", "_feature_sums", "_linear_scan",
     }  # fmt: skip
     assert all(each["shared"] <= SHARED for each in made)
 
@@ -53,5 +55,17 @@ def test_nibbles_are_taken_apart_two_by_two(made):
     }  # fmt: skip
 
 
+def test_attention_goes_through_wgmma(made):
+    """Scores and sums alike: no product falls back to an instruction of older devices."""
+    products = [each["products"] for each in made if each["kernel"] == "_attend"]
+    assert len(products) == 2
+    assert all(found and all(group and not older for group, older in found) for found in products), products
+
+
 def test_rows_are_read_in_wide_loads(made):
-    assert all(each["wide"] for each in made if each["kernel"] in {"_linear", "_experts", "_norm", "_gate", "_mapped", "_take"})
+    """Of 16 bytes. (A page of linear attention is one column wider than its values, which leaves 4.)"""
+    wide = {
+        "_linear", "_experts", "_norm", "_gate", "_mapped", "_take", "_attend", "_rotate_append", "_causal_conv", "_selective_scan",
+        "_dual_scan", "_gated_delta_scan",
+    }  # fmt: skip
+    assert all(each["wide"] for each in made if each["kernel"] in wide)

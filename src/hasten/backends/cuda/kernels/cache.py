@@ -5,6 +5,7 @@ bit what ``hasten.formats.cache`` says: rows rounded to bf16, or to one byte an 
 kept in float32."""
 
 import dataclasses
+from typing import Protocol
 
 import torch
 import triton
@@ -81,6 +82,14 @@ class GroupCache:
         return LayerCache(self.keys[slot], values, key_scales, value_scales)
 
 
+class Paged(Protocol):
+    """What has pages that ``move_pages`` moves: a group's keys and values here, its recurrent state in ``states``."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors [layers, pages, …], contiguous."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """Which features of a head are turned, as ops.Rotate says. cosines and sines float32 [T, dims / 2], by ``rotary_tables``."""
@@ -99,7 +108,7 @@ def rotary_tables(
     count, pairs = cosines.shape
     block = triton.next_power_of_2(pairs)
     _rotary_tables[(triton.cdiv(count, rows),)](
-        positions, frequencies, cosines, sines, count, magnitude, PAIRS=pairs, BLOCK=block, ROWS=rows
+        positions, frequencies, cosines, sines, count, magnitude, PAIRS=pairs, BLOCK=block, ROWS=rows, enable_fp_fusion=False
     )
 
 
@@ -152,17 +161,19 @@ def _launch(
     )  # fmt: skip
 
 
-def move_pages(pool: GroupCache, outside: GroupCache | None, moves: Tensor, *, words: int = 1024) -> None:
+def move_pages(pool: Paged, outside: Paged | None, moves: Tensor, *, words: int = 1024) -> None:
     """Copies whole pages of all layers, one move after the other. moves int32 [count, 2]: from page, to page; −1 for none.
 
     Pages of ``outside`` (pinned memory of the host, or any other place of the same shape but for the count) are numbered behind those of
     the pool, so that the same list copies, swaps out and swaps in."""
     outside = outside or pool
     for here, there in zip(pool.tensors, outside.tensors, strict=True):
-        inside, other = (x.flatten(2).view(torch.int64) for x in (here, there))
+        word = torch.int64 if here[0, 0].nbytes % 8 == 0 else torch.int32
+        inside, other = (x.flatten(2).view(word) for x in (here, there))
         layers, pages, size = inside.shape
-        grid = (layers, triton.cdiv(size, words))
-        _move_pages[grid](inside, other, moves, len(moves), pages, other.shape[1], size, WORDS=words)
+        if size:
+            grid = (layers, triton.cdiv(size, words))
+            _move_pages[grid](inside, other, moves, len(moves), pages, other.shape[1], size, WORDS=words)
 
 
 @triton.jit

@@ -27,6 +27,17 @@ def tanh(x: tensor) -> tensor:
 
 
 @triton.jit
+def softplus(x: tensor) -> tensor:
+    """log(1 + exp(x)), to a few units in the last place also where it is small: with e = exp(−|x|), log(1 + e) = 2 artanh(e / (2 + e))."""
+    fallen = tl.exp(-tl.abs(x))
+    part = fallen / (2.0 + fallen)
+    square = part * part
+    series = 1.0 / 7.0 + square * (1.0 / 9.0 + square * (1.0 / 11.0 + square * (1.0 / 13.0)))
+    series = 1.0 + square * (1.0 / 3.0 + square * (1.0 / 5.0 + square * series))
+    return tl.where(x > 0, x, 0.0) + 2.0 * part * series
+
+
+@triton.jit
 def activated(x: tensor, KIND: constexpr) -> tensor:
     """hasten.spec.Activation ``KIND`` of float32; what is not a number stays so."""
     if KIND == "relu":
