@@ -1,5 +1,6 @@
 """The CUDA backend as an engine sees it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
 from hasten.backends.cuda.inputs import Bucket
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
+from hasten.backends.cuda.kernels.states import StatePool
 from hasten.backends.cuda.places import lay_out
 from hasten.backends.cuda.session import STEP_TOKENS, CudaSession
-from hasten.backends.cuda.tape import Device, unsupported_ops
+from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, read
 from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
@@ -22,7 +24,20 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.cache import cache_format
 from hasten.formats.linear import LinearFormat
 from hasten.model import Model
-from hasten.program import Batch, Formats, KvGroup, LatentGroup, Precision, Program, StateGroup, linear_formats, lower, ops, page_counts
+from hasten.program import (
+    Batch,
+    Formats,
+    KvGroup,
+    LatentGroup,
+    Precision,
+    Program,
+    RecurrentGroup,
+    StateGroup,
+    linear_formats,
+    lower,
+    ops,
+    page_counts,
+)  # fmt: skip
 
 LEAST_CAPABILITY = (8, 0)
 PRODUCTS = (("bf16", "bf16"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("int8", "int8"), ("int4", "int8"))
@@ -73,7 +88,9 @@ class CudaBackend:
         """What a session would play."""
         formats, precision = (formats or Formats()).meant_for(model.cache), Precision(model.spec.residual, "bfloat16")
         linear = linear_formats(lower(model.spec, context=context), formats, model.weights, plain="bf16")
-        return lower(model.spec, context=context, precision=precision, formats=linear, cache=cache_format(formats.cache or "bf16"))
+        program = lower(model.spec, context=context, precision=precision, formats=linear, cache=cache_format(formats.cache or "bf16"))
+        states = [dataclasses.replace(group, format="float32") if isinstance(group, RecurrentGroup) else group for group in program.states]
+        return dataclasses.replace(program, states=tuple(states))  # what is carried over all tokens keeps its bits
 
     def weight_bytes(self, program: Program) -> int:
         """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
@@ -140,10 +157,11 @@ def find_device() -> Device:
     return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory / "tuned", name))
 
 
-def _pool(group: StateGroup, pages: int, device: torch.device) -> GroupCache:
+def _pool(group: StateGroup, pages: int, device: torch.device) -> Pool:
     match group:
         case KvGroup():
             return GroupCache.of(group.layers, pages, group.kv_heads, group.key_dim, group.value_dim, group.format, device)
         case LatentGroup():
             return GroupCache.of(group.layers, pages, 1, group.width, None, group.format, device)
-    raise UnsupportedError(f"no CUDA kernel keeps {group.name}")
+        case RecurrentGroup():
+            return StatePool.of(group.layers, pages, group.shape, device)

@@ -86,6 +86,9 @@ class StepInputs:
         for index, group in enumerate(self._groups):
             table = here[f"pages {group.name}"]
             table.fill(-1)
+            if isinstance(group, RecurrentGroup):
+                table[:sequences] = [lists[index][0] for lists in pages]
+                continue
             for sequence, lists in enumerate(pages):
                 table[sequence, : len(lists[index])] = lists[index]
         for each in self.per_tile:
@@ -111,8 +114,8 @@ def pieces(batch: Batch, pages: Sequence[PageLists], rows: int) -> list[tuple[Ba
     return made
 
 
-def _table(group: StateGroup, sequences: int, most: int) -> tuple[int, int]:
-    return sequences, 1 if isinstance(group, RecurrentGroup) else most
+def _table(group: StateGroup, sequences: int, most: int) -> tuple[int, ...]:
+    return (sequences,) if isinstance(group, RecurrentGroup) else (sequences, most)
 
 
 def _put(array: Int32, numbers: Int32, rest: int) -> None:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.backends.cuda.inputs import Bucket, pieces
-from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
+from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.limits import limits
-from hasten.backends.cuda.tape import Device, Tape, compile_tape
+from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import ConfigError, UserError
 from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
@@ -31,9 +31,7 @@ class CudaSession:
     threads = None
     """Sampling has none of its own here."""
 
-    def __init__(
-        self, program: Program, weights: DeviceWeights, pools: Mapping[str, GroupCache], pages: Mapping[str, int], on: Device
-    ) -> None:
+    def __init__(self, program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], pages: Mapping[str, int], on: Device) -> None:
         self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}

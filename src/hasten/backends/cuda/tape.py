@@ -14,7 +14,9 @@ from hasten.backends.cuda.inputs import Bucket, StepInputs
 from hasten.backends.cuda.kernels import attention, cache, experts, linear, rows
 from hasten.backends.cuda.kernels.cache import GroupCache
 from hasten.backends.cuda.kernels.pack import PackedWeight
+from hasten.backends.cuda.kernels.states import Sequences, StatePool
 from hasten.backends.cuda.places import DTYPES, lay_out, rows_of, view
+from hasten.backends.cuda.recurrent import RECURRENT, RecurrentOp, recurrent_launch
 from hasten.backends.cuda.tuned import Tuned, shape_name
 from hasten.backends.cuda.units import Unit, units_of
 from hasten.backends.cuda.weights import DeviceWeights
@@ -23,13 +25,14 @@ from hasten.formats.linear import LinearFormat
 from hasten.program import Program, ops
 from hasten.spec import Causal, SegmentMemory, SlidingWindow
 
+Pool = GroupCache | StatePool
 Launch = Callable[[], None]
 """A kernel with all that it reads and writes."""
 
 KERNELS = (
     ops.Embed, ops.EmbedPositions, ops.SelectRows, ops.Split, ops.Concat, ops.HeadSplit, ops.Cast, ops.QuantizeRows, ops.QuantizeFixed,
     ops.Linear, ops.HeadLinear, ops.ExpertLinear, ops.Route, ops.Combine, ops.RmsNorm, ops.LayerNorm, ops.Add, ops.Scale, ops.Clip,
-    ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend,
+    ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend, *RECURRENT,
 )  # fmt: skip
 SPLIT_ROWS = 64  # decoding: the positions of one sequence are shared out over the device
 FEEDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -80,9 +83,7 @@ class Tape:
             launch()
 
 
-def compile_tape(
-    program: Program, weights: DeviceWeights, pools: Mapping[str, GroupCache], bucket: Bucket, device: Device, page: int
-) -> Tape:
+def compile_tape(program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int) -> Tape:
     """The tape of ``program``, which is not fused, for batches that ``bucket`` takes. Raises UnsupportedError naming what has no kernel."""
     if refused := unsupported_ops(program):
         raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
@@ -93,7 +94,7 @@ class _Compiler:
     """One walk over the units of a Program."""
 
     def __init__(
-        self, program: Program, weights: DeviceWeights, pools: Mapping[str, GroupCache], bucket: Bucket, device: Device, page: int
+        self, program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int
     ) -> None:
         self.program, self.values, self.weights, self.pools, self.bucket, self.on = program, program.values, weights, pools, bucket, device
         self.units = units_of(program)
@@ -195,6 +196,8 @@ class _Compiler:
                 )  # fmt: skip
             case ops.Attend():
                 self._attend(op)
+            case ops.CausalConv() | ops.SelectiveScan() | ops.DualScan() | ops.GatedDeltaScan() | ops.LinearScan():
+                self._recurrent(op)
             case _:
                 raise TypeError(f"{type(op).__name__} was let through by unsupported_ops")
 
@@ -315,7 +318,17 @@ class _Compiler:
         return self.parts[key]
 
     def _layer(self, state: ops.StateRef) -> cache.LayerCache:
-        return self.pools[state.group].layer(state.slot)
+        pool = self.pools[state.group]
+        if not isinstance(pool, GroupCache):
+            raise TypeError(f"{state.group} keeps no keys")
+        return pool.layer(state.slot)
+
+    def _recurrent(self, op: RecurrentOp) -> None:
+        pool, inputs = self.pools[op.state.group], self.inputs
+        if not isinstance(pool, StatePool):
+            raise TypeError(f"{op.state.group} keeps no state")
+        sequences = Sequences(inputs.positions, inputs.offsets, inputs.pages[op.state.group])
+        self.launches.append(recurrent_launch(op, self.at, pool.layer(op.state.slot), sequences, self._vector))
 
     def _vector(self, name: str) -> Tensor:
         return self.weights.plain(name, torch.float32)

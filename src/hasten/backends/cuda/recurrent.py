@@ -1,0 +1,48 @@
+"""Launches of ops with recurrent state."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hasten.backends.cuda.kernels.linear_scan import linear_scan
+from hasten.backends.cuda.kernels.scans import causal_conv, dual_scan, gated_delta_scan, selective_scan
+from hasten.backends.cuda.kernels.states import Sequences
+from hasten.program import ops
+
+RecurrentOp = ops.CausalConv | ops.SelectiveScan | ops.DualScan | ops.GatedDeltaScan | ops.LinearScan
+RECURRENT = (ops.CausalConv, ops.SelectiveScan, ops.DualScan, ops.GatedDeltaScan, ops.LinearScan)
+
+
+def recurrent_launch(
+    op: RecurrentOp, at: Mapping[str, Tensor], state: Tensor, sequences: Sequences, weight: Callable[[str], Tensor]
+) -> Callable[[], None]:
+    """The launch of ``op``, whose layer's pages are ``state``. ``at`` has its values, ``weight`` brings one over in float32."""
+    match op:
+        case ops.CausalConv():
+            bias = None if op.bias is None else weight(op.bias)
+            return functools.partial(
+                causal_conv, at[op.x], weight(op.weight), at[op.y], state, sequences, bias=bias, activation=op.activation
+            )  # fmt: skip
+        case ops.SelectiveScan():
+            return functools.partial(
+                selective_scan, at[op.x], at[op.dt], at[op.b], at[op.c], weight(op.a_log), weight(op.d), weight(op.dt_bias), at[op.y],
+                state, sequences,
+            )  # fmt: skip
+        case ops.DualScan():
+            return functools.partial(
+                dual_scan, at[op.x], at[op.dt], at[op.b], at[op.c], weight(op.a_log), weight(op.d), weight(op.dt_bias), at[op.y], state,
+                sequences, heads=op.heads, groups=op.groups, dt_min=op.dt_min, dt_max=op.dt_max,
+            )  # fmt: skip
+        case ops.GatedDeltaScan():
+            return functools.partial(
+                gated_delta_scan, at[op.q], at[op.k], at[op.v], at[op.a], at[op.b], weight(op.a_log), weight(op.dt_bias), at[op.y], state,
+                sequences, key_heads=op.key_heads, value_heads=op.value_heads,
+            )  # fmt: skip
+        case ops.LinearScan():
+            y = at[op.y]
+            totals = torch.empty((y.shape[0], op.heads), dtype=torch.float32, device=y.device)
+            return functools.partial(
+                linear_scan, at[op.q], at[op.k], at[op.v], y, totals, state, sequences, heads=op.heads, kv_heads=op.kv_heads
+            )
