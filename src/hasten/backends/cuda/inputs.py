@@ -61,6 +61,7 @@ class StepInputs:
         size = sum(-(-math.prod(shape) // 4) * 4 for shape in shapes.values())  # every array begins at 16 bytes
         whole = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._whole, self._there = whole, torch.zeros(size, dtype=torch.int32, device=device)
+        self._copied: torch.cuda.Event | None = None
         self._here: dict[str, Int32] = {}
         there: dict[str, Tensor] = {}
         start = 0
@@ -75,7 +76,9 @@ class StepInputs:
         self.tiles: Mapping[int, Tensor] = {each: there[f"tiles {each}"] for each in self.per_tile}
 
     def fill(self, batch: Batch, pages: Sequence[PageLists]) -> None:
-        """Say what ``batch`` asks for, with what each of its sequences keeps; what was said before must have been read."""
+        """Say what ``batch`` asks for, with what each of its sequences keeps; what was said before has been copied over by then."""
+        if self._copied is not None:
+            self._copied.synchronize()
         here, count = self._here, len(batch.tokens)
         sequences = len(batch.offsets) - 1
         _put(here["tokens"], batch.tokens, -1)
@@ -95,6 +98,9 @@ class StepInputs:
             tiles = here[f"tiles {each}"]
             tiles[...] = tiles_of(here["sequence"], each, len(tiles))
         self._there.copy_(self._whole, non_blocking=True)
+        if self._there.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
 
 def pieces(batch: Batch, pages: Sequence[PageLists], rows: int) -> list[tuple[Batch, list[PageLists]]]:

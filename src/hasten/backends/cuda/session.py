@@ -12,7 +12,9 @@ from torch import Tensor
 from hasten.backends.cuda.inputs import Bucket, pieces
 from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.limits import limits
+from hasten.backends.cuda.places import lay_out
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
+from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import ConfigError, UserError
 from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
@@ -35,6 +37,9 @@ class CudaSession:
         self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
+        rows = min(STEP_TOKENS, program.context)
+        size = lay_out(program, units_of(program), Bucket(rows, min(rows, 8), min(rows, 8))).size  # the largest there can be, or near it
+        self._arena = torch.empty(size, dtype=torch.uint8, device=on.device)
         self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
         self._scoring = threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
@@ -100,7 +105,7 @@ class CudaSession:
     def _player(self, what: str, bucket: Bucket) -> "_Player":
         if (what, bucket) not in self._tapes:
             program = self.program if what == "logits" else hidden_states(self.program)
-            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE)
+            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE, self._arena)
             self._tapes[what, bucket] = _Player(tape, tape.outputs[program.outputs[0]])
         return self._tapes[what, bucket]
 

@@ -83,11 +83,14 @@ class Tape:
             launch()
 
 
-def compile_tape(program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int) -> Tape:
-    """The tape of ``program``, which is not fused, for batches that ``bucket`` takes. Raises UnsupportedError naming what has no kernel."""
+def compile_tape(
+    program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int, arena: Tensor
+) -> Tape:
+    """The tape of ``program``, which is not fused, for batches that ``bucket`` takes. Values lie in ``arena`` uint8 [bytes], which tapes
+    that play one at a time may share, if it is large enough. Raises UnsupportedError naming what has no kernel."""
     if refused := unsupported_ops(program):
         raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-    return _Compiler(program, weights, pools, bucket, device, page).compile()
+    return _Compiler(program, weights, pools, bucket, device, page).compile(arena)
 
 
 class _Compiler:
@@ -108,9 +111,10 @@ class _Compiler:
         self.blocks: dict[tuple[str, int], experts.Blocks] = {}  # by the value of chosen experts, and the rows of a tile
         self.scratch: linear.Scratch | None = None
 
-    def compile(self) -> Tape:
+    def compile(self, arena: Tensor) -> Tape:
         layout = lay_out(self.program, self.units, self.bucket)
-        arena = torch.empty(layout.size, dtype=torch.uint8, device=self.on.device)
+        if layout.size > len(arena):
+            arena = self._empty((layout.size,), torch.uint8)
         self.at = {name: view(arena, place) for name, place in layout.places.items()}
         for name in self.program.outputs:
             value = self.values[name]
