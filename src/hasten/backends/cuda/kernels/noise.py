@@ -17,12 +17,12 @@ TWO_52, SHIFT_52 = constexpr(2.0**52), constexpr(1.5 * 2.0**52)  # a sum with ei
 
 
 @triton.jit
-def noise_halves(seed: tensor, position: tensor, choice: tensor, purpose: tensor, first: tensor, HALF: constexpr, IDS: constexpr) -> tensor:
-    """uint32 [IDS]: HALF (0 the upper, LOWER_HALF) of the noise of ids from ``first`` on, a multiple of 4. ``seed`` int64, the rest int32.
+def noise_words(seed: tensor, position: tensor, choice: tensor, purpose: tensor, counter: tensor) -> tensor:
+    """uint32 [4 · N]: words 4 · n … 4 · n + 3 are Philox4x32-10 (Salmon et al., SC 2011) of counter (``counter`` uint32 [N], position,
+    choice, purpose) under the seed as key; all but ``counter`` int64.
 
-    Philox4x32-10 (Salmon et al., SC 2011): word id % 4 of counter (⌊id / 4⌋ + HALF, position, choice, purpose), the seed as key."""
-    counter = (first // 4 + tl.arange(0, IDS // 4)).to(tl.uint32) | HALF
-    others = tl.zeros((IDS // 4,), tl.uint32)
+    The upper half of id i's noise is word i % 4 of counter ⌊i / 4⌋, the lower half that of ⌊i / 4⌋ | LOWER_HALF."""
+    others = counter ^ counter
     a, b, c, d = tl.philox(
         seed, counter, others + position.to(tl.uint32), others + choice.to(tl.uint32), others + purpose.to(tl.uint32)
     )  # fmt: skip
