@@ -29,6 +29,7 @@ def made(tmp_path_factory):
 def test_every_kernel_compiles_and_fits(made):
     assert {each["kernel"] for each in made} == {
         "_linear", "_experts", "_route", "_count", "_place", "_combine", "_norm", "_gate", "_fixed", "_mapped", "_take",
+        "_rank", "_search", "_draw", "_choose",
     }  # fmt: skip
     assert all(each["shared"] <= SHARED for each in made)
 
@@ -55,3 +56,9 @@ def test_nibbles_are_taken_apart_two_by_two(made):
 
 def test_rows_are_read_in_wide_loads(made):
     assert all(each["wide"] for each in made if each["kernel"] in {"_linear", "_experts", "_norm", "_gate", "_mapped", "_take"})
+
+
+def test_draws_round_every_product(made):
+    """A product fused with its sum, or an approximate division, has other bits than the engine's."""
+    assert {each["kernel"] for each in made if each["case"] == "draws"} == {"_rank", "_search", "_draw", "_choose"}
+    assert not any(each["fused"] for each in made if each["case"] == "draws")

@@ -170,7 +170,7 @@ def _search(
         if top_p >= 1.0:
             return
         inverse = tl.load(settings + INVERSE * rows + row).to(tl.float64, bitcast=True)
-        top, _ = _likeliest(ranks, row, parts, WIDE)
+        top, likeliest = _likeliest(ranks, row, parts, WIDE)
         largest = logit_of(top).to(tl.float64)
     at = (row * 2 + SEARCH) * (32 // BITS) + digit
     value, sums = tl.arange(0, 1 << BITS), tl.zeros((1 << BITS,), tl.int64)
@@ -190,7 +190,7 @@ def _search(
             whole = tl.sum(tl.load(totals + ((at - 1) << BITS) + value), axis=0) - surplus
             share_of_it = tl.ceil(top_p * whole.to(tl.float64))
             target = tl.where(share_of_it >= whole.to(tl.float64), whole, tl.maximum(share_of_it.to(tl.int64), 1))
-        found, left, _ = _chosen(totals + ((at - 1) << BITS), target, BITS)
+        found, left, held = _chosen(totals + ((at - 1) << BITS), target, BITS)
         prefix = (prefix << BITS) | found
         if part == 0:
             tl.store(states + at * 2, prefix)
@@ -199,7 +199,7 @@ def _search(
     masked, beyond = tl.load(settings + MASKED * rows + row), 32 - BITS * digit
     for start in range(part * share, tl.minimum((part + 1) * share, vocab), BLOCK):
         id = start + tl.arange(0, BLOCK)
-        _, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
+        came, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
         order = order_of(x)
         long = order.to(tl.int64)
         counted = (id < vocab) & (order >= last) & ((long >> beyond) == prefix)
@@ -238,12 +238,12 @@ def _draw(
     earlier, column = tl.arange(0, WIDE), ties + ((row * 2 * parts) << BITS)
     if LIMITED:
         if tl.load(settings + TOP_K * rows + row) > 0:
-            last, tied, _ = _found(totals, states, row, 0, BITS)
+            last, tied, there = _found(totals, states, row, 0, BITS)
             at = column + (earlier << BITS) + (last & ((1 << BITS) - 1)).to(tl.int32)
             before = tl.sum(tl.load(at, mask=earlier < part, other=0), axis=0)
     if NUCLEUS:
         if tl.load(settings + TOP_P * rows + row).to(tl.float64, bitcast=True) < 1.0:
-            last, left, _ = _found(totals, states, row, 1, BITS)
+            last, left, there = _found(totals, states, row, 1, BITS)
             mass = tl.maximum(mass_of((logit_of(last).to(tl.float64) - largest) * inverse), 1)
             tied = (left + mass - 1) // mass
             at = column + ((parts + earlier) << BITS) + (last & ((1 << BITS) - 1)).to(tl.int32)
@@ -259,7 +259,7 @@ def _draw(
     best, winner = tl.full((BLOCK,), -float("inf"), tl.float64), tl.full((BLOCK,), _NO_ID, tl.int32)
     for start in range(part * share, tl.minimum((part + 1) * share, vocab), BLOCK):
         id = start + tl.arange(0, BLOCK)
-        _, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
+        came, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
         order = order_of(x)
         weight = (x.to(tl.float64) - largest) * inverse
         at_last = ((order == last) & (id < vocab)).to(tl.int64)
