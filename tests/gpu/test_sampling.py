@@ -11,10 +11,9 @@ import triton.language as tl
 from hasten import _native
 from hasten.backends.cuda import drawing as plain
 from hasten.backends.cuda.drawing import Wanted, drawing
-from hasten.backends.cuda.kernels import sampling
 from hasten.backends.cuda.kernels.noise import LOWER_HALF, mass_of, natural_log, noise_words, uniform
 from hasten.backends.cuda.kernels.sampling import Scratch, default_parts, sample
-from hasten.engine.sampler import Sampler, native_row
+from hasten.engine.sampler import native_row
 from hasten.engine.sampling import Purpose, SamplingParams
 
 INF = np.inf
@@ -104,3 +103,182 @@ def test_tokens_are_the_engines(device, vocab, kind, parts, block):
     logits, rows = logits_of(vocab, 7, vocab, kind), rows_of(settings_of(vocab, vocab))
     tokens, _ = device_tokens(device, logits, rows, parts=parts, block=block)
     assert tokens == engine_tokens(logits, rows)
+    assert vocab < 1000 or tokens[1:] != logits.argmax(axis=1).tolist()[1:]  # noise decides
+
+
+def test_a_row_has_its_token_in_any_company_and_cut(device):
+    """Alone, among seven, in a larger bucket whose other rows hold rubbish; by other blocks, parts and bits at a time."""
+    logits, rows = logits_of(3, 3, 500, "ties"), rows_of(settings_of(500, 3)[2:5])
+    expected = engine_tokens(logits, rows)
+    assert device_tokens(device, logits, rows, bucket=5, parts=3, block=64)[0] == [*expected, -1, -1]
+    for at, cut in ((0, {"parts": 1, "bits": 4}), (1, {"parts": 4, "block": 32})):
+        assert device_tokens(device, logits[[at]], rows[at : at + 1], **cut)[0] == expected[at : at + 1]
+
+
+def test_equal_logits_are_kept_from_the_lowest_id_up(device):
+    limits = [{"top_k": 5}, {"top_p": 0.1}, {"top_k": 20, "top_p": 0.1}, {"top_k": 39}]
+    logits, rows = np.zeros((4, 40), np.float32), rows_of([{"temperature": 2.0, **its} for its in limits])
+    logits[3, 7] = -INF
+    tokens, _ = device_tokens(device, logits, rows, parts=3, block=16)
+    assert tokens == engine_tokens(logits, rows)
+    assert all(token < most for token, most in zip(tokens, (5, 4, 2, 40)))
+
+
+def test_temperatures_from_tiny_to_large(device):
+    logits = logits_of(4, 5, 31)
+    rows = rows_of([{"temperature": t} for t in (5e-324, 1e-300, 1e-3, 9.0, 100.0)])
+    tokens, _ = device_tokens(device, logits, rows, block=32)
+    assert tokens == engine_tokens(logits, rows)
+    assert tokens[:3] == logits.argmax(axis=1).tolist()[:3]
+
+
+def test_rows_without_a_token_say_so(device):
+    """NaN and +inf wherever they are, no id that may come, a row that is left to the engine; beside a mask that leaves one id."""
+    vocab = 70
+    logits = logits_of(5, 7, vocab)
+    logits[0, 69], logits[1, 3], logits[2] = np.nan, INF, -INF
+    masks = [None, bits_of([5], vocab), None, bits_of([], vocab), bits_of([66], vocab), bits_of([66], vocab), None]
+    rows = rows_of([{"mask": mask, "temperature": 1.0 if i != 5 else 0.0} for i, mask in enumerate(masks)])
+    expected = engine_tokens(logits, rows)
+    assert expected[:6] == [-1, -1, -1, -1, 66, 66]
+    rows[6] = dataclasses.replace(rows[6], presence_penalty=1.0)
+    tokens, _ = device_tokens(device, logits, rows, block=32)
+    assert tokens == [*expected[:6], -1]
+
+
+def test_launches_that_no_row_asks_for_may_be_left_out(device):
+    logits, rows = logits_of(6, 2, 31), rows_of([{}, {"temperature": 1.0, "min_p": 0.1}])
+    left_out, scratch = device_tokens(device, logits, rows, block=32)
+    assert (scratch.states == -(2**30)).all()
+    launched, scratch = device_tokens(device, logits, rows, block=32, searches=(True, True))
+    assert left_out == launched == engine_tokens(logits, rows)
+    assert (scratch.totals == 0).all()  # no row of them searched
+
+
+def test_shapes_that_do_not_go_together_are_refused(device):
+    logits, tokens, scratch = torch.zeros(2, 40), torch.zeros(2, dtype=torch.int32), Scratch.of(2, 1, "cpu")
+    settings, masks = torch.zeros(len(plain.FIELDS), 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int32)
+    for wrong in (
+        (logits, masks[:, :1].contiguous(), settings, tokens, scratch), (logits, masks, settings[:-1], tokens, scratch),
+        (logits, masks, settings, tokens[:1], scratch), (logits, masks, settings, tokens, Scratch.of(3, 1, "cpu")),
+        (torch.zeros(40, 2).T, masks, settings, tokens, scratch),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            sample(*wrong)
+    with pytest.raises(ValueError, match="blocks of a power of two"):
+        sample(logits, masks, settings, tokens, scratch, block=48)
+
+
+# --- the arithmetic
+
+
+@triton.jit
+def _noise(key, out, FIRST: tl.constexpr, IDS: tl.constexpr):
+    counter = (FIRST // 4 + tl.arange(0, IDS // 4)).to(tl.uint32)
+    seed, position, choice, purpose = tl.load(key), tl.load(key + 1), tl.load(key + 2), tl.load(key + 3)
+    upper = noise_words(seed, position, choice, purpose, counter)
+    lower = noise_words(seed, position, choice, purpose, counter | LOWER_HALF)
+    tl.store(out + tl.arange(0, IDS), uniform(upper, lower))
+
+
+@pytest.mark.parametrize("key", [(0, 0, 0, 0), (1234567890123456789, 77, 3, 1), (2**63 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1)])
+def test_noise_is_the_engines_to_the_bit(device, key):
+    first, count = 260_096, 256
+    out = torch.full((count,), float("nan"), dtype=torch.float64, device=device)
+    _noise[(1,)](torch.tensor(key, dtype=torch.int64, device=device), out, first, count, enable_fp_fusion=False)
+    seed, position, choice, purpose = key
+    assert np.array_equal(out.cpu().numpy(), _native.noise(seed, choice, position, purpose, first + count)[first:])
+
+
+@triton.jit
+def _reckon(given, logs, masses, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    x = tl.load(given + at)
+    tl.store(logs + at, natural_log(tl.abs(x)))
+    tl.store(masses + at, mass_of(x))
+
+
+def reckoned(device, given):
+    logs = torch.full((len(given),), float("nan"), dtype=torch.float64, device=device)
+    masses = torch.full((len(given),), -1, dtype=torch.int64, device=device)
+    _reckon[(1,)](torch.from_numpy(given).to(device), logs, masses, len(given), enable_fp_fusion=False)
+    return logs.cpu().numpy(), masses.cpu().numpy()
+
+
+def kept(logits, **params):
+    ids, _ = _native.Sampler(None).candidates(logits[None], native_row(SamplingParams(**params), [], 0))
+    return set(ids.tolist())
+
+
+def test_logarithms_are_the_engines_to_the_bit(device):
+    """The engine keeps what has a log-weight of ln min_p: here of two ids one, whose log-weight is put there and just beyond."""
+    shares = np.random.default_rng(7).uniform(0.4, 0.99, 64)
+    logs, _ = reckoned(device, shares)
+    np.testing.assert_allclose(logs, np.log(shares), rtol=1e-15)
+    told = 0
+    for share, log in zip(shares.tolist(), logs.tolist()):
+        for weight, both in ((log, True), (np.nextafter(log, -INF), False)):
+            about = [1 / -weight]
+            about += [np.nextafter(about[0], 0), np.nextafter(about[0], INF)]
+            for temperature in (float(each) for each in about if 1 / each == -weight):
+                assert kept(np.array([0, -1], np.float32), temperature=temperature, min_p=share) == ({0, 1} if both else {0})
+                told += 1
+                break
+    assert told >= 100
+
+
+def test_masses_are_the_engines_to_the_unit(device):
+    """The engine keeps the fewest ids whose mass reaches top_p of all: here one unit of it decides."""
+    logits = np.sort(logits_of(8, 1, 64)[0])[::-1].copy()
+    logits[-1] = logits[0] - 39
+    _, masses = reckoned(device, logits.astype(np.float64) - np.float64(logits[0]))
+    assert masses[0] == 2**42
+    assert masses[-1] == 0
+    np.testing.assert_allclose(masses, np.exp(logits.astype(np.float64) - logits[0]) * 2**42, rtol=1e-10, atol=0.51)
+    whole, reached = int(masses.sum()), np.cumsum(masses)
+    for count in (1, 2, 5, 20, 40):
+        for target, ids in ((int(reached[count - 1]), count), (int(reached[count - 1]) + 1, count + 1)):
+            share = np.nextafter(target / whole, 0)
+            while np.ceil(share * whole) < target:
+                share = np.nextafter(share, 1)
+            assert np.ceil(share * whole) == target
+            assert kept(logits, temperature=1.0, top_p=float(share)) == set(range(ids))
+
+
+def test_parts_fill_a_device_and_no_more():
+    assert [default_parts(rows, 128_256) for rows in (1, 2, 8, 64, 1000)] == [126, 126, 33, 4, 1]
+    assert default_parts(1, 31) == 1
+
+
+# --- plain data
+
+
+def test_what_the_device_does_not_draw_is_left_with_a_reason():
+    plainly = Wanted(seed=1, position=2, temperature=1.0)
+    asked = {
+        "penalties": {"presence_penalty": 0.5}, "ids seen": {"repetition_penalty": 1.1}, "engine keeps": {"frequency_penalty": -1.0},
+        "bias": {"biased": True}, "log-probabilities": {"logprobs": 0},
+    }  # fmt: skip
+    rows = [plainly, *(dataclasses.replace(plainly, **its) for its in asked.values())]
+    made = drawing(rows, 8, 100)
+    assert sorted(made.left) == [1, 2, 3, 4, 5]
+    assert all(word in made.left[row] for row, word in enumerate(asked, 1))
+    assert made.settings[0].tolist() == [plain.DRAWN, *[plain.NOT_DRAWN] * 7]
+    assert "1048577 ids" in drawing([plainly], 1, 2**20 + 1).left[0]
+    with pytest.raises(ValueError, match="9 rows"):
+        drawing([plainly] * 9, 8, 100)
+
+
+def test_settings_hold_what_was_wanted():
+    mask = bits_of([31, 32], 40)
+    wanted = Wanted(seed=2**63 - 1, position=2**32 - 1, choice=5, purpose=1, temperature=0.3, top_k=7, top_p=0.25, min_p=0.125, mask=mask)
+    made = drawing([dataclasses.replace(wanted, temperature=0.0), wanted, dataclasses.replace(wanted, top_k=40, mask=None)], 4, 40)
+    column = dict(zip(plain.FIELDS, made.settings[:, 1].tolist()))
+    reals = {name: np.array(column.pop(name)).view(np.float64).item() for name in ("top_p", "min_p", "inverse")}
+    assert column == {"kind": 2, "masked": 1, "seed": 2**63 - 1, "position": 2**32 - 1, "choice": 5, "purpose": 1, "top_k": 7}
+    assert reals == {"top_p": 0.25, "min_p": 0.125, "inverse": 1 / 0.3}
+    assert made.masks.view(np.uint32).tolist() == [mask.tolist(), mask.tolist(), [0, 0], [0, 0]]
+    assert [*made.settings[plain.FIELDS.index("kind")], *made.settings[plain.FIELDS.index("top_k")]] == [1, 2, 2, 0, 0, 7, 0, 0]
+    assert (made.top_k, made.top_p) == (True, True)
+    greedy = drawing([Wanted(seed=1, position=2, top_k=3, top_p=0.5)], 1, 40)
+    assert (greedy.top_k, greedy.top_p, greedy.masks) == (False, False, None)

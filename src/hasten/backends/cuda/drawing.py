@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 FIELDS = ("kind", "masked", "seed", "position", "choice", "purpose", "top_k", "top_p", "min_p", "inverse")
 """Rows of settings int64 [FIELDS, R]; the last three hold the bits of float64. ``kind`` is NOT_DRAWN, LIKELIEST or DRAWN; ``masked`` 0 or
-1; ``inverse`` 1 / temperature. But for rows that are DRAWN, top_k is 0 and top_p 1."""
+1; ``min_p`` 0 or a normal number; ``inverse`` 1 / temperature. But for rows that are DRAWN, top_k is 0 and top_p 1."""
 
+_FLOAT64 = np.finfo(np.float64)
 NOT_DRAWN, LIKELIEST, DRAWN = 0, 1, 2
 MOST_VOCAB = 1 << 20
 """Ids whose masses sum exactly in int64, with room to spare."""
@@ -91,6 +92,7 @@ def drawing(rows: Sequence[Wanted], bucket: int, vocab: int) -> Drawing:
             for name in ("seed", "position", "choice", "purpose"):
                 named[name][row] = getattr(wanted, name)
             named["top_k"][row] = wanted.top_k if wanted.top_k < vocab else 0
-            reals["top_p"][row], reals["min_p"][row] = wanted.top_p, wanted.min_p
-            reals["inverse"][row] = min(1 / wanted.temperature, np.finfo(np.float64).max)
+            reals["top_p"][row] = wanted.top_p
+            reals["min_p"][row] = max(wanted.min_p, _FLOAT64.tiny) if wanted.min_p else 0
+            reals["inverse"][row] = min(1 / wanted.temperature, _FLOAT64.max)
     return Drawing(settings, masks, left, bool(named["top_k"].any()), bool((reals["top_p"] < 1).any()))

@@ -9,10 +9,11 @@ from triton.language import constexpr, tensor
 
 MASS_BITS = constexpr(42)  # the likeliest id of a row has mass 2⁴²
 LOWER_HALF = constexpr(1 << 31)  # set in a counter whose words are the lower halves of ids' noise
-LOG2_E, LN2_HIGH, LN2_LOW = (constexpr(float.fromhex(each)) for each in ("0x1.71547652b82fep0", "0x1.62e42fee00000p-1", "0x1.a39ef35793c76p-33"))
+LOG2_E, LN2_HIGH, LN2_LOW = (
+    constexpr(float.fromhex(each)) for each in ("0x1.71547652b82fep0", "0x1.62e42fee00000p-1", "0x1.a39ef35793c76p-33")
+)
 ROOT_TWO = constexpr(float.fromhex("0x1.6a09e667f3bcdp0"))
 LARGEST = constexpr(float.fromhex("0x1.fffffffffffffp1023"))
-SMALLEST = constexpr(2.0**-1022)  # normal
 TWO_52, SHIFT_52 = constexpr(2.0**52), constexpr(1.5 * 2.0**52)  # a sum with either leaves the nearest integer in its low bits
 
 
@@ -51,6 +52,12 @@ def natural_log(x: tensor) -> tensor:
     for odd in tl.static_range(21, 1, -2):
         series = series * square + 1.0 / odd
     return exponent * LN2_HIGH + (exponent * LN2_LOW + (2.0 * s + 2.0 * s * (square * series)))
+
+
+@triton.jit
+def gumbel(upper: tensor, lower: tensor) -> tensor:
+    """−ln(−ln(1 − u)) of the uniform u of those halves: what an id's log-weight is raised by."""
+    return -natural_log(-natural_log(1.0 - uniform(upper, lower)))
 
 
 @triton.jit

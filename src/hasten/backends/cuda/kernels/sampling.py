@@ -20,9 +20,7 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from hasten.backends.cuda.drawing import DRAWN, FIELDS, MOST_VOCAB
-from hasten.backends.cuda.kernels.noise import (
-    LARGEST, LOWER_HALF, SMALLEST, exp_bound, logit_of, mass_of, natural_log, noise_words, order_of, uniform,
-)  # fmt: skip
+from hasten.backends.cuda.kernels.noise import LARGEST, LOWER_HALF, exp_bound, gumbel, logit_of, mass_of, natural_log, noise_words, order_of
 
 KIND, MASKED, SEED, POSITION, CHOICE, PURPOSE, TOP_K, TOP_P, MIN_P, INVERSE = (constexpr(i) for i in range(len(FIELDS)))
 _DRAWN = constexpr(DRAWN)
@@ -178,7 +176,8 @@ def _search(
     last = tl.full((), 0, tl.uint32)  # what top-k keeps down to
     surplus = tl.full((), 0, tl.int64)  # mass of its last logit's ids that it does not keep
     if SEARCH == 1 and LIMITED:
-        if (top_k > 0) & (digit < 2):
+        limited = (top_k > 0) & (digit < 2)
+        if limited:
             last, kept, there = _found(totals, states, row, 0, BITS)
             surplus = (there - kept) * mass_of((logit_of(last).to(tl.float64) - largest) * inverse)
 
@@ -231,18 +230,20 @@ def _draw(
     choice, purpose = tl.load(settings + CHOICE * rows + row), tl.load(settings + PURPOSE * rows + row)
     min_p, least = tl.load(settings + MIN_P * rows + row).to(tl.float64, bitcast=True), tl.full((), -LARGEST, tl.float64)
     if min_p > 0.0:
-        least = natural_log(tl.maximum(min_p, SMALLEST))
+        least = natural_log(min_p)
 
     # Ids above `last` are kept, and of those at it the lowest `tied`; `before` of them lie in earlier parts.
     last, tied, before = tl.full((), _NOTHING, tl.uint32), tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     earlier, column = tl.arange(0, WIDE), ties + ((row * 2 * parts) << BITS)
     if LIMITED:
-        if tl.load(settings + TOP_K * rows + row) > 0:
+        top_k = tl.load(settings + TOP_K * rows + row)
+        if top_k > 0:
             last, tied, there = _found(totals, states, row, 0, BITS)
             at = column + (earlier << BITS) + (last & ((1 << BITS) - 1)).to(tl.int32)
             before = tl.sum(tl.load(at, mask=earlier < part, other=0), axis=0)
     if NUCLEUS:
-        if tl.load(settings + TOP_P * rows + row).to(tl.float64, bitcast=True) < 1.0:
+        top_p = tl.load(settings + TOP_P * rows + row).to(tl.float64, bitcast=True)
+        if top_p < 1.0:
             last, left, there = _found(totals, states, row, 1, BITS)
             mass = tl.maximum(mass_of((logit_of(last).to(tl.float64) - largest) * inverse), 1)
             tied = (left + mass - 1) // mass
@@ -253,7 +254,7 @@ def _draw(
     both = noise_words(seed, position, choice, purpose, tl.where(tl.arange(0, 2) == 0, quarter, quarter | LOWER_HALF))
     lead_upper = tl.sum(tl.where(eight == likeliest % 4, both, both ^ both), axis=0)
     lead_lower = tl.sum(tl.where(eight == likeliest % 4 + 4, both, both ^ both), axis=0)
-    lead = -natural_log(-natural_log(1.0 - uniform(lead_upper, lead_lower)))
+    lead = gumbel(lead_upper, lead_lower)
 
     masked = tl.load(settings + MASKED * rows + row)
     best, winner = tl.full((BLOCK,), -float("inf"), tl.float64), tl.full((BLOCK,), _NO_ID, tl.int32)
@@ -272,7 +273,7 @@ def _draw(
             may = kept & (upper.to(tl.float64) * 2.0**-32 <= exp_bound(tl.where(kept, weight, 0.0) - lead))
             if tl.max(may.to(tl.int32), axis=0) > 0:
                 lower = noise_words(seed, position, choice, purpose, counter | LOWER_HALF)
-                score = weight - natural_log(-natural_log(1.0 - uniform(upper, lower)))
+                score = weight + gumbel(upper, lower)
                 better = may & (score > best)
                 best, winner = tl.where(better, score, best), tl.where(better, id, winner)
     top = tl.max(best, axis=0)
