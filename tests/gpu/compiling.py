@@ -138,7 +138,8 @@ def draws():
     vocab, parts = 128256, sampling.default_parts(8, 128256)
     scratch = sampling.Scratch.of(8, parts, "meta")
     settings, masks = empty(len(FIELDS), 8, dtype=torch.int64), empty(8, vocab // 32, dtype=I32)
-    sampling.sample(empty(8, vocab, dtype=F32), masks, settings, empty(8, dtype=I32), scratch)
+    for history in (None, sampling.History.of(8, vocab, "meta")):
+        sampling.sample(empty(8, vocab, dtype=F32), masks, settings, empty(8, dtype=I32), scratch, history)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import triton.language as tl
 from hasten import _native
 from hasten.backends.cuda import drawing as plain
 from hasten.backends.cuda.drawing import Wanted, drawing
+from hasten.backends.cuda.kernels.history import History, changed
 from hasten.backends.cuda.kernels.noise import LOWER_HALF, mass_of, natural_log, noise_words, uniform
 from hasten.backends.cuda.kernels.sampling import Scratch, default_parts, sample
 from hasten.engine.sampler import native_row
@@ -49,7 +50,7 @@ def poisoned(scratch):
     return scratch
 
 
-def device_tokens(device, logits, rows, *, bucket=0, parts=1, bits=8, block=1024, searches=None):
+def device_tokens(device, logits, rows, history=None, *, bucket=0, parts=1, bits=8, block=1024, searches=None):
     vocab, bucket = logits.shape[1], bucket or len(rows)
     made = drawing(rows, bucket, vocab)
     masks = np.full((bucket, -(-vocab // 32)), 0x5A5A5A5A, np.int32) if made.masks is None else made.masks
@@ -58,7 +59,7 @@ def device_tokens(device, logits, rows, *, bucket=0, parts=1, bits=8, block=1024
     tokens, scratch = torch.full((bucket,), -77, dtype=torch.int32, device=device), poisoned(Scratch.of(bucket, parts, device, bits=bits))
     top_k, top_p = searches or (made.top_k, made.top_p)
     settings, masks = (torch.from_numpy(each).to(device) for each in (made.settings, masks))
-    sample(filled.to(device), masks, settings, tokens, scratch, top_k=top_k, top_p=top_p, block=block)
+    sample(filled.to(device), masks, settings, tokens, scratch, history, top_k=top_k, top_p=top_p, block=block)
     return tokens.tolist(), scratch
 
 
@@ -165,8 +166,76 @@ def test_shapes_that_do_not_go_together_are_refused(device):
     ):  # fmt: skip
         with pytest.raises(ValueError):
             sample(*wrong)
+    with pytest.raises(ValueError, match="a history of 39 ids"):
+        sample(logits, masks, settings, tokens, scratch, History.of(1, 39, "cpu"))
     with pytest.raises(ValueError, match="blocks of a power of two"):
         sample(logits, masks, settings, tokens, scratch, block=48)
+
+
+# --- bias and penalties
+
+
+def test_penalties_need_no_token_to_leave_the_device(device):
+    """Three steps, of which the kernels note the tokens; the engine's own rows are told them."""
+    vocab, rng = 64, np.random.default_rng(9)
+    asked = [
+        {"repetition_penalty": 1.7}, {"temperature": 1.0, "presence_penalty": 1.5, "frequency_penalty": 0.8, "top_k": 20},
+        {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 0.5}, {"temperature": 1.0}, {"repetition_penalty": 2.0},
+    ]  # fmt: skip
+    bias = {2: {3: 6.5, 9: -100.0, 40: 2.25, 999: 5.0}}
+    prompts = [rng.integers(0, vocab, 12).tolist() for _ in asked]
+    prompts[0], prompts[4] = [int(logits_of(20 + step, 5, vocab)[0].argmax()) for step in range(3)], [50, 20, 30, 999]
+    slots = [4, 0, 2, None, 1]
+    history = History.of(5, vocab, device)
+    history.words.fill_(-1)
+    history.biases.fill_(float("nan"))
+    params = [SamplingParams(**its, logit_bias=bias.get(row, {})) for row, its in enumerate(asked)]
+    native = [native_row(each, prompt, 5, row) for row, (each, prompt) in enumerate(zip(params, prompts))]
+    for slot, prompt, each in zip(slots, prompts, params):
+        if slot is not None:
+            history.begin(slot, prompt, (), each.logit_bias)
+    outputs, turned = [[] for _ in asked], []
+    for step in range(3):
+        logits = logits_of(20 + step, 5, vocab)
+        logits[4] = np.where(np.isin(np.arange(vocab), [20, 30]), np.float32(-3e38), -INF)  # twice that is no float32
+        expected = np.full(5, -99, np.int32)
+        _native.Sampler(None).sample(logits, native, np.arange(5) + step, expected)
+        rows = [
+            Wanted(seed=5, choice=row, position=row + step, slot=slot, biased=row in bias, **its)
+            for row, (slot, its) in enumerate(zip(slots, asked))
+        ]  # fmt: skip
+        tokens, _ = device_tokens(device, logits, rows, history, block=64)
+        assert tokens == expected.tolist()
+        turned += [tokens[0] != logits[0].argmax()]
+        for row, (output, token) in enumerate(zip(outputs, tokens)):
+            output.append(token)
+            native[row].append(token)
+    assert any(turned)  # a penalty has changed what is likeliest
+    assert outputs[4] == [20] * 3
+    anew = History.of(5, vocab, device)
+    for slot, prompt, output, each in zip(slots, prompts, outputs, params):
+        if slot is not None:
+            anew.begin(slot, prompt, output, each.logit_bias)
+            assert torch.equal(history.words[slot], anew.words[slot])
+
+
+def test_a_slot_takes_as_many_biases_as_a_request_may_have(device):
+    history = History.of(1, 2000, device)
+    history.begin(0, (), (), [(token, token / 7) for token in range(1024)])
+    x, slot = torch.zeros(2048, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    _changed[(1,)](x, history.words, history.biases, slot, 2000, 2048)
+    expected = np.zeros(2048)
+    expected[:1024] = np.arange(1024) / 7
+    assert np.array_equal(x.cpu().numpy(), expected.astype(np.float32))
+    with pytest.raises(ValueError, match="1025"):
+        history.begin(0, (), (), [(0, 1.0)] * 1025)
+
+
+@triton.jit
+def _changed(x, words, biases, slot, vocab, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    off = tl.full((), 0.0, tl.float64)
+    tl.store(x + at, changed(tl.load(x + at), words, biases, tl.load(slot), at, vocab, off, off, off))
 
 
 # --- the arithmetic
@@ -255,15 +324,16 @@ def test_parts_fill_a_device_and_no_more():
 
 def test_what_the_device_does_not_draw_is_left_with_a_reason():
     plainly = Wanted(seed=1, position=2, temperature=1.0)
-    asked = {
-        "penalties": {"presence_penalty": 0.5}, "ids seen": {"repetition_penalty": 1.1}, "engine keeps": {"frequency_penalty": -1.0},
-        "bias": {"biased": True}, "log-probabilities": {"logprobs": 0},
-    }  # fmt: skip
-    rows = [plainly, *(dataclasses.replace(plainly, **its) for its in asked.values())]
-    made = drawing(rows, 8, 100)
-    assert sorted(made.left) == [1, 2, 3, 4, 5]
-    assert all(word in made.left[row] for row, word in enumerate(asked, 1))
-    assert made.settings[0].tolist() == [plain.DRAWN, *[plain.NOT_DRAWN] * 7]
+    asked = [
+        ("penalties", {"presence_penalty": 0.5}), ("penalties", {"repetition_penalty": 1.1}), ("penalties", {"frequency_penalty": -1.0}),
+        ("bias", {"biased": True}), ("log-probabilities", {"logprobs": 0}), ("another row", {"presence_penalty": 0.5, "slot": 3}),
+    ]  # fmt: skip
+    slotted = dataclasses.replace(plainly, presence_penalty=0.25, slot=3)
+    made = drawing([plainly, slotted, *(dataclasses.replace(plainly, **its) for _, its in asked)], 9, 100)
+    assert sorted(made.left) == [2, 3, 4, 5, 6, 7]
+    assert all(word in made.left[row] for row, (word, _) in enumerate(asked, 2))
+    assert made.settings[plain.FIELDS.index("kind")].tolist() == [plain.DRAWN, plain.DRAWN, *[plain.NOT_DRAWN] * 7]
+    assert made.settings[plain.FIELDS.index("slot")].tolist() == [-1, 3, *[-1] * 7]
     assert "1048577 ids" in drawing([plainly], 1, 2**20 + 1).left[0]
     with pytest.raises(ValueError, match="9 rows"):
         drawing([plainly] * 9, 8, 100)
@@ -272,11 +342,13 @@ def test_what_the_device_does_not_draw_is_left_with_a_reason():
 def test_settings_hold_what_was_wanted():
     mask = bits_of([31, 32], 40)
     wanted = Wanted(seed=2**63 - 1, position=2**32 - 1, choice=5, purpose=1, temperature=0.3, top_k=7, top_p=0.25, min_p=0.125, mask=mask)
-    made = drawing([dataclasses.replace(wanted, temperature=0.0), wanted, dataclasses.replace(wanted, top_k=40, mask=None)], 4, 40)
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "slot": 4}
+    rows = [dataclasses.replace(wanted, temperature=0.0), dataclasses.replace(wanted, **penalties)]
+    made = drawing([*rows, dataclasses.replace(wanted, top_k=40, mask=None)], 4, 40)
     column = dict(zip(plain.FIELDS, made.settings[:, 1].tolist()))
-    reals = {name: np.array(column.pop(name)).view(np.float64).item() for name in ("top_p", "min_p", "inverse")}
-    assert column == {"kind": 2, "masked": 1, "seed": 2**63 - 1, "position": 2**32 - 1, "choice": 5, "purpose": 1, "top_k": 7}
-    assert reals == {"top_p": 0.25, "min_p": 0.125, "inverse": 1 / 0.3}
+    reals = {name: np.array(column.pop(name)).view(np.float64).item() for name in plain.REALS}
+    assert column == {"kind": 2, "masked": 1, "slot": 4, "seed": 2**63 - 1, "position": 2**32 - 1, "choice": 5, "purpose": 1, "top_k": 7}
+    assert reals == {"top_p": 0.25, "min_p": 0.125, "inverse": 1 / 0.3, "repetition": 1.5, "presence": 0.5, "frequency": -0.5}
     assert made.masks.view(np.uint32).tolist() == [mask.tolist(), mask.tolist(), [0, 0], [0, 0]]
     assert [*made.settings[plain.FIELDS.index("kind")], *made.settings[plain.FIELDS.index("top_k")]] == [1, 2, 2, 0, 0, 7, 0, 0]
     assert (made.top_k, made.top_p) == (True, True)

@@ -10,9 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-FIELDS = ("kind", "masked", "seed", "position", "choice", "purpose", "top_k", "top_p", "min_p", "inverse")
-"""Rows of settings int64 [FIELDS, R]; the last three hold the bits of float64. ``kind`` is NOT_DRAWN, LIKELIEST or DRAWN; ``masked`` 0 or
-1; ``min_p`` 0 or a normal number; ``inverse`` 1 / temperature. But for rows that are DRAWN, top_k is 0 and top_p 1."""
+FIELDS = (
+    "kind", "masked", "slot", "seed", "position", "choice", "purpose", "top_k", "top_p", "min_p", "inverse", "repetition", "presence",
+    "frequency",
+)  # fmt: skip
+"""Rows of settings int64 [FIELDS, R], from ``top_p`` on the bits of float64. ``kind`` is NOT_DRAWN, LIKELIEST or DRAWN; ``masked`` 0 or 1;
+``slot`` −1 for none; ``min_p`` 0 or a normal number; ``inverse`` 1 / temperature. But for rows that are DRAWN, top_k is 0 and top_p 1."""
+
+REALS = FIELDS[FIELDS.index("top_p") :]
 
 _FLOAT64 = np.finfo(np.float64)
 NOT_DRAWN, LIKELIEST, DRAWN = 0, 1, 2
@@ -38,6 +43,8 @@ class Wanted:
     frequency_penalty: float = 0.0
     biased: bool = False
     """Whether it has a logit bias."""
+    slot: int | None = None
+    """Its place in the device's history, which begins with its tokens and bias; it needs one for bias and penalties alone."""
     logprobs: int | None = None
     """How many of the likeliest ids are reported beside the token's own log-probability; None reports none."""
     mask: NDArray[np.uint32] | None = None
@@ -57,37 +64,51 @@ class Drawing:
     top_p: bool
 
 
+def changes(wanted: Wanted) -> bool:
+    """Whether logits are changed before they are ranked: such a request needs a slot."""
+    return wanted.biased or (wanted.repetition_penalty, wanted.presence_penalty, wanted.frequency_penalty) != (1, 0, 0)
+
+
 def refused(wanted: Wanted, vocab: int) -> str | None:
     """Why the device does not draw such a row, or None."""
     if vocab > MOST_VOCAB:
         return f"a vocabulary of {vocab} ids; sums of masses are exact for up to {MOST_VOCAB}"
-    if (wanted.repetition_penalty, wanted.presence_penalty, wanted.frequency_penalty) != (1, 0, 0):
-        return "penalties count the ids seen so far, which only the engine keeps"
-    if wanted.biased:
-        return "a logit bias is added by the engine"
+    if changes(wanted) and wanted.slot is None:
+        return "bias and penalties go by a slot of the device's history, and it has none"
     if wanted.logprobs is not None:
         return "log-probabilities are reported by the engine, from the whole row of logits"
     return None
 
 
 def drawing(rows: Sequence[Wanted], bucket: int, vocab: int) -> Drawing:
-    """Rows 0 … of a step in a bucket of ``bucket`` rows; the rest draw nothing. Raises ValueError where there are more."""
+    """Rows 0 … of a step in a bucket of ``bucket`` rows; the rest draw nothing. Raises ValueError where there are more.
+
+    The tokens of rows that are left have to be added to their history by the engine (`History.begin`), should they have one."""
     if len(rows) > bucket:
         raise ValueError(f"{len(rows)} rows are more than the bucket's {bucket}")
     settings = np.zeros((len(FIELDS), bucket), np.int64)
     named = {name: settings[at] for at, name in enumerate(FIELDS)}
-    reals = {name: named[name].view(np.float64) for name in ("top_p", "min_p", "inverse")}
+    reals = {name: named[name].view(np.float64) for name in REALS}
     reals["top_p"][:] = 1
+    named["slot"][:] = -1
     masks = np.zeros((bucket, -(-vocab // 32)), np.int32) if any(wanted.mask is not None for wanted in rows) else None
     left: dict[int, str] = {}
     for row, wanted in enumerate(rows):
-        if (why := refused(wanted, vocab)) is not None:
+        why = refused(wanted, vocab)
+        if why is None and changes(wanted) and wanted.slot in named["slot"]:
+            why = f"another row of the step has slot {wanted.slot}, whose history one token at a time is noted in"
+        if why is not None:
             left[row] = why
             continue
         named["kind"][row] = DRAWN if wanted.temperature > 0 else LIKELIEST
         if masks is not None and wanted.mask is not None:
             named["masked"][row] = 1
             masks[row] = wanted.mask.view(np.int32)
+        if wanted.slot is not None and changes(wanted):
+            named["slot"][row] = wanted.slot
+            penalties = (wanted.repetition_penalty, wanted.presence_penalty, wanted.frequency_penalty)
+            for name, penalty in zip(("repetition", "presence", "frequency"), penalties):
+                reals[name][row] = penalty
         if wanted.temperature > 0:
             for name in ("seed", "position", "choice", "purpose"):
                 named[name][row] = getattr(wanted, name)

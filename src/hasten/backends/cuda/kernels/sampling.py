@@ -3,11 +3,11 @@
 Several programs share a row, each a part of its ids. What they hand on is a largest rank, integer sums of counts or masses, or a largest
 score with its lowest id: exact in any order, so a token depends neither on how a row is cut nor on the rows beside it.
 
-1. ``_rank``: each part's likeliest id that the mask leaves.
+1. ``_rank``: each part's likeliest id that the mask leaves, after bias and penalties.
 2. ``_search``, eight launches for top-k and eight for top-p: the last logit kept, found four bits at a time by what each of their sixteen
    values holds. Of the ids that share it the lowest are kept, as many as are still missing.
 3. ``_draw``: each part's best score. Only ids whose noise can beat the row's likeliest id are scored.
-4. ``_choose``: the best of the parts.
+4. ``_choose``: the best of the parts, which the request's history then holds.
 """
 
 import dataclasses
@@ -20,9 +20,12 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from hasten.backends.cuda.drawing import DRAWN, FIELDS, MOST_VOCAB
+from hasten.backends.cuda.kernels.history import History, changed, note
 from hasten.backends.cuda.kernels.noise import LARGEST, LOWER_HALF, exp_bound, gumbel, logit_of, mass_of, natural_log, noise_words, order_of
 
-KIND, MASKED, SEED, POSITION, CHOICE, PURPOSE, TOP_K, TOP_P, MIN_P, INVERSE = (constexpr(i) for i in range(len(FIELDS)))
+KIND, MASKED, SLOT, SEED, POSITION, CHOICE, PURPOSE, TOP_K, TOP_P, MIN_P, INVERSE, REPETITION, PRESENCE, FREQUENCY = (
+    constexpr(i) for i in range(len(FIELDS))
+)
 _DRAWN = constexpr(DRAWN)
 _NOTHING = constexpr(0x007FFFFF)  # the order of −inf
 _INFINITE = constexpr(0xFF800000)  # the order of +inf
@@ -59,15 +62,16 @@ def default_parts(rows: int, vocab: int, programs: int = 264) -> int:
 
 
 def sample(
-    logits: Tensor, masks: Tensor, settings: Tensor, tokens: Tensor, scratch: Scratch, *, top_k: bool = True, top_p: bool = True,
-    block: int = 1024, warps: int = 8,
+    logits: Tensor, masks: Tensor, settings: Tensor, tokens: Tensor, scratch: Scratch, history: History | None = None, *,
+    top_k: bool = True, top_p: bool = True, block: int = 1024, warps: int = 8,
 ) -> None:  # fmt: skip
     """tokens int32 [R]: the engine's own token for each row of logits float32 [R, V], −1 where nothing is drawn.
 
     ``settings`` int64 [FIELDS, R] says how (`hasten.backends.cuda.drawing` fills it); ``masks`` int32 [R, ⌈V / 32⌉], bit i % 32 of word
     i / 32 allows id i, is read for rows with ``masked``. −1 is given where ``kind`` is 0, where logits hold NaN or +inf, and where no id
-    may come. ``top_k`` or ``top_p`` False leaves its launches out: no row of this call asks for it then. Raises ValueError for shapes that
-    do not go together."""
+    may come. Rows with a slot of ``history``, no two the same one, have their logits changed by it and their token noted there.
+    ``top_k`` or ``top_p`` False leaves its launches out: no row of this call asks for it then. Raises ValueError for shapes that do not
+    go together."""
     rows, vocab = logits.shape
     if not 1 <= vocab <= MOST_VOCAB or block & (block - 1) or block < 4:
         raise ValueError(f"rows are of 1 to {MOST_VOCAB} logits, blocks of a power of two from 4 on, not {vocab} and {block}")
@@ -76,9 +80,23 @@ def sample(
         raise ValueError(f"settings, masks, tokens and scratch are not for {rows} rows of {vocab} logits")
     if logits.stride(1) != 1 or not masks.is_contiguous() or not settings.is_contiguous():
         raise ValueError("rows of logits are contiguous, and so are masks and settings")
+    if history is not None and (history.words.shape[1] != vocab or not history.words.is_contiguous()):
+        raise ValueError(f"a history of {history.words.shape[1]} ids is not for rows of {vocab} logits")
     if not rows:
         return
-    its = (settings, logits, masks, rows, vocab, logits.stride(0), masks.shape[1], triton.cdiv(triton.cdiv(vocab, parts), block) * block)
+    words, biases = (None, None) if history is None else (history.words, history.biases)
+    its = (
+        settings,
+        logits,
+        masks,
+        words,
+        biases,
+        rows,
+        vocab,
+        logits.stride(0),
+        masks.shape[1],
+        triton.cdiv(triton.cdiv(vocab, parts), block) * block,
+    )
     wide, bits = triton.next_power_of_2(parts), 32 // digits
     grid, launch = (rows, parts), {"num_warps": warps, "enable_fp_fusion": False}
     _rank[grid](*its, scratch.ranks, scratch.totals, 2 * digits * values, block, **launch)
@@ -92,20 +110,33 @@ def sample(
         *its, scratch.ranks, scratch.totals, scratch.states, scratch.ties, scratch.scores, scratch.ids, parts, top_k, top_p, bits,
         wide, block, **launch,
     )  # fmt: skip
-    _choose[(rows,)](settings, scratch.ranks, scratch.scores, scratch.ids, tokens, rows, parts, wide, num_warps=1, enable_fp_fusion=False)
+    _choose[(rows,)](
+        settings, scratch.ranks, scratch.scores, scratch.ids, tokens, words, rows, vocab, parts, wide, num_warps=1, enable_fp_fusion=False
+    )
 
 
 @triton.jit
-def _logits(logits: tensor, masks: tensor, row: tensor, id: tensor, vocab: tensor, stride: tensor, words: tensor, masked: tensor) -> tensor:
-    """A tile's logits as they came, and as the mask leaves them: −inf where it forbids, and beyond the vocabulary."""
-    x = tl.load(logits + row * stride + id, mask=id < vocab, other=-float("inf"))
+def _logits(
+    settings: tensor, logits: tensor, masks: tensor, seen: tensor, biases: tensor, rows: tensor, row: tensor, id: tensor, vocab: tensor,
+    stride: tensor, words: tensor,
+) -> tensor:  # fmt: skip
+    """A tile's logits as they came, and as they rank: −inf where the mask forbids and beyond the vocabulary, with bias and penalties."""
+    came = tl.load(logits + row * stride + id, mask=id < vocab, other=-float("inf"))
+    masked = tl.load(settings + MASKED * rows + row)
     word = tl.load(masks + row * words + id // 32, mask=id < tl.where(masked != 0, vocab, 0), other=-1)
-    return x, tl.where(((word >> (id % 32)) & 1) != 0, x, -float("inf"))
+    x = tl.where(((word >> (id % 32)) & 1) != 0, came, -float("inf"))
+    if seen is not None:
+        repetition = tl.load(settings + REPETITION * rows + row).to(tl.float64, bitcast=True)
+        presence = tl.load(settings + PRESENCE * rows + row).to(tl.float64, bitcast=True)
+        frequency = tl.load(settings + FREQUENCY * rows + row).to(tl.float64, bitcast=True)
+        x = changed(x, seen, biases, tl.load(settings + SLOT * rows + row), id, vocab, repetition, presence, frequency)
+    return came, x
 
 
 @triton.jit
 def _rank(
-    settings: tensor, logits: tensor, masks: tensor, rows: tensor, vocab: tensor, stride: tensor, words: tensor, share: tensor,
+    settings: tensor, logits: tensor, masks: tensor, seen: tensor, biases: tensor, rows: tensor, vocab: tensor, stride: tensor,
+    words: tensor, share: tensor,
     ranks: tensor, totals: tensor, SUMS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     """The best rank of a part: order of the logit, then the lower id, in an int64; and zeros for the sums of the searches."""
@@ -114,11 +145,10 @@ def _rank(
         return
     if part == 0:
         tl.store(totals + row * SUMS + tl.arange(0, SUMS), tl.zeros((SUMS,), tl.int64))
-    masked = tl.load(settings + MASKED * rows + row)
     best = tl.full((BLOCK,), -0x7FFFFFFFFFFFFFFF, tl.int64)
     for start in range(part * share, tl.minimum((part + 1) * share, vocab), BLOCK):
         id = start + tl.arange(0, BLOCK)
-        came, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
+        came, x = _logits(settings, logits, masks, seen, biases, rows, row, id, vocab, stride, words)
         order = tl.where((came != came) | (came == float("inf")), _INFINITE, order_of(x))
         rank = ((order.to(tl.int64) - 0x80000000) << 32) + (0xFFFFFFFF - id.to(tl.int64))
         best = tl.maximum(best, tl.where(id < vocab, rank, best))
@@ -153,7 +183,8 @@ def _found(totals: tensor, states: tensor, row: tensor, SEARCH: constexpr, BITS:
 
 @triton.jit(do_not_specialize=["digit"])
 def _search(
-    settings: tensor, logits: tensor, masks: tensor, rows: tensor, vocab: tensor, stride: tensor, words: tensor, share: tensor,
+    settings: tensor, logits: tensor, masks: tensor, seen: tensor, biases: tensor, rows: tensor, vocab: tensor, stride: tensor,
+    words: tensor, share: tensor,
     ranks: tensor, totals: tensor, states: tensor, ties: tensor, parts: tensor, digit: tensor,
     SEARCH: constexpr, LIMITED: constexpr, BITS: constexpr, WIDE: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
@@ -195,10 +226,10 @@ def _search(
             tl.store(states + at * 2, prefix)
             tl.store(states + at * 2 + 1, left)
 
-    masked, beyond = tl.load(settings + MASKED * rows + row), 32 - BITS * digit
+    beyond = 32 - BITS * digit
     for start in range(part * share, tl.minimum((part + 1) * share, vocab), BLOCK):
         id = start + tl.arange(0, BLOCK)
-        came, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
+        came, x = _logits(settings, logits, masks, seen, biases, rows, row, id, vocab, stride, words)
         order = order_of(x)
         long = order.to(tl.int64)
         counted = (id < vocab) & (order >= last) & ((long >> beyond) == prefix)
@@ -216,7 +247,8 @@ def _search(
 
 @triton.jit
 def _draw(
-    settings: tensor, logits: tensor, masks: tensor, rows: tensor, vocab: tensor, stride: tensor, words: tensor, share: tensor,
+    settings: tensor, logits: tensor, masks: tensor, seen: tensor, biases: tensor, rows: tensor, vocab: tensor, stride: tensor,
+    words: tensor, share: tensor,
     ranks: tensor, totals: tensor, states: tensor, ties: tensor, scores: tensor, ids: tensor, parts: tensor,
     LIMITED: constexpr, NUCLEUS: constexpr, BITS: constexpr, WIDE: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
@@ -256,11 +288,10 @@ def _draw(
     lead_lower = tl.sum(tl.where(eight == likeliest % 4 + 4, both, both ^ both), axis=0)
     lead = gumbel(lead_upper, lead_lower)
 
-    masked = tl.load(settings + MASKED * rows + row)
     best, winner = tl.full((BLOCK,), -float("inf"), tl.float64), tl.full((BLOCK,), _NO_ID, tl.int32)
     for start in range(part * share, tl.minimum((part + 1) * share, vocab), BLOCK):
         id = start + tl.arange(0, BLOCK)
-        came, x = _logits(logits, masks, row, id, vocab, stride, words, masked)
+        came, x = _logits(settings, logits, masks, seen, biases, rows, row, id, vocab, stride, words)
         order = order_of(x)
         weight = (x.to(tl.float64) - largest) * inverse
         at_last = ((order == last) & (id < vocab)).to(tl.int64)
@@ -283,8 +314,9 @@ def _draw(
 
 @triton.jit
 def _choose(
-    settings: tensor, ranks: tensor, scores: tensor, ids: tensor, tokens: tensor, rows: tensor, parts: tensor, WIDE: constexpr
-) -> None:
+    settings: tensor, ranks: tensor, scores: tensor, ids: tensor, tokens: tensor, seen: tensor, rows: tensor, vocab: tensor, parts: tensor,
+    WIDE: constexpr,
+) -> None:  # fmt: skip
     """The token of a row."""
     row = tl.program_id(0).to(tl.int64)
     token, kind = tl.full((), -1, tl.int32), tl.load(settings + KIND * rows + row)
@@ -298,3 +330,7 @@ def _choose(
                 id = tl.load(ids + row * parts + part, mask=part < parts, other=_NO_ID)
                 token = tl.min(tl.where(score == tl.max(score, axis=0), id, _NO_ID), axis=0)
     tl.store(tokens + row, token)
+    if seen is not None:
+        slot = tl.load(settings + SLOT * rows + row)
+        if (token >= 0) & (slot >= 0):
+            note(seen, slot, vocab, token)
