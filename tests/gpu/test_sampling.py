@@ -16,6 +16,7 @@ from hasten.backends.cuda.kernels.noise import LOWER_HALF, mass_of, natural_log,
 from hasten.backends.cuda.kernels.sampling import Scratch, default_parts, sample
 from hasten.engine.sampler import native_row
 from hasten.engine.sampling import Purpose, SamplingParams
+from tests.engine.sampling_oracle import changed as changed_logits
 
 INF = np.inf
 SEEDS = (0, 7, 2**32 - 1, 2**32, 1234567890123456789, 2**63 - 1)
@@ -111,24 +112,24 @@ def test_a_row_has_its_token_in_any_company_and_cut(device):
     """Alone, among seven, in a larger bucket whose other rows hold rubbish; by other blocks, parts and bits at a time."""
     logits, rows = logits_of(3, 3, 500, "ties"), rows_of(settings_of(500, 3)[2:5])
     expected = engine_tokens(logits, rows)
-    assert device_tokens(device, logits, rows, bucket=5, parts=3, block=64)[0] == [*expected, -1, -1]
-    for at, cut in ((0, {"parts": 1, "bits": 4}), (1, {"parts": 4, "block": 32})):
+    assert device_tokens(device, logits, rows, bucket=5, parts=2, block=128)[0] == [*expected, -1, -1]
+    for at, cut in ((0, {"parts": 1, "bits": 4}), (1, {"parts": 3, "block": 64})):
         assert device_tokens(device, logits[[at]], rows[at : at + 1], **cut)[0] == expected[at : at + 1]
 
 
 def test_equal_logits_are_kept_from_the_lowest_id_up(device):
-    limits = [{"top_k": 5}, {"top_p": 0.1}, {"top_k": 20, "top_p": 0.1}, {"top_k": 39}]
-    logits, rows = np.zeros((4, 40), np.float32), rows_of([{"temperature": 2.0, **its} for its in limits])
-    logits[3, 7] = -INF
+    limits = [{"top_k": 5}, {"top_p": 0.1}, {"top_k": 20, "top_p": 0.1}, {"top_k": 39}, {"min_p": 1.0}, {"temperature": 0.0}]
+    logits, rows = np.zeros((6, 40), np.float32), rows_of([{"temperature": 2.0, **its} for its in limits])
+    logits[:, ::2], logits[3, 7] = -0.0, -INF
     tokens, _ = device_tokens(device, logits, rows, parts=3, block=16)
     assert tokens == engine_tokens(logits, rows)
-    assert all(token < most for token, most in zip(tokens, (5, 4, 2, 40)))
+    assert all(token < most for token, most in zip(tokens, (5, 4, 2, 40, 40, 1)))
 
 
 def test_temperatures_from_tiny_to_large(device):
     logits = logits_of(4, 5, 31)
     rows = rows_of([{"temperature": t} for t in (5e-324, 1e-300, 1e-3, 9.0, 100.0)])
-    tokens, _ = device_tokens(device, logits, rows, block=32)
+    tokens, _ = device_tokens(device, logits, rows, block=8)
     assert tokens == engine_tokens(logits, rows)
     assert tokens[:3] == logits.argmax(axis=1).tolist()[:3]
 
@@ -219,23 +220,40 @@ def test_penalties_need_no_token_to_leave_the_device(device):
             assert torch.equal(history.words[slot], anew.words[slot])
 
 
+def test_logits_are_changed_to_the_bit(device):
+    vocab, rng = 500, np.random.default_rng(10)
+    prompt, output = rng.integers(0, vocab, 300).tolist(), rng.integers(0, vocab // 4, 200).tolist()
+    bias = [(token, float(value)) for token, value in zip(rng.permutation(vocab)[:200].tolist(), rng.normal(size=200) * 5)]
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=-0.3, logit_bias=bias)
+    history, given = History.of(2, vocab, device), logits_of(10, 1, vocab)[0]
+    given[::7], given[3], given[4] = -INF, 3.4e38, -3.4e38
+    history.begin(1, [*prompt, 3, 4], output, params.logit_bias)
+    x = torch.full((512,), -INF, device=device)
+    x[:vocab] = torch.from_numpy(given)
+    settings = torch.tensor([params.repetition_penalty, params.presence_penalty, params.frequency_penalty], dtype=torch.float64)
+    _changed[(1,)](x, history.words, history.biases, settings.to(device), vocab, 512, enable_fp_fusion=False)
+    expected = changed_logits(given, params, [*prompt, 3, 4], output, bias=bias)
+    assert np.array_equal(x[:vocab].cpu().numpy(), expected)
+    assert (x[vocab:] == -INF).all()
+    assert np.mean(expected != given) > 0.5
+
+
 def test_a_slot_takes_as_many_biases_as_a_request_may_have(device):
-    history = History.of(1, 2000, device)
+    history = History.of(1, 1100, device)
     history.begin(0, (), (), [(token, token / 7) for token in range(1024)])
-    x, slot = torch.zeros(2048, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    _changed[(1,)](x, history.words, history.biases, slot, 2000, 2048)
-    expected = np.zeros(2048)
-    expected[:1024] = np.arange(1024) / 7
-    assert np.array_equal(x.cpu().numpy(), expected.astype(np.float32))
+    places = (history.words[0].cpu().numpy().view(np.uint32) >> np.uint32(21)).astype(np.int64)
+    assert places.tolist() == [*range(1, 1025), *[0] * 76]
+    assert history.biases[0, 1023].item() == 1023 / 7
     with pytest.raises(ValueError, match="1025"):
         history.begin(0, (), (), [(0, 1.0)] * 1025)
 
 
 @triton.jit
-def _changed(x, words, biases, slot, vocab, COUNT: tl.constexpr):
-    at = tl.arange(0, COUNT)
-    off = tl.full((), 0.0, tl.float64)
-    tl.store(x + at, changed(tl.load(x + at), words, biases, tl.load(slot), at, vocab, off, off, off))
+def _changed(x, words, biases, settings, vocab, COUNT: tl.constexpr):
+    """In slot 1."""
+    at, slot = tl.arange(0, COUNT), tl.full((), 1, tl.int64)
+    repetition, presence, frequency = tl.load(settings), tl.load(settings + 1), tl.load(settings + 2)
+    tl.store(x + at, changed(tl.load(x + at), words, biases, slot, at, vocab, repetition, presence, frequency))
 
 
 # --- the arithmetic
