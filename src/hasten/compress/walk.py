@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.base import hardware
+from hasten.base import hardware, heap
 from hasten.base.errors import ConfigError, UserError
 from hasten.compress.blocks import Live, Played, chunks_of, opened, pieces, weights_for
 from hasten.compress.data import Text
@@ -124,6 +124,8 @@ def walk(
             write(files[index], layout_of(arrays), arrays.__getitem__, {"facts": json.dumps(made.facts)})
             for way in ways:
                 shutil.rmtree(_path(run.work, way, index), ignore_errors=True)
+            del weights, played, made, arrays
+            heap.give_back()  # or what every block leaves behind adds up over all of them
     run.report("done", count, count)
     for way in ways:
         shutil.rmtree(_path(run.work, way, count - 1), ignore_errors=True)
