@@ -1,7 +1,8 @@
 """Tokens from rows of logits on the device, in the engine's own bits (``native/src/sampling.hpp`` says what a draw means, step by step).
 
 Several programs share a row, each a part of its ids. What they hand on is a largest rank, integer sums of counts or masses, or a largest
-score with its lowest id: exact in any order, so a token depends neither on how a row is cut nor on the rows beside it.
+score with its lowest id: exact in any order, so a token depends neither on how a row is cut nor on the rows beside it. Nothing else rounds
+but float64 additions, multiplications and divisions in the engine's order (noise.py): no device may differ, not by a last bit.
 
 1. ``_rank``: each part's likeliest id that the mask leaves, after bias and penalties.
 2. ``_search``, eight launches for top-k and eight for top-p: the last logit kept, found four bits at a time by what each of their sixteen
@@ -85,18 +86,8 @@ def sample(
     if not rows:
         return
     words, biases = (None, None) if history is None else (history.words, history.biases)
-    its = (
-        settings,
-        logits,
-        masks,
-        words,
-        biases,
-        rows,
-        vocab,
-        logits.stride(0),
-        masks.shape[1],
-        triton.cdiv(triton.cdiv(vocab, parts), block) * block,
-    )
+    share = triton.cdiv(triton.cdiv(vocab, parts), block) * block
+    its = (settings, logits, masks, words, biases, rows, vocab, logits.stride(0), masks.shape[1], share)
     wide, bits = triton.next_power_of_2(parts), 32 // digits
     grid, launch = (rows, parts), {"num_warps": warps, "enable_fp_fusion": False}
     _rank[grid](*its, scratch.ranks, scratch.totals, 2 * digits * values, block, **launch)
