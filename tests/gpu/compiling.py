@@ -14,7 +14,8 @@ from triton.compiler import ASTSource
 from triton.language import target_info
 from triton.runtime.jit import JITFunction
 
-from hasten.backends.cuda.kernels import attention, cache, experts, linear, linear_scan, rows, scans
+from hasten.backends.cuda.drawing import FIELDS
+from hasten.backends.cuda.kernels import attention, cache, experts, linear, linear_scan, rows, sampling, scans
 from hasten.backends.cuda.kernels.linear import Scratch, Tiles, default_order, default_tiles, scratch_size
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
@@ -23,7 +24,7 @@ from hasten.spec import Causal, ClampedSwiglu, SlidingWindow
 
 TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
-    torch.int64: "i64",
+    torch.int64: "i64", torch.float64: "fp64",
 }  # fmt: skip
 BF16, F32, I8, I32 = torch.bfloat16, torch.float32, torch.int8, torch.int32
 META = torch.device("meta")
@@ -63,6 +64,7 @@ def compiled(self, *arguments, grid, warmup, **named):
         "case": case, "kernel": self.fn.__name__, "shared": made.metadata.shared, "warps": made.metadata.num_warps,
         "products": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m\S+)|(mma\.sync\S+)", made.asm["ptx"]))),
         "nibbles": made.asm["ptx"].count("lop3.b32 t"),
+        "fused": len(re.findall(r"fma\.rn\.f64|div\.(?:full|approx)", made.asm["ptx"])),
         "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4|cp\.async\.cg", made.asm["ptx"])),
     }  # fmt: skip
     print(json.dumps(said), flush=True)
@@ -192,6 +194,17 @@ def recurrences():
     )  # fmt: skip
 
 
+def draws():
+    """Tokens of a large vocabulary, with every limit."""
+    global case
+    case = "draws"
+    vocab, parts = 128256, sampling.default_parts(8, 128256)
+    scratch = sampling.Scratch.of(8, parts, "meta")
+    settings, masks = empty(len(FIELDS), 8, dtype=torch.int64), empty(8, vocab // 32, dtype=I32)
+    for history in (None, sampling.History.of(8, vocab, "meta")):
+        sampling.sample(empty(8, vocab, dtype=F32), masks, settings, empty(8, dtype=I32), scratch, history)
+
+
 if __name__ == "__main__":
     target_info.current_target = current_target
     JITFunction.run = compiled
@@ -202,3 +215,4 @@ if __name__ == "__main__":
     attending()
     caching()
     recurrences()
+    draws()
