@@ -101,6 +101,7 @@ def walk(
         raise ConfigError(
             "layers share weights, which working block by block would treat twice; round them with rtn, without clip: outputs"
         )
+    heap.large_apart()
     key = fingerprint(model, settings, text)
     run.work.mkdir(parents=True, exist_ok=True)
     claim(run.work, key)
@@ -124,8 +125,6 @@ def walk(
             write(files[index], layout_of(arrays), arrays.__getitem__, {"facts": json.dumps(made.facts)})
             for way in ways:
                 shutil.rmtree(_path(run.work, way, index), ignore_errors=True)
-            del weights, played, made, arrays
-            heap.give_back()  # or what every block leaves behind adds up over all of them
     run.report("done", count, count)
     for way in ways:
         shutil.rmtree(_path(run.work, way, count - 1), ignore_errors=True)
