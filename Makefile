@@ -106,7 +106,7 @@ $(CHECKED)/%.passed: % $(CHECKED)/.built $(PLAYED)
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing torch (CPU) …" && $(PIP) torch
+	@echo "installing torch …" && $(PIP) torch
 	@echo "building and installing hasten …" && $(PIP) --editable '.[torch]'
 	@touch $@
 

@@ -5,7 +5,9 @@ import torch
 
 from benchmarks import gpu
 from hasten.backends.cuda import backend
+from hasten.checkpoint import load
 from hasten.families import all_families
+from hasten.measure.latency import Case, open_runner
 from tests.families.oracles import make_checkpoint
 
 
@@ -20,7 +22,8 @@ def small(tmp_path, monkeypatch):
 
 
 def test_latency_beside_the_devices_limits(small):
-    found = gpu.latency(small, "int8", "bf16", 1, 2, 1, repeats=1)
+    runner = open_runner(load(small), [Case(1, 2, 1)], backend="cuda", weights="int8", activations="bf16")
+    found = gpu.latency(runner, 1, 2, 1, repeats=1)
     assert (found.backend, found.isa, found.weights, found.activations, found.cache) == ("cuda", "sm_90", "int8", "bf16", "bf16")
     assert found.bytes_per_step > 1000
     assert 0 < found.mbu < 1

@@ -21,8 +21,10 @@ from hasten.measure.cost import cache_bytes, operations, read_share, weight_elem
 from hasten.measure.roofline import Arithmetic, DeviceLimits, KnowsItsLimits, Limits, Slice
 from hasten.model import Model
 from hasten.program import Batch, Formats, Program, lower, ops, unfuse
+from hasten.program.pages import MOST_SEQUENCES
 
 PROFILED = 4  # steps that are profiled after those that are timed
+PAGE = 16  # tokens, on every backend
 WARM = 128  # tokens of a batch that are played before anything is timed
 
 _ARITHMETIC: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "float32": "f32"}  # of activations
@@ -160,6 +162,7 @@ def open_runner(
     check_weights([weights])
     context = max(case.context for case in cases)
     check_context(model, context)
+    context = max(context, *(_with_pages_for(case) for case in cases))
     level = _level(isa)
     cores = hardware.detect().cpu.cores
     if threads is not None and not (1 <= threads <= cores and (backend == "cpu" or threads == cores)):
@@ -186,6 +189,12 @@ def open_runner(
     elif isinstance(session, KnowsItsLimits):
         isa, weight_bytes = session.isa, session.weight_bytes
     return Runner(session, program, model.name, backend, isa, threads or cores, *found, weight_bytes, open_s)
+
+
+def _with_pages_for(case: Case) -> int:
+    """A context whose cache, which is made for MOST_SEQUENCES sequences, has pages for more of this case's."""
+    pages = -(-case.context // PAGE) * max(0, case.batch - MOST_SEQUENCES)
+    return case.context + -(-pages // MOST_SEQUENCES) * PAGE
 
 
 def check_weights(formats: Sequence[str | None]) -> None:

@@ -10,17 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
-from hasten.backends.cuda.inputs import Bucket
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
 from hasten.backends.cuda.places import lay_out
-from hasten.backends.cuda.session import STEP_TOKENS, CudaSession
+from hasten.backends.cuda.session import LARGEST, CudaSession
 from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, read
 from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base import hardware, settings
-from hasten.base.errors import ConfigError, UnsupportedError
+from hasten.base.errors import ConfigError, UnsupportedError, UserError
 from hasten.formats.cache import cache_format
 from hasten.formats.linear import LinearFormat
 from hasten.model import Model
@@ -40,6 +39,7 @@ from hasten.program import (
 )  # fmt: skip
 
 LEAST_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
 PRODUCTS = (("bf16", "bf16"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("int8", "int8"), ("int4", "int8"))
 """Kinds of products that `kernels` tells of: weights, activations."""
 INTERPRETED = Device(torch.device("cpu"), (9, 0), Tuned("interpreter"))
@@ -108,15 +108,15 @@ class CudaBackend:
         return round(sum(found.values()))
 
     def arena_bytes(self, program: Program, tokens: int) -> int:
-        """Bytes of the values of a step of ``tokens`` tokens, its logits left out."""
-        rows = min(tokens, STEP_TOKENS, program.context)
-        return lay_out(program, units_of(program), Bucket(rows, min(rows, 8), min(rows, 8))).size
+        """Bytes of the values of a step, its logits left out: of the largest there is, whatever ``tokens`` are."""
+        return lay_out(program, units_of(program), LARGEST).size
 
     def free_bytes(self) -> int:
         """Bytes of the device that weights, caches and arenas may take together."""
         if self.on.device.type != "cuda":
             return hardware.free_bytes()
-        return int(torch.cuda.mem_get_info(self.on.device)[0])
+        kept = torch.cuda.memory_reserved(self.on.device) - torch.cuda.memory_allocated(self.on.device)
+        return int(torch.cuda.mem_get_info(self.on.device)[0]) + kept
 
     def session(
         self, model: Model, context: int | None = None, formats: Formats | None = None, cache_bytes: int | None = None
@@ -128,10 +128,19 @@ class CudaBackend:
         program = self.program(model, context, formats)
         if refused := unsupported_ops(program):
             raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
+        if self.on.capability < FP8_CAPABILITY and any(group.format == "fp8" for group in program.states):
+            raise UnsupportedError(f"{self.described()} keeps no fp8 cache, which takes compute capability 8.9; choose int8 or bf16")
         pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
-        pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
-        session = CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
-        session.make_ready()
+        try:
+            pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
+            session = CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
+            session.make_ready()
+        except torch.cuda.OutOfMemoryError:
+            cache = sum(group.bytes_per_token() * PAGE * pages[group.name] for group in program.states)
+            raise UserError(
+                f"the device's memory does not hold {model.name}: weights take {self.weight_bytes(program):,} bytes, the cache {cache:,}, "
+                f"a step {self.arena_bytes(program, 1):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
+            ) from None
         return session
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:

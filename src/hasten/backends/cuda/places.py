@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hasten.backends.cuda.inputs import Bucket
-from hasten.backends.cuda.units import Unit
+from hasten.backends.cuda.units import Unit, units_of
 from hasten.program import Program, Value, ops
 from hasten.program.arena import Arena
 
@@ -44,6 +44,8 @@ def lay_out(program: Program, units: Sequence[Unit], bucket: Bucket) -> Layout:
     for unit in units:
         for name in unit.outputs:
             owner = _owner(unit, name)
+            if len(unit.outputs) > 1 and name in program.outputs and isinstance(unit.parts[0], ops.Linear | ops.Split):
+                raise TypeError(f"{name} lies in another value's memory, so it cannot outlive the step")
             whole[name] = whole.get(owner, owner)
     last = {whole[name]: index for index, unit in enumerate(units) for name in (*unit.inputs, *unit.outputs) if name in whole}
     for index, unit in enumerate(units):
@@ -66,6 +68,21 @@ def lay_out(program: Program, units: Sequence[Unit], bucket: Bucket) -> Layout:
             if last[name] == index and name in places:
                 arena.give_back(places[name].start)
     return Layout(max(arena.size, 1), places)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Room:
+    """Memory of a step that tapes share, for they play one at a time: ``values`` uint8 [bytes] and ``results`` float32 [numbers]."""
+
+    values: Tensor
+    results: Tensor
+
+    @classmethod
+    def of(cls, program: Program, largest: Bucket, device: torch.device) -> "Room":
+        """As much as ``program`` takes in ``largest``."""
+        results = max(rows_of(program.values[name], largest) * math.prod(program.values[name].features) for name in program.outputs)
+        size = lay_out(program, units_of(program), largest).size
+        return cls(torch.empty(size, dtype=torch.uint8, device=device), torch.empty(results, dtype=torch.float32, device=device))
 
 
 def view(arena: Tensor, place: Place) -> Tensor:

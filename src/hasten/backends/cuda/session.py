@@ -9,25 +9,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hasten.backends.cuda.inputs import Bucket, pieces
-from hasten.backends.cuda.kernels.cache import PAGE
+from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, pieces
+from hasten.backends.cuda.kernels.cache import PAGE, move_pages
 from hasten.backends.cuda.limits import limits
-from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
-from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import ConfigError, UserError
 from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
 
 STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
 SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
+LARGEST = Bucket(STEP_TOKENS, MOST_SEQUENCES, SCORED_TOKENS)
+NOBODY = Batch(*(np.zeros(count, np.int32) for count in (0, 0, 1, 0)))
 
 
 class CudaSession:
     """One Program with its weights, and ``pools`` of pages of ``page`` tokens, of which ``pages`` says how many there are by state group.
     Which of them holds what is the caller's business.
 
-    A bucket's first step is launched op by op, which compiles its kernels; its second is captured into a graph that later ones replay."""
+    The first batch of a bucket waits until its kernels are compiled and captured into a graph, which every batch then replays."""
 
     page = PAGE
     threads = None
@@ -37,11 +38,9 @@ class CudaSession:
         self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
-        rows = min(STEP_TOKENS, program.context)
-        size = lay_out(program, units_of(program), Bucket(rows, min(rows, 8), min(rows, 8))).size  # the largest there can be, or near it
-        self._arena = torch.empty(size, dtype=torch.uint8, device=on.device)
+        self._room = Room.of(program, LARGEST, on.device)
         self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
-        self._scoring = threading.Lock()
+        self._scoring, self._playing = threading.Lock(), threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
         self._vocab = None if embed is None else program.params[embed.weight][0]
 
@@ -63,15 +62,14 @@ class CudaSession:
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in, in this order."""
         for move in moves:
-            tensors = self.pools[self.program.states[move.group].name].tensors
+            pool = self.pools[self.program.states[move.group].name]
             match move:
                 case CopyPage():
-                    for x in tensors:
-                        x[:, move.target].copy_(x[:, move.source])
+                    move_pages(pool, None, torch.tensor([[move.source, move.target]], dtype=torch.int32, device=self.on.device))
                 case SwapOut():
-                    self._outside[move.group, move.place] = tuple(x[:, move.source].to("cpu", copy=True) for x in tensors)
+                    self._outside[move.group, move.place] = tuple(x[:, move.source].to("cpu", copy=True) for x in pool.tensors)
                 case SwapIn():
-                    for x, kept in zip(tensors, self._outside.pop((move.group, move.place)), strict=True):
+                    for x, kept in zip(pool.tensors, self._outside.pop((move.group, move.place)), strict=True):
                         x[:, move.target].copy_(kept)
 
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
@@ -95,17 +93,16 @@ class CudaSession:
     @torch.inference_mode()
     def _play(self, what: str, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         self._check(batch)
-        made = []
-        for part, its in pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS):
-            player = self._player(what, Bucket.of(part))
-            player.tape.inputs.fill(part, its)
-            made.append(player.play()[: len(part.rows)].to("cpu", torch.float32, copy=True).numpy())
+        parts = pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS)
+        with self._playing:
+            players = [self._player(what, Bucket.of(part)) for part, _ in parts]  # all are there before one plays
+            made = [player.play(part, its) for player, (part, its) in zip(players, parts, strict=True)]
         return made[0] if len(made) == 1 else np.concatenate(made)
 
     def _player(self, what: str, bucket: Bucket) -> "_Player":
         if (what, bucket) not in self._tapes:
             program = self.program if what == "logits" else hidden_states(self.program)
-            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE, self._arena)
+            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE, self._room)
             self._tapes[what, bucket] = _Player(tape, tape.outputs[program.outputs[0]])
         return self._tapes[what, bucket]
 
@@ -120,24 +117,27 @@ class CudaSession:
 
 
 class _Player:
-    """A tape, and the graph that was captured of it; ``result`` is what it leaves behind."""
+    """A tape that is ready: all that it launches has been compiled, and on a device captured into a graph, before a batch is played.
+
+    So a step happens whole or, where nothing of it began, not at all: recurrent state that had moved on halfway could not be had back."""
 
     def __init__(self, tape: Tape, result: Tensor) -> None:
         self.tape, self.result = tape, result
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._played = False
+        if not result.is_cuda:
+            return
+        tape.inputs.fill(NOBODY, ())
+        tape.play()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            tape.play()
+        self._graph = graph
 
-    def play(self) -> Tensor:
-        """One step; the result is there until the next."""
-        if self._graph is not None:
-            self._graph.replay()
-        elif not self._played or self.result.device.type != "cuda":
+    def play(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+        """One step: the rows asked for."""
+        self.tape.inputs.fill(batch, pages)
+        if self._graph is None:
             self.tape.play()
         else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.tape.play()
-            self._graph = graph
-            graph.replay()
-        self._played = True
-        return self.result
+            self._graph.replay()
+        return self.result[: len(batch.rows)].to("cpu", torch.float32, copy=True).numpy()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from hasten.backends.cuda.kernels import attention, cache, experts, linear, rows
 from hasten.backends.cuda.kernels.cache import GroupCache
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
-from hasten.backends.cuda.places import DTYPES, lay_out, rows_of, view
+from hasten.backends.cuda.places import DTYPES, Room, lay_out, rows_of, view
 from hasten.backends.cuda.recurrent import RECURRENT, RecurrentOp, recurrent_launch
 from hasten.backends.cuda.tuned import Tuned, shape_name
 from hasten.backends.cuda.units import Unit, units_of
@@ -84,13 +85,13 @@ class Tape:
 
 
 def compile_tape(
-    program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int, arena: Tensor
+    program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int, room: Room
 ) -> Tape:
-    """The tape of ``program``, which is not fused, for batches that ``bucket`` takes. Values lie in ``arena`` uint8 [bytes], which tapes
-    that play one at a time may share, if it is large enough. Raises UnsupportedError naming what has no kernel."""
+    """The tape of ``program``, which is not fused, for batches that ``bucket`` takes. Values and results lie in
+    ``room``, which tapes that play one at a time share, where it is large enough. Raises UnsupportedError naming what has no kernel."""
     if refused := unsupported_ops(program):
         raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-    return _Compiler(program, weights, pools, bucket, device, page).compile(arena)
+    return _Compiler(program, weights, pools, bucket, device, page).compile(room)
 
 
 class _Compiler:
@@ -111,14 +112,15 @@ class _Compiler:
         self.blocks: dict[tuple[str, int], experts.Blocks] = {}  # by the value of chosen experts, and the rows of a tile
         self.scratch: linear.Scratch | None = None
 
-    def compile(self, arena: Tensor) -> Tape:
+    def compile(self, room: Room) -> Tape:
         layout = lay_out(self.program, self.units, self.bucket)
-        if layout.size > len(arena):
-            arena = self._empty((layout.size,), torch.uint8)
+        arena = room.values if layout.size <= len(room.values) else self._empty((layout.size,), torch.uint8)
         self.at = {name: view(arena, place) for name, place in layout.places.items()}
         for name in self.program.outputs:
             value = self.values[name]
-            self.at[name] = self._empty((rows_of(value, self.bucket), *value.features), DTYPES[value.dtype])
+            shape = rows_of(value, self.bucket), *value.features
+            shared = DTYPES[value.dtype] == room.results.dtype and math.prod(shape) <= len(room.results)
+            self.at[name] = room.results[: math.prod(shape)].view(shape) if shared else self._empty(shape, DTYPES[value.dtype])
         self.scratch = self._room()
         for unit in self.units:
             self._emit(unit)

@@ -296,12 +296,6 @@ def _take(
     tl.store(y + row * y_stride + feature, value.to(y.dtype.element_ty), mask=feature < size)
 
 
-def split(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Split: views of x [T, Σsizes]; every function here takes their strides, so nothing is copied."""
-    parts: tuple[Tensor, ...] = x.split(sizes, dim=-1)
-    return parts
-
-
 def head_split(x: Tensor, ys: tuple[Tensor, ...], heads: int) -> None:
     """HeadSplit of x [T, H·Σn] into contiguous ``ys`` [T, H·n]: copies, for a head's features have to lie beside the next head's."""
     parts = x.unflatten(-1, (heads, -1)).split([y.shape[-1] // heads for y in ys], dim=-1)
