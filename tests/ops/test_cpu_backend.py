@@ -5,7 +5,6 @@ import functools
 
 import numpy as np
 import pytest
-from hasten.backends.cpu.arena import Arena
 
 from hasten import _native
 from hasten.backends.cpu import CpuBackend, unsupported_ops
@@ -14,6 +13,7 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
 from hasten.engine.stepper import Stepper
 from hasten.program import Batch, Formats, lower
+from hasten.program.arena import Arena
 from tests.cuts import assert_the_same_bits_however_cut
 
 MODEL = load("code-8m")

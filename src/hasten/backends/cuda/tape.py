@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -126,8 +125,8 @@ class _Compiler:
             self._emit(unit)
         return Tape(self.inputs, tuple(self.launches), {name: self.at[name] for name in self.program.outputs})
 
-    def _launch(self, function: Callable[..., None], *arguments: Any, **named: Any) -> None:
-        self.launches.append(functools.partial(function, *arguments, **named))
+    def _launch(self, launch: Launch) -> None:
+        self.launches.append(launch)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.on.device)
@@ -138,10 +137,10 @@ class _Compiler:
             case (ops.Linear(), *_):
                 self._linear([op for op in unit.parts if isinstance(op, ops.Linear)])
             case (ops.Rotate() as q, ops.Rotate() as k, ops.AppendKv() as kept):
-                self._launch(
+                self._launch(functools.partial(
                     cache.rotate_append, at[q.x], at[k.x], None if kept.v is None else at[kept.v], at[q.y], self._turn(q),
                     self._layer(kept.state), inputs.positions, inputs.sequence, inputs.pages[kept.state.group], heads=q.heads,
-                )  # fmt: skip
+                ))  # fmt: skip
             case (ops.Add() as add, ops.RmsNorm() | ops.LayerNorm() as norm, *behind):
                 self._norm(unit, norm, at[add.a], behind, branch=at[add.b], added=at[add.y])
             case (ops.RmsNorm() | ops.LayerNorm() as norm, *behind):
@@ -149,7 +148,9 @@ class _Compiler:
             case (ops.Gate() as gate, *behind):
                 y = None if gate.y in unit.hidden else at[gate.y]
                 dtype = DTYPES[self.values[gate.y].dtype]
-                self._launch(rows.gate, at[gate.gate], at[gate.up], gate.activation, dtype, y=y, quantized=self._quantized(behind))
+                self._launch(
+                    functools.partial(rows.gate, at[gate.gate], at[gate.up], gate.activation, dtype, y=y, quantized=self._quantized(behind))
+                )
             case (op,):
                 self._emit_one(op)
 
@@ -157,49 +158,55 @@ class _Compiler:
         at, inputs = self.at, self.inputs
         match op:
             case ops.Embed():
-                self._launch(rows.embed, self.weights.plain(op.weight, torch.bfloat16), inputs.tokens, at[op.y], factor=op.scale)
+                self._launch(
+                    functools.partial(rows.embed, self.weights.plain(op.weight, torch.bfloat16), inputs.tokens, at[op.y], factor=op.scale)
+                )
             case ops.EmbedPositions():
-                self._launch(rows.embed, self.weights.plain(op.weight, torch.float32), inputs.positions, at[op.y], offset=op.offset)
+                self._launch(
+                    functools.partial(
+                        rows.embed, self.weights.plain(op.weight, torch.float32), inputs.positions, at[op.y], offset=op.offset
+                    )
+                )
             case ops.SelectRows():
-                self._launch(rows.select_rows, at[op.x], inputs.rows, at[op.y])
+                self._launch(functools.partial(rows.select_rows, at[op.x], inputs.rows, at[op.y]))
             case ops.Split():
                 pass  # pieces of x lie in x
             case ops.Concat():
-                self._launch(rows.concat, tuple(at[x] for x in op.xs), at[op.y], op.heads)
+                self._launch(functools.partial(rows.concat, tuple(at[x] for x in op.xs), at[op.y], op.heads))
             case ops.HeadSplit():
-                self._launch(rows.head_split, at[op.x], tuple(at[y] for y in op.ys), op.heads)
+                self._launch(functools.partial(rows.head_split, at[op.x], tuple(at[y] for y in op.ys), op.heads))
             case ops.Cast():
-                self._launch(rows.cast, at[op.x], at[op.y])
+                self._launch(functools.partial(rows.cast, at[op.x], at[op.y]))
             case ops.QuantizeRows():
-                self._launch(rows.quantize_rows, at[op.x], rows.Rounded(at[op.q], at[op.scale]))
+                self._launch(functools.partial(rows.quantize_rows, at[op.x], rows.Rounded(at[op.q], at[op.scale])))
             case ops.QuantizeFixed():
-                self._launch(rows.quantize_fixed, at[op.x], rows.Rounded(at[op.q], at[op.scale]), op.step)
+                self._launch(functools.partial(rows.quantize_fixed, at[op.x], rows.Rounded(at[op.q], at[op.scale]), op.step))
             case ops.HeadLinear():
                 self._head_linear(op)
             case ops.Route():
                 correction = None if op.correction is None else self._vector(op.correction)
-                self._launch(experts.route, op, at[op.logits], at[op.experts], at[op.weights], correction)
+                self._launch(functools.partial(experts.route, op, at[op.logits], at[op.experts], at[op.weights], correction))
             case ops.ExpertLinear():
                 self._expert_linear(op)
             case ops.Combine():
-                self._launch(experts.combine, at[op.x], at[op.weights], at[op.y])
+                self._launch(functools.partial(experts.combine, at[op.x], at[op.weights], at[op.y]))
             case ops.Add():
-                self._launch(rows.add, at[op.a], at[op.b], at[op.y])
+                self._launch(functools.partial(rows.add, at[op.a], at[op.b], at[op.y]))
             case ops.Scale():
-                self._launch(rows.scale, at[op.x], at[op.y], op.factor)
+                self._launch(functools.partial(rows.scale, at[op.x], at[op.y], op.factor))
             case ops.Clip():
-                self._launch(rows.clip, at[op.x], at[op.y], op.limit)
+                self._launch(functools.partial(rows.clip, at[op.x], at[op.y], op.limit))
             case ops.SoftCap():
-                self._launch(rows.soft_cap, at[op.x], at[op.y], op.cap)
+                self._launch(functools.partial(rows.soft_cap, at[op.x], at[op.y], op.cap))
             case ops.Activate():
-                self._launch(rows.activate, at[op.x], at[op.y], op.activation)
+                self._launch(functools.partial(rows.activate, at[op.x], at[op.y], op.activation))
             case ops.Rotate():
-                self._launch(cache.rotate, at[op.x], at[op.y], self._turn(op), inputs.sequence, heads=op.heads)
+                self._launch(functools.partial(cache.rotate, at[op.x], at[op.y], self._turn(op), inputs.sequence, heads=op.heads))
             case ops.AppendKv():
                 v = None if op.v is None else at[op.v]
-                self._launch(
+                self._launch(functools.partial(
                     cache.append, at[op.k], v, self._layer(op.state), inputs.positions, inputs.sequence, inputs.pages[op.state.group]
-                )  # fmt: skip
+                ))  # fmt: skip
             case ops.Attend():
                 self._attend(op)
             case ops.CausalConv() | ops.SelectiveScan() | ops.DualScan() | ops.GatedDeltaScan() | ops.LinearScan():
@@ -219,13 +226,13 @@ class _Compiler:
         bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
         order, tiles = self._cut(first.weight_format, x, weight, y.dtype)
         scale = None if first.scale is None else self.at[first.scale]
-        self._launch(linear.linear, x, weight, y, scale=scale, bias=bias, scratch=self.scratch, order=order, tiles=tiles)
+        self._launch(functools.partial(linear.linear, x, weight, y, scale=scale, bias=bias, scratch=self.scratch, order=order, tiles=tiles))
 
     def _head_linear(self, op: ops.HeadLinear) -> None:
         x = self.at[op.x]
         weight = self.weights.linear((op.weight,), op.weight_format, x.dtype)
         order, tiles = self._cut(op.weight_format, x, weight, self.at[op.y].dtype)
-        self._launch(linear.linear, x, weight, self.at[op.y], scratch=self.scratch, order=order, tiles=tiles)
+        self._launch(functools.partial(linear.linear, x, weight, self.at[op.y], scratch=self.scratch, order=order, tiles=tiles))
 
     def _expert_linear(self, op: ops.ExpertLinear) -> None:
         x, y = self.at[op.x], self.at[op.y]
@@ -233,7 +240,11 @@ class _Compiler:
         count, choices = weight.codes.shape[0], y.shape[0] * y.shape[1]
         tiles = experts.default_expert_tiles(choices, count)
         scale, bias = None if op.scale is None else self.at[op.scale], None if op.bias is None else self._vector(op.bias)
-        self._launch(experts.expert_linear, x, weight, y, self._blocks(op.experts, count, choices, tiles), tiles, scale=scale, bias=bias)
+        self._launch(
+            functools.partial(
+                experts.expert_linear, x, weight, y, self._blocks(op.experts, count, choices, tiles), tiles, scale=scale, bias=bias
+            )
+        )
 
     def _blocks(self, chosen: str, count: int, choices: int, tiles: linear.Tiles) -> experts.Blocks:
         """Which rows each expert reads: told apart once for all products of the same choice."""
@@ -242,7 +253,7 @@ class _Compiler:
             room = experts.most_blocks(choices, count, tiles.rows)
             sizes = (room * tiles.rows, room, count)
             self.blocks[key] = experts.Blocks(*(self._empty((size,), torch.int32) for size in sizes))
-            self._launch(experts.tell_apart, self.at[chosen], self.blocks[key])
+            self._launch(functools.partial(experts.tell_apart, self.at[chosen], self.blocks[key]))
         return self.blocks[key]
 
     def _cut(self, form: str, x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> tuple[linear.Order, linear.Tiles]:
@@ -276,11 +287,11 @@ class _Compiler:
     ) -> None:  # fmt: skip
         centred = isinstance(op, ops.LayerNorm)
         bias = self._vector(op.bias) if isinstance(op, ops.LayerNorm) and op.bias is not None else None
-        self._launch(
+        self._launch(functools.partial(
             rows.norm, x, self._vector(op.weight), DTYPES[self.values[op.y].dtype], eps=op.eps, group=op.group,
             y=None if op.y in unit.hidden else self.at[op.y], quantized=self._quantized(behind),
             offset=op.offset if isinstance(op, ops.RmsNorm) else 0.0, bias=bias, centred=centred, branch=branch, added=added,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _quantized(self, behind: Sequence[ops.Op]) -> rows.Rounded | None:
         match behind:
@@ -295,19 +306,19 @@ class _Compiler:
             shape = self.bucket.rows, op.dims // 2
             tables = self._empty(shape, torch.float32), self._empty(shape, torch.float32)
             frequencies = torch.tensor(op.frequencies, dtype=torch.float32, device=self.on.device)
-            self._launch(cache.rotary_tables, self.inputs.positions, frequencies, *tables, magnitude=op.magnitude)
+            self._launch(functools.partial(cache.rotary_tables, self.inputs.positions, frequencies, *tables, magnitude=op.magnitude))
             self.turns[key] = tables
         return cache.Turn(*self.turns[key], start=op.start, interleaved=op.interleaved)
 
     def _attend(self, op: ops.Attend) -> None:
         blocks, inputs = attention.blocks_for(op.head_dim), self.inputs
         slopes = None if op.slopes is None else torch.tensor(op.slopes, dtype=torch.float32, device=self.on.device)
-        self._launch(
+        self._launch(functools.partial(
             attention.attend, self.at[op.q], self._layer(op.state), self.at[op.y], inputs.positions, inputs.sequence,
             inputs.pages[op.state.group], inputs.tiles[attention.tile_rows(op.heads, op.kv_heads, blocks)], heads=op.heads, scale=op.scale,
             visible=op.visible, softcap=op.softcap, slopes=slopes, sinks=None if op.sinks is None else self._vector(op.sinks),
             parts=self._parts(op, blocks), blocks=blocks,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _parts(self, op: ops.Attend, blocks: attention.Blocks) -> attention.Parts | None:
         """Room for parts of positions side by side, where there are few rows and many positions; one for all layers of a shape."""
