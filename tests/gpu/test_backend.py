@@ -85,8 +85,8 @@ def test_pages_are_copied_and_swapped(tmp_path, backend):
 def test_hidden_states(tmp_path, backend):
     model, ids = model_of("llama", 0, tmp_path)
     session, batch = backend.session(model, 32), Batch.of([ids], rows="last")
-    expected = ReferenceBackend().session(model, 32).hidden(batch, first_pages(session.program, batch, session.page))
-    rows = session.hidden(batch, first_pages(session.program, batch, session.page))
+    expected = ReferenceBackend().session(model, 32).hidden(batch, first_pages(session.program, batch, session.page, session.pages))
+    rows = session.hidden(batch, first_pages(session.program, batch, session.page, session.pages))
     assert np.abs(rows - expected).max() <= 2e-2 * np.abs(expected).max()
 
 
@@ -132,7 +132,7 @@ def test_a_captured_step_has_the_bits_of_a_launched_one(tmp_path, backend):
     model, ids = model_of("llama", 0, tmp_path)
     session = backend.session(model, 32)
     for batch in (Batch.of([ids[:4]]), Batch.of([ids[2:6]]), Batch.of([ids[5:8], ids[:1]])):
-        player, pages = session._player("logits", Bucket.of(batch)), first_pages(session.program, batch, session.page)
+        player, pages = session._player("logits", Bucket.of(batch)), first_pages(session.program, batch, session.page, session.pages)
         assert player._graph is not None
         with torch.inference_mode():
             replayed = player.play(batch, pages)
@@ -183,7 +183,7 @@ def test_units_play_every_op_once_and_hide_what_nobody_else_reads(name, weights,
     program = CudaBackend(INTERPRETED).program(model, 32, Formats(weights))
     units = units_of(program)
     assert sorted(map(repr, (part for unit in units for part in unit.parts))) == sorted(map(repr, program.ops))
-    written, hidden = set(program.inputs), frozenset().union(*(unit.hidden for unit in units))
+    written, hidden = set(program.inputs), {name for unit in units for name, _ in unit.inner}
     for unit in units:
         assert set(unit.inputs) <= written
         written |= set(unit.outputs)

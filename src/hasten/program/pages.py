@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from hasten.base.errors import UserError
 from hasten.program.batch import Batch
 from hasten.program.program import Program, RecurrentGroup, StateGroup, most_seen
 
@@ -97,10 +98,13 @@ def _pages_of(group: StateGroup, context: int, page: int) -> int:
     return 0 if isinstance(group, RecurrentGroup) else pages_held(most_seen(group.visible), context, STEP, page)
 
 
-def first_pages(program: Program, batch: Batch, page: int) -> list[PageLists]:
+def first_pages(program: Program, batch: Batch, page: int, pages: Mapping[str, int]) -> list[PageLists]:
     """Pages for whole sequences that nothing is carried on of: of each group the first ones, each sequence's behind those of the one
-    before."""
+    before. Raises UserError where there are fewer, by group ``pages``."""
     needed = (-(-np.diff(batch.offsets) // page)).tolist()
     counts = [[1] * len(needed) if isinstance(group, RecurrentGroup) else needed for group in program.states]
     ends = [list(accumulate(each)) for each in counts]
+    for group, stops in zip(program.states, ends):
+        if stops[-1] > (most := pages[group.name]):
+            raise UserError(f"{stops[-1]} pages are more than the cache's {most}; score fewer or shorter sequences at once")
     return [[list(range(stops[s] - each[s], stops[s])) for each, stops in zip(counts, ends)] for s in range(len(needed))]

@@ -16,7 +16,7 @@ from hasten.backends.cpu.packed import PackedCache, PackedWeights
 from hasten.backends.cpu.profile import StepProfile
 from hasten.backends.cpu.rows import format_of
 from hasten.base import hardware
-from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError, UserError
+from hasten.base.errors import CheckpointError, ConfigError, UnsupportedError
 from hasten.formats.cache import cache_format
 from hasten.formats.weights import Weight
 from hasten.model import Model
@@ -195,10 +195,7 @@ class CpuSession:
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
-        pages = first_pages(self.program, batch, PAGE)
-        for index, group in enumerate(self.program.states):
-            if (last := pages[-1][index][-1] + 1) > (most := self.pages[group.name]):
-                raise UserError(f"{last} pages are more than the cache's {most}; score fewer or shorter sequences at once")
+        pages = first_pages(self.program, batch, PAGE, self.pages)
         with self._scoring:
             return self.run(batch, pages)
 

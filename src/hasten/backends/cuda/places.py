@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hasten.backends.cuda.inputs import Bucket
-from hasten.backends.cuda.units import Unit, units_of
-from hasten.program import Program, Value, ops
+from hasten.backends.cuda.units import units_of
+from hasten.program import Fused, Program, Value, ops
 from hasten.program.arena import Arena
 
 DTYPES = {
@@ -37,7 +37,7 @@ class Layout:
     places: Mapping[str, Place]
 
 
-def lay_out(program: Program, units: Sequence[Unit], bucket: Bucket) -> Layout:
+def lay_out(program: Program, units: Sequence[Fused], bucket: Bucket) -> Layout:
     """Every value that ``units`` write has a place from then on until its last use."""
     values, arena, places = program.values, Arena(), dict[str, Place]()
     whole: dict[str, str] = {}  # by value: in whose memory it lies
@@ -99,7 +99,7 @@ def rows_of(value: Value, bucket: Bucket) -> int:
     return {"T": bucket.rows, "R": bucket.wanted, "S": bucket.sequences}[value.rows]
 
 
-def _owner(unit: Unit, name: str) -> str:
+def _owner(unit: Fused, name: str) -> str:
     """In whose memory a value lies that ``unit`` makes: pieces in what was cut, products of the same rows in one."""
     first = unit.parts[0]
     if isinstance(first, ops.Split):

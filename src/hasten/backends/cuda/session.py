@@ -15,7 +15,7 @@ from hasten.backends.cuda.limits import limits
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
 from hasten.backends.cuda.weights import DeviceWeights
-from hasten.base.errors import ConfigError, UserError
+from hasten.base.errors import ConfigError
 from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
 
 STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
@@ -83,10 +83,7 @@ class CudaSession:
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
-        pages = first_pages(self.program, batch, PAGE)
-        for index, group in enumerate(self.program.states):
-            if (last := pages[-1][index][-1] + 1) > (most := self.pages[group.name]):
-                raise UserError(f"{last} pages are more than the cache's {most}; score fewer or shorter sequences at once")
+        pages = first_pages(self.program, batch, PAGE, self.pages)
         with self._scoring:
             return self.run(batch, pages)
 

@@ -18,11 +18,11 @@ from hasten.backends.cuda.kernels.states import Sequences, StatePool
 from hasten.backends.cuda.places import DTYPES, Room, lay_out, rows_of, view
 from hasten.backends.cuda.recurrent import RECURRENT, RecurrentOp, recurrent_launch
 from hasten.backends.cuda.tuned import Tuned, shape_name
-from hasten.backends.cuda.units import Unit, units_of
+from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat
-from hasten.program import Program, ops
+from hasten.program import Fused, Program, ops
 from hasten.spec import Causal, SegmentMemory, SlidingWindow
 
 Pool = GroupCache | StatePool
@@ -131,7 +131,7 @@ class _Compiler:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.on.device)
 
-    def _emit(self, unit: Unit) -> None:
+    def _emit(self, unit: Fused) -> None:
         at, inputs = self.at, self.inputs
         match unit.parts:
             case (ops.Linear(), *_):
@@ -146,7 +146,7 @@ class _Compiler:
             case (ops.RmsNorm() | ops.LayerNorm() as norm, *behind):
                 self._norm(unit, norm, at[norm.x], behind)
             case (ops.Gate() as gate, *behind):
-                y = None if gate.y in unit.hidden else at[gate.y]
+                y = None if gate.y in dict(unit.inner) else at[gate.y]
                 dtype = DTYPES[self.values[gate.y].dtype]
                 self._launch(
                     functools.partial(rows.gate, at[gate.gate], at[gate.up], gate.activation, dtype, y=y, quantized=self._quantized(behind))
@@ -282,14 +282,14 @@ class _Compiler:
     # --- norms, positions, attention
 
     def _norm(
-        self, unit: Unit, op: ops.RmsNorm | ops.LayerNorm, x: Tensor, behind: Sequence[ops.Op], branch: Tensor | None = None,
+        self, unit: Fused, op: ops.RmsNorm | ops.LayerNorm, x: Tensor, behind: Sequence[ops.Op], branch: Tensor | None = None,
         added: Tensor | None = None,
     ) -> None:  # fmt: skip
         centred = isinstance(op, ops.LayerNorm)
         bias = self._vector(op.bias) if isinstance(op, ops.LayerNorm) and op.bias is not None else None
         self._launch(functools.partial(
             rows.norm, x, self._vector(op.weight), DTYPES[self.values[op.y].dtype], eps=op.eps, group=op.group,
-            y=None if op.y in unit.hidden else self.at[op.y], quantized=self._quantized(behind),
+            y=None if op.y in dict(unit.inner) else self.at[op.y], quantized=self._quantized(behind),
             offset=op.offset if isinstance(op, ops.RmsNorm) else 0.0, bias=bias, centred=centred, branch=branch, added=added,
         ))  # fmt: skip
 

@@ -1,45 +1,25 @@
 """What one kernel plays of a Program: ops that follow one another and whose values in between need not be written."""
 
-import dataclasses
 from collections.abc import Sequence
 
-from hasten.program import Products, Program, RowChain, fuse, ops, parts_of
+from hasten.program import Fused, Products, Program, RowChain, fuse, ops, parts_of
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Unit:
-    """``parts`` that are played together; ``hidden`` are the values that only parts read, and that are never written."""
-
-    parts: tuple[ops.Op, ...]
-    hidden: frozenset[str] = frozenset()
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Values read that no part makes."""
-        made = {name for part in self.parts for name in part.outputs}
-        return tuple(dict.fromkeys(name for part in self.parts for name in part.inputs if name not in made))
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Values made, but for hidden ones."""
-        return tuple(name for part in self.parts for name in part.outputs if name not in self.hidden)
-
-
-def units_of(program: Program) -> tuple[Unit, ...]:
+def units_of(program: Program) -> tuple[Fused, ...]:
     """``program``, which is not fused, in order: linear layers that read the same rows; an addition, a norm and its rounding; a gate and
     its rounding; the turns of queries and keys and what goes to the cache; all else op by op."""
     readers: dict[str, int] = dict.fromkeys(program.outputs, 1)
     for op in program.ops:
         for name in op.inputs:
             readers[name] = readers.get(name, 0) + 1
-    made: list[Unit] = []
+    made: list[Fused] = []
     for op in fuse(program).ops:
         if isinstance(op, Products):
-            made += [Unit(same) for same in _alike(op.parts)]
+            made += [Fused(parts=same) for same in _alike(op.parts)]
         elif isinstance(op, RowChain):
             made += _of_chain(program, op.parts, readers)
         else:
-            made += [Unit(parts_of(op))]
+            made += [Fused(parts=parts_of(op))]
     return tuple(made)
 
 
@@ -53,13 +33,13 @@ def _alike(parts: Sequence[ops.Op]) -> list[tuple[ops.Op, ...]]:
     return [tuple(same) for same in kinds.values()]
 
 
-def _of_chain(program: Program, parts: Sequence[ops.Op], readers: dict[str, int]) -> list[Unit]:
-    made: list[Unit] = []
+def _of_chain(program: Program, parts: Sequence[ops.Op], readers: dict[str, int]) -> list[Fused]:
+    made: list[Fused] = []
     start = 0
     while start < len(parts):
         rest = parts[start:]
         count, hidden = _turns(rest, readers) or _rounded(program, rest, readers)
-        made.append(Unit(tuple(rest[:count]), frozenset(hidden)))
+        made.append(Fused(parts=tuple(rest[:count]), inner=tuple((name, program.values[name]) for name in hidden)))
         start += count
     return made
 
