@@ -1,6 +1,6 @@
 // Linear layers at AVX2, which has neither tiles nor products of bytes that hold their sums. Rows of activations are widened a stretch of
 // k at a time, for several panels; weights are widened in registers, for up to five rows. The blocking is that of Goto & van de Geijn 2008.
-// The order of sums is written at linear_levels.cpp: it does not depend on how rows and panels are blocked.
+// The order of sums is written at linear_generic.cpp: it does not depend on how rows and panels are blocked.
 #include <algorithm>
 #include <cstring>
 #include <optional>

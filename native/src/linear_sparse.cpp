@@ -1,4 +1,4 @@
-// Sums run in k order with one rounding each, as in linear_levels.cpp; a zero left out would have added nothing to a finite row.
+// Sums run in k order with one rounding each, as in linear_generic.cpp; a zero left out would have added nothing to a finite row.
 #include "linear_sparse.hpp"
 
 #if defined(__x86_64__)

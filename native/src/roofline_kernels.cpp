@@ -1,6 +1,7 @@
 #include "roofline_kernels.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <iterator>
 #include <numeric>
@@ -164,6 +165,18 @@ TARGET("amx-tile,amx-bf16,amx-int8") double amx_block(const Operand* ones) {
 double bf16_amx(const Operands& ones) { return amx_block<std::uint16_t, float>(ones.bf16); }
 double int8_amx(const Operands& ones) { return amx_block<std::int8_t, std::int32_t>(ones.int8); }
 
+// Multiply-adds a second of one thread, the best of some blocks.
+double rate(const PeakKernel& kernel) {
+    static const Operands ones;
+    double most = 0;
+    for (int block = 0; block < 8; ++block) {
+        const auto start = std::chrono::steady_clock::now();
+        kernel.block(ones);
+        most = std::max(most, static_cast<double>(kernel.multiply_adds) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return most;
+}
+
 constexpr std::uint64_t tile_work(int products_per_sum) { return std::uint64_t{kTileSteps} * 4 * 256 * products_per_sum; }
 
 #endif
@@ -204,7 +217,11 @@ std::vector<PeakKernel> bf16_kernels() {
     std::vector<PeakKernel> kernels = f32_kernels();
 #if defined(__x86_64__)
     const Features& has = cpu().features;
-    if (has.avx512_bf16 && has.avx512bw) kernels.insert(kernels.begin(), {"avx512_bf16", vector_work(32), bf16_avx512});
+    if (has.avx512_bf16 && has.avx512bw) {
+        const PeakKernel dots{"avx512_bf16", vector_work(32), bf16_avx512};
+        static const bool pays = rate(dots) > rate(kernels.front());  // some processors take four cycles where float32 takes two
+        kernels.insert(kernels.begin() + (pays ? 0 : 1), dots);
+    }
     if (has.amx_bf16 && amx_granted()) kernels.insert(kernels.begin(), {"amx_bf16", tile_work(32), bf16_amx});
 #endif
     return kernels;

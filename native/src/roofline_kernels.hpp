@@ -31,7 +31,7 @@ struct PeakKernel {
 
 // The kernels that this machine runs, best first; the last is "generic" and runs everywhere.
 std::vector<ReadKernel> read_kernels();
-std::vector<PeakKernel> bf16_kernels();  // without bf16 instructions products are taken in f32, so those kernels are the bound
+std::vector<PeakKernel> bf16_kernels();  // without faster bf16 instructions products are taken in f32, so those kernels are the bound
 std::vector<PeakKernel> int8_kernels();
 std::vector<PeakKernel> f32_kernels();
 

@@ -40,15 +40,18 @@ class ChainOp final : public RowOp {
     std::vector<std::unique_ptr<RowOp>> parts_;
 };
 
-// Products that read the same rows. The threads share the panels of all weights, laid end to end, in pieces of some 15 µs of reading:
-// many times what taking one costs.
+// Products that read the same rows. The threads share the panels of all weights, laid end to end: for few rows in pieces of some 15 µs of
+// reading, many times what taking one costs; for many in pieces of so many panels that making their rows ready is little beside them.
 class ProductsOp final : public TapeOp {
    public:
     ProductsOp(std::vector<std::unique_ptr<LinearOp>> parts, unsigned threads, std::size_t piece_bytes = 256 * 1024)
-        : parts_(std::move(parts)), pieces_(panel_count(parts_), panels_of_piece(parts_, piece_bytes), threads) {}
+        : parts_(std::move(parts)),
+          for_few_(panel_count(parts_), panels_of_piece(parts_, piece_bytes), threads),
+          for_many_(panel_count(parts_), std::max(kManyPanels, panels_of_piece(parts_, piece_bytes)), threads) {}
     std::string name() const override { return joined(parts_); }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        pieces_.take(thread, [&](std::size_t begin, std::size_t end) {
+        const Pieces& pieces = row_count(parts_.front()->rows, step) > kFewRows ? for_many_ : for_few_;
+        pieces.take(thread, [&](std::size_t begin, std::size_t end) {
             std::size_t before = 0;
             for (const auto& part : parts_) {
                 const std::size_t count = part->weight->packed().panels();
@@ -60,6 +63,9 @@ class ProductsOp final : public TapeOp {
     }
 
    private:
+    static constexpr int kFewRows = 8;
+    static constexpr std::size_t kManyPanels = 16;
+
     static std::size_t panel_count(const std::vector<std::unique_ptr<LinearOp>>& parts) {
         std::size_t panels = 0;
         for (const auto& part : parts) panels += static_cast<std::size_t>(part->weight->packed().panels());
@@ -73,7 +79,7 @@ class ProductsOp final : public TapeOp {
     }
 
     std::vector<std::unique_ptr<LinearOp>> parts_;
-    Pieces pieces_;
+    Pieces for_few_, for_many_;
 };
 
 }  // namespace hasten

@@ -1,0 +1,297 @@
+// Linear layers at AVX-512 without tiles. Rows of activations are widened a stretch of k at a time, for several panels; weights are widened
+// in registers, for up to 12 rows of two panels. The blocking is that of Goto & van de Geijn 2008. The order of sums is written at
+// linear_generic.cpp: it does not depend on how rows and panels are blocked.
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+
+#include "linear.hpp"
+#include "linear_sparse.hpp"
+#include "weight_decode.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the headers' undefined vectors (gcc bug 105593)
+#endif
+
+#include "linear_avx512_products.hpp"
+
+namespace hasten {
+namespace {
+
+constexpr int kBlock = 48;         // rows that share a decoding of weights; their widened stretch stays in the second-level cache
+constexpr int kPanels = 16;        // panels that share a widening of activations, which costs a row as much as half a panel
+constexpr int kInRegisters = 8;    // rows up to which taking weights apart in registers for each block is less than once for all
+constexpr int kFew = 4;            // up to so many rows memory is the limit: a panel at a time is read in one run
+
+// Activations widened: `rows` rows from `row`, k from `begin` to `end`, a stretch after the other.
+template <class Product>
+struct Widened {
+    using X = typename Product::X;
+    static constexpr int kStretch = Product::kStretch, kRoom = kBlock * kStretch;
+    int row = 0, rows = 0, begin = 0, end = 0;
+    alignas(64) X x[kRoom];
+    std::int32_t excess[kRoom / kNibbleUnit];  // of bytes: −kExcess · Σ x of a part of a group, where its first unit is
+
+    static int room(int rows, int k) { return rows * ((k + kStretch - 1) / kStretch * kStretch); }
+    X* at(int r, int k) { return x + (k - begin) / kStretch * (rows * kStretch) + r * kStretch + (k - begin) % kStretch; }
+    std::int32_t* excess_at(int k) { return excess + (k - begin) / kNibbleUnit * rows; }
+};
+
+// The sums of one panel with a block of rows, and where its reader is, of a product that has no other way to its weights.
+template <class Product>
+struct PanelSums {
+    alignas(64) typename Product::Sum group[kBlock][kChannels];  // of the group so far
+    alignas(64) float total[kBlock][kChannels];                  // of the groups before, scaled
+    std::optional<PanelReader> reader;
+};
+
+template <class Product>
+constexpr bool kTakesPanels = false;  // whose add() finds its k in a panel as it lies
+template <>
+constexpr bool kTakesPanels<Int4> = true;
+template <>
+constexpr bool kTakesPanels<Lut4> = true;
+template <>
+constexpr bool kTakesPanels<Int8Bf16> = true;
+template <>
+constexpr bool kTakesPanels<Int4Bf16> = true;
+
+// Room for a stretch of two panels' weights as they are multiplied, where that is not how they lie.
+struct Room {
+    alignas(64) std::byte tiles[2][PanelReader::kScratch];
+};
+
+// k of a group that lie in one stretch.
+struct Part {
+    int from, k, group;
+    bool begins, ends;  // the group; one without scales never ends
+};
+
+template <class Product>
+struct Body {
+    using X = typename Product::X;
+    using Sum = typename Product::Sum;
+    static constexpr int kStretch = Product::kStretch;
+    static constexpr bool kExact = std::is_same_v<Sum, std::int32_t>;
+    static constexpr bool kExpands = requires { typename Product::W; };
+    static constexpr bool kReads = !kExpands && !kTakesPanels<Product>;
+    static constexpr int kElement = [] {
+        if constexpr (kExpands)
+            return static_cast<int>(sizeof(typename Product::W));
+        else
+            return element_bytes(Product::kFeed);
+    }();
+
+    const PackedLinear& weight;
+    const Activations& x;
+    const float* bias;
+    float* y;
+    std::ptrdiff_t y_stride;
+    const int groups = scale_groups(weight);
+    const int depth = Product::kFeed == Feed::f32 ? weight.in : weight.group && groups ? std::min(weight.padded_in(), groups * weight.group) : weight.padded_in();
+    const int per_group = groups && weight.group ? weight.group : depth;
+    const float factor = kReads && shifted(weight) ? 0.0625f : 1.0f;
+
+    // Panels [first, first + count), rows [row, row + rows).
+    AVX512 void play(int first, int count, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels, Room& room) const {
+        for (int p = 0; p < count; ++p) {
+            std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
+            if constexpr (kReads) panels[p].reader.emplace(Isa::avx512, weight, first + p, Product::kFeed, room.tiles[p % 2]);
+        }
+        for (int at = 0; at < depth; at += kStretch) {
+            const int end = std::min(at + kStretch, depth);
+            if (widened.row != row || widened.rows != rows || at < widened.begin || end > widened.end) {
+                const bool all = Widened<Product>::room(rows, depth) <= Widened<Product>::kRoom;  // and then for all panels
+                widen(row, rows, all ? 0 : at, all ? depth : end, widened);
+            }
+            for (int p = 0; p < count; p += 2) {
+                if (p + 1 < count)
+                    add_stretch<2>(first + p, rows, at, end, widened, panels + p, room);
+                else
+                    add_stretch<1>(first + p, rows, at, end, widened, panels + p, room);
+            }
+        }
+        for (int p = 0; p < count; ++p) finish(first + p, row, rows, panels[p]);
+    }
+
+   private:
+    AVX512 void widen(int row, int rows, int begin, int end, Widened<Product>& widened) const {
+        widened.row = row, widened.rows = rows, widened.begin = begin, widened.end = end;
+        for (int r = 0; r < rows; ++r) {
+            const std::byte* const from = static_cast<const std::byte*>(x.rows) + (row + r) * x.stride * element_bytes(Product::kFeed);
+            for (int at = begin; at < end; at += kStretch) Product::widen(from, at, std::min(kStretch, end - at), widened.at(r, at));
+            if constexpr (kExact)
+                for (int at = begin, until; at < end; at = until) {
+                    until = part_end(at);
+                    widened.excess_at(at)[r] = -Product::kExcess * sum(widened.at(r, at), until - at);
+                }
+        }
+    }
+
+    // Σ x of `k` of one row.
+    AVX512 static std::int32_t sum(const std::int8_t* x, int k) {
+        const __m512i ones = _mm512_set1_epi8(1);
+        __m512i total = _mm512_setzero_si512();
+        for (int i = 0; i < k; i += 64) {
+            const __mmask64 run = k - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (k - i)) - 1;
+            total = _mm512_dpbusd_epi32(total, ones, _mm512_maskz_loadu_epi8(run, x + i));
+        }
+        return _mm512_reduce_add_epi32(total);
+    }
+
+    // Where the part of a group and of a stretch that begins at `from` ends.
+    int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / kStretch + 1) * kStretch}); }
+
+    template <int count>
+    AVX512 void add_stretch(int panel, int rows, int at, int end, Widened<Product>& widened, PanelSums<Product>* sums, Room& room) const {
+        const std::byte* tiles[count];
+        for (int p = 0; p < count; ++p) {
+            if constexpr (kReads) {
+                tiles[p] = sums[p].reader->next(kStretch);
+            } else {
+                tiles[p] = panel_tiles(weight, panel + p);
+                if constexpr (kExpands) {
+                    static_assert(kStretch * kChannels * kElement <= sizeof room.tiles[p]);
+                    Product::expand(tiles[p], at, end - at, reinterpret_cast<typename Product::W*>(room.tiles[p]));
+                    tiles[p] = room.tiles[p];
+                }
+            }
+        }
+        for (int from = at, until; from < end; from = until) {
+            until = part_end(from);
+            const Part part{from, until - from, from / per_group, from % per_group == 0, groups && (until % per_group == 0 || until == depth)};
+            int r = 0;
+            if constexpr (count == 2) {
+                for (; rows - r >= 12; r += 12) add<12, 2>(part, panel, tiles, r, widened, sums);
+                for (; rows - r >= 8; r += 8) add<8, 2>(part, panel, tiles, r, widened, sums);
+                for (; rows - r >= 4; r += 4) add<4, 2>(part, panel, tiles, r, widened, sums);
+                for (int p = 0; p < count; ++p) add_rest(part, panel + p, tiles[p], r, rows, widened, sums + p);
+            } else {
+                for (; rows - r >= 8; r += 8) add<8, 1>(part, panel, tiles, r, widened, sums);
+                for (; rows - r >= 4; r += 4) add<4, 1>(part, panel, tiles, r, widened, sums);
+                add_rest(part, panel, tiles[0], r, rows, widened, sums);
+            }
+            if constexpr (!kTakesPanels<Product>)
+                for (int p = 0; p < count; ++p) tiles[p] += static_cast<std::ptrdiff_t>(part.k) * kChannels * kElement;
+        }
+    }
+
+    // Up to three rows of one panel.
+    AVX512 void add_rest(const Part& part, int panel, const std::byte* tiles, int r, int rows, Widened<Product>& widened, PanelSums<Product>* sums) const {
+        switch (rows - r) {
+            case 1: return add<1, 1>(part, panel, &tiles, r, widened, sums);
+            case 2: return add<2, 1>(part, panel, &tiles, r, widened, sums);
+            case 3: return add<3, 1>(part, panel, &tiles, r, widened, sums);
+            default: return;
+        }
+    }
+
+    // What a part adds to the sums of rows [row, row + rows) and `panels` panels.
+    template <int rows, int panels>
+    AVX512 __attribute__((noinline)) void add(const Part& part, int panel, const std::byte* const* from, int row, Widened<Product>& widened,
+                                              PanelSums<Product>* sums) const {
+        Block<Sum, rows, panels> block;
+        const std::byte* tiles[panels];
+        for (int p = 0; p < panels; ++p) tiles[p] = from[p];
+        if constexpr (kExact) {
+            const std::int32_t* const excess = widened.excess_at(part.from) + row;
+            UNROLLED for (int p = 0; p < panels; ++p)
+                UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = _mm512_set1_epi32(excess[r]);
+            if (weight.zeros && !kReads)
+                UNROLLED for (int p = 0; p < panels; ++p) {
+                    const auto* const its = panel_zeros(weight, panel + p) + part.group * kChannels;
+                    const __m512i zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(its)));
+                    UNROLLED for (int r = 0; r < rows; ++r)
+                        block.at[p][r] = _mm512_add_epi32(block.at[p][r], _mm512_mullo_epi32(zeros, _mm512_set1_epi32(excess[r] / Product::kExcess)));
+                }
+            if (!part.begins)
+                UNROLLED for (int p = 0; p < panels; ++p)
+                    UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = _mm512_add_epi32(block.at[p][r], load(sums[p].group[row + r]));
+        } else {
+            UNROLLED for (int p = 0; p < panels; ++p)
+                UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = part.begins ? _mm512_setzero_ps() : load(sums[p].group[row + r]);
+        }
+        if constexpr (std::is_same_v<Product, Lut4>)
+            Product::add(Looked(weight.codebook), tiles, part.from, part.k, widened.at(row, part.from), block);
+        else if constexpr (std::is_same_v<Product, Int4>)
+            Product::add(PlusEight(), tiles, part.from, part.k, widened.at(row, part.from), block);
+        else
+            Product::add(tiles, part.from, part.k, widened.at(row, part.from), block);
+        if (!part.ends) {
+            UNROLLED for (int p = 0; p < panels; ++p)
+                UNROLLED for (int r = 0; r < rows; ++r) store(sums[p].group[row + r], block.at[p][r]);
+            return;
+        }
+        UNROLLED for (int p = 0; p < panels; ++p) {
+            const __m512 scale = _mm512_mul_ps(load(panel_scales(weight, panel + p) + part.group * kChannels), _mm512_set1_ps(factor));
+            UNROLLED for (int r = 0; r < rows; ++r) {
+                float* const total = sums[p].total[row + r];
+                store(total, _mm512_fmadd_ps(as_floats(block.at[p][r]), scale, load(total)));
+            }
+        }
+    }
+
+    AVX512_INLINE static __m512 as_floats(__m512i exact) { return _mm512_cvtepi32_ps(exact); }
+    AVX512_INLINE static __m512 as_floats(__m512 sum) { return sum; }
+
+    AVX512 void finish(int panel, int row, int rows, const PanelSums<Product>& sums) const {
+        const auto real = static_cast<__mmask16>((1u << panel_channels(weight, panel)) - 1);
+        const __m512 plus = bias ? _mm512_maskz_loadu_ps(real, bias + panel * kChannels) : _mm512_setzero_ps();
+        for (int r = 0; r < rows; ++r) {
+            __m512 line;
+            if constexpr (kExact) {
+                const __m512 total = load(sums.total[r]), by = _mm512_set1_ps(x.scales[row + r]);
+                line = bias ? _mm512_fmadd_ps(total, by, plus) : _mm512_mul_ps(total, by);
+            } else {
+                line = _mm512_add_ps(groups ? load(sums.total[r]) : load(sums.group[r]), plus);
+            }
+            _mm512_mask_storeu_ps(y + (row + r) * y_stride + panel * kChannels, real, line);
+        }
+    }
+};
+
+template <class Product>
+AVX512 void play(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    const Body<Product> body{weight, x, bias, y, y_stride};
+    Widened<Product> widened;
+    PanelSums<Product> panels[kPanels];
+    Room room;
+    const int together = x.count <= kFew ? 1 : kPanels;
+    for (int panel = first; panel < last; panel += together)
+        for (int row = 0; row < x.count; row += kBlock)
+            body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels, room);
+}
+
+// One product for few rows, another for more.
+template <class Few, class Many>
+AVX512 void play_by_count(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    if (x.count <= kInRegisters)
+        play<Few>(weight, x, first, last, bias, y, y_stride);
+    else
+        play<Many>(weight, x, first, last, bias, y, y_stride);
+}
+
+}  // namespace
+
+AVX512 void linear_avx512(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    if (weight.masks && linear_sparse_avx512(weight, x, first, last, bias, y, y_stride)) return;
+    const auto lies_in = [&](WeightFormat format) { return weight.format == format && !weight.masks; };
+    switch (feed_of(weight, x)) {
+        case Feed::f32: return play<F32>(weight, x, first, last, bias, y, y_stride);
+        case Feed::bf16:
+            if (lies_in(WeightFormat::int8)) return play_by_count<Int8Bf16, Expanded<Int8Bf16>>(weight, x, first, last, bias, y, y_stride);
+            if (lies_in(WeightFormat::int4) && !weight.zeros) return play_by_count<Int4Bf16, Expanded<Int4Bf16>>(weight, x, first, last, bias, y, y_stride);
+            return play<Bf16>(weight, x, first, last, bias, y, y_stride);
+        default:
+            if (lies_in(WeightFormat::int4)) return play_by_count<Int4, Int4Expanded>(weight, x, first, last, bias, y, y_stride);
+            if (lies_in(WeightFormat::lut4)) return play_by_count<Lut4, Int8>(weight, x, first, last, bias, y, y_stride);
+            return play<Int8>(weight, x, first, last, bias, y, y_stride);
+    }
+}
+
+}  // namespace hasten
+
+#endif
