@@ -64,12 +64,6 @@ struct Room {
     alignas(64) std::byte tiles[2][PanelReader::kScratch];
 };
 
-// k of a group that lie in one stretch.
-struct Part {
-    int from, k, group;
-    bool begins, ends;  // the group; one without scales never ends
-};
-
 template <class Product>
 struct Body {
     using X = typename Product::X;
@@ -160,73 +154,96 @@ struct Body {
                 }
             }
         }
+        // For many rows a group at a time, whose weights then stay in the first-level cache from one block of rows to the next.
         for (int from = at, until; from < end; from = until) {
-            until = part_end(from);
-            const Part part{from, until - from, from / per_group, from % per_group == 0, groups && (until % per_group == 0 || until == depth)};
+            until = rows > kFew ? part_end(from) : end;
+            const Stretch stretch{panel, from, until};
             int r = 0;
             if constexpr (count == 2) {
-                for (; rows - r >= 12; r += 12) add<12, 2>(part, panel, tiles, r, widened, sums);
-                for (; rows - r >= 8; r += 8) add<8, 2>(part, panel, tiles, r, widened, sums);
-                for (; rows - r >= 4; r += 4) add<4, 2>(part, panel, tiles, r, widened, sums);
-                for (int p = 0; p < count; ++p) add_rest(part, panel + p, tiles[p], r, rows, widened, sums + p);
-            } else {
-                for (; rows - r >= 8; r += 8) add<8, 1>(part, panel, tiles, r, widened, sums);
-                for (; rows - r >= 4; r += 4) add<4, 1>(part, panel, tiles, r, widened, sums);
-                add_rest(part, panel, tiles[0], r, rows, widened, sums);
+                for (; rows - r >= 12; r += 12) add<12, 2>(stretch, tiles, r, widened, sums);
+                for (; rows - r >= 8; r += 8) add<8, 2>(stretch, tiles, r, widened, sums);
             }
-            if constexpr (!kTakesPanels<Product>)
-                for (int p = 0; p < count; ++p) tiles[p] += static_cast<std::ptrdiff_t>(part.k) * kChannels * kElement;
+            for (int p = 0; p < count; ++p) {
+                add_rest({panel + p, from, until}, tiles + p, r, rows, widened, sums + p);
+                if constexpr (!kTakesPanels<Product>) tiles[p] += static_cast<std::ptrdiff_t>(until - from) * kChannels * kElement;
+            }
         }
     }
 
-    // Up to three rows of one panel.
-    AVX512 void add_rest(const Part& part, int panel, const std::byte* tiles, int r, int rows, Widened<Product>& widened, PanelSums<Product>* sums) const {
+    // k of some panels, the first of which is `panel`.
+    struct Stretch {
+        int panel, begin, end;
+    };
+
+    // The rows from r on of one panel.
+    AVX512 void add_rest(const Stretch& stretch, const std::byte* const* tiles, int r, int rows, Widened<Product>& widened, PanelSums<Product>* sums) const {
+        for (; rows - r >= 8; r += 8) add<8, 1>(stretch, tiles, r, widened, sums);
+        for (; rows - r >= 4; r += 4) add<4, 1>(stretch, tiles, r, widened, sums);
         switch (rows - r) {
-            case 1: return add<1, 1>(part, panel, &tiles, r, widened, sums);
-            case 2: return add<2, 1>(part, panel, &tiles, r, widened, sums);
-            case 3: return add<3, 1>(part, panel, &tiles, r, widened, sums);
+            case 1: return add<1, 1>(stretch, tiles, r, widened, sums);
+            case 2: return add<2, 1>(stretch, tiles, r, widened, sums);
+            case 3: return add<3, 1>(stretch, tiles, r, widened, sums);
             default: return;
         }
     }
 
-    // What a part adds to the sums of rows [row, row + rows) and `panels` panels.
+    // What a stretch adds to the sums of rows [row, row + rows) and `panels` panels, group by group.
     template <int rows, int panels>
-    AVX512 __attribute__((noinline)) void add(const Part& part, int panel, const std::byte* const* from, int row, Widened<Product>& widened,
+    AVX512 __attribute__((noinline)) void add(const Stretch& stretch, const std::byte* const* from, int row, Widened<Product>& widened,
                                               PanelSums<Product>* sums) const {
-        Block<Sum, rows, panels> block;
         const std::byte* tiles[panels];
         for (int p = 0; p < panels; ++p) tiles[p] = from[p];
+        int group = stretch.begin / per_group;
+        for (int at = stretch.begin, until; at < stretch.end; at = until) {
+            const int end = std::min((group + 1) * per_group, depth);
+            until = std::min(end, stretch.end);
+            Block<Sum, rows, panels> block;
+            start(stretch.panel, group, at, at == group * per_group, row, widened, sums, block);
+            if constexpr (std::is_same_v<Product, Lut4>)
+                Product::add(Looked(weight.codebook), tiles, at, until - at, widened.at(row, at), block);
+            else if constexpr (std::is_same_v<Product, Int4>)
+                Product::add(PlusEight(), tiles, at, until - at, widened.at(row, at), block);
+            else
+                Product::add(tiles, at, until - at, widened.at(row, at), block);
+            if constexpr (!kTakesPanels<Product>)
+                UNROLLED for (int p = 0; p < panels; ++p) tiles[p] += static_cast<std::ptrdiff_t>(until - at) * kChannels * kElement;
+            if (groups && until == end)
+                fold(stretch.panel, group++, row, sums, block);
+            else
+                UNROLLED for (int p = 0; p < panels; ++p)
+                    UNROLLED for (int r = 0; r < rows; ++r) store(sums[p].group[row + r], block.at[p][r]);
+        }
+    }
+
+    // What sums are before the k from `at` on: what they came to, nothing where a group begins, less what bytes will have too much.
+    template <int rows, int panels>
+    AVX512_INLINE void start(int panel, int group, int at, bool begins, int row, Widened<Product>& widened, const PanelSums<Product>* sums,
+                             Block<Sum, rows, panels>& block) const {
         if constexpr (kExact) {
-            const std::int32_t* const excess = widened.excess_at(part.from) + row;
+            const std::int32_t* const excess = widened.excess_at(at) + row;
             UNROLLED for (int p = 0; p < panels; ++p)
                 UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = _mm512_set1_epi32(excess[r]);
             if (weight.zeros && !kReads)
                 UNROLLED for (int p = 0; p < panels; ++p) {
-                    const auto* const its = panel_zeros(weight, panel + p) + part.group * kChannels;
+                    const auto* const its = panel_zeros(weight, panel + p) + group * kChannels;
                     const __m512i zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(its)));
                     UNROLLED for (int r = 0; r < rows; ++r)
                         block.at[p][r] = _mm512_add_epi32(block.at[p][r], _mm512_mullo_epi32(zeros, _mm512_set1_epi32(excess[r] / Product::kExcess)));
                 }
-            if (!part.begins)
+            if (!begins)
                 UNROLLED for (int p = 0; p < panels; ++p)
                     UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = _mm512_add_epi32(block.at[p][r], load(sums[p].group[row + r]));
         } else {
             UNROLLED for (int p = 0; p < panels; ++p)
-                UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = part.begins ? _mm512_setzero_ps() : load(sums[p].group[row + r]);
+                UNROLLED for (int r = 0; r < rows; ++r) block.at[p][r] = begins ? _mm512_setzero_ps() : load(sums[p].group[row + r]);
         }
-        if constexpr (std::is_same_v<Product, Lut4>)
-            Product::add(Looked(weight.codebook), tiles, part.from, part.k, widened.at(row, part.from), block);
-        else if constexpr (std::is_same_v<Product, Int4>)
-            Product::add(PlusEight(), tiles, part.from, part.k, widened.at(row, part.from), block);
-        else
-            Product::add(tiles, part.from, part.k, widened.at(row, part.from), block);
-        if (!part.ends) {
-            UNROLLED for (int p = 0; p < panels; ++p)
-                UNROLLED for (int r = 0; r < rows; ++r) store(sums[p].group[row + r], block.at[p][r]);
-            return;
-        }
+    }
+
+    // total = fma(sum of the group, scale, total).
+    template <int rows, int panels>
+    AVX512_INLINE void fold(int panel, int group, int row, PanelSums<Product>* sums, const Block<Sum, rows, panels>& block) const {
         UNROLLED for (int p = 0; p < panels; ++p) {
-            const __m512 scale = _mm512_mul_ps(load(panel_scales(weight, panel + p) + part.group * kChannels), _mm512_set1_ps(factor));
+            const __m512 scale = _mm512_mul_ps(load(panel_scales(weight, panel + p) + group * kChannels), _mm512_set1_ps(factor));
             UNROLLED for (int r = 0; r < rows; ++r) {
                 float* const total = sums[p].total[row + r];
                 store(total, _mm512_fmadd_ps(as_floats(block.at[p][r]), scale, load(total)));

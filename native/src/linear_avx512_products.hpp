@@ -15,10 +15,19 @@
 namespace hasten {
 namespace {
 
-constexpr int kAheadBytes = 4096;  // of weights, prefetched
+// Weights are prefetched: for few rows far ahead and into the second-level cache, for the first has too few misses under way at once.
+constexpr int kAheadBytes = 4096, kFarAheadBytes = 8192;
 
 AVX512_INLINE __m512i words(const std::byte* at) { return _mm512_loadu_si512(at); }
-AVX512_INLINE void ahead(const std::byte* at) { _mm_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, _MM_HINT_T0); }
+constexpr int kMany = 16;  // rows, for what is done once for all
+
+template <int rows>
+AVX512_INLINE void ahead(const std::byte* at) {
+    if constexpr (rows <= 4)
+        _mm_prefetch(reinterpret_cast<const char*>(at) + kFarAheadBytes, _MM_HINT_T1);
+    else
+        _mm_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, _MM_HINT_T0);
+}
 AVX512_INLINE __m512i quad(const std::int8_t* x) {
     std::int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
@@ -42,6 +51,29 @@ struct Block<std::int32_t, rows, panels> {
     __m512i at[panels][rows];
 };
 
+// A block whose sums are exact, and so may be taken in several chains, of `chains` that are added at the end: with few sums, or a product
+// would wait for the one before it.
+template <int rows, int panels>
+struct Chains {
+    static constexpr int count = rows * panels <= 4 ? 4 : 1;
+    Block<std::int32_t, rows, panels> block[count];
+
+    AVX512_INLINE explicit Chains(const Block<std::int32_t, rows, panels>& first) {
+        block[0] = first;
+        UNROLLED for (int c = 1; c < count; ++c)
+            UNROLLED for (int p = 0; p < panels; ++p)
+                UNROLLED for (int r = 0; r < rows; ++r) block[c].at[p][r] = _mm512_setzero_si512();
+    }
+    AVX512_INLINE __m512i& at(int chain, int p, int r) { return block[chain % count].at[p][r]; }
+    AVX512_INLINE Block<std::int32_t, rows, panels> sum() const {
+        Block<std::int32_t, rows, panels> total = block[0];
+        UNROLLED for (int c = 1; c < count; ++c)
+            UNROLLED for (int p = 0; p < panels; ++p)
+                UNROLLED for (int r = 0; r < rows; ++r) total.at[p][r] = _mm512_add_epi32(total.at[p][r], block[c].at[p][r]);
+        return total;
+    }
+};
+
 // What a product multiplies: X, activations as widened, kStretch k of each row apart; Sum, what sums are; add(), what `k` of some rows
 // contribute to a block, with weights as PanelReader gives them, as expand() makes them (W), or, where there is nothing to decode them in,
 // as they lie (`at` is where in the panel the k begin). kExcess, of products of bytes, whose one side has no sign: what weights have too much.
@@ -53,7 +85,7 @@ AVX512_INLINE void add_floats(const std::byte* const (&tiles)[panels], int k, co
     UNROLLED for (int p = 0; p < panels; ++p) w[p] = tiles[p];
     for (int i = 0; i < k; i += Weight::kPerLine, x += Weight::kPerLine) {
         __m512i line[panels];
-        UNROLLED for (int p = 0; p < panels; ++p) ahead(w[p]), line[p] = words(w[p]), w[p] += 64;
+        UNROLLED for (int p = 0; p < panels; ++p) ahead<rows>(w[p]), line[p] = words(w[p]), w[p] += 64;
         const auto one = [&]<int j>() AVX512 __attribute__((always_inline)) {
             __m512 q[panels];
             UNROLLED for (int p = 0; p < panels; ++p) q[p] = Weight::template widened<j>(line[p]);
@@ -134,7 +166,7 @@ struct Int8Bf16 {
     AVX512 static void expand(const std::byte* panel, int at, int k, float* to) {
         const std::byte* w = panel + static_cast<std::ptrdiff_t>(at) * kChannels;
         for (int i = 0; i < k; i += 4, w += 64, to += 4 * kChannels) {
-            ahead(w);
+            ahead<kMany>(w);
             const __m512i line = words(w);
             store(to, widened<0>(line)), store(to + kChannels, widened<1>(line));
             store(to + 2 * kChannels, widened<2>(line)), store(to + 3 * kChannels, widened<3>(line));
@@ -197,7 +229,7 @@ struct Int4Bf16 {
     template <int shift>
     AVX512 static void expand_unit(const std::byte* w, float* to) {
         for (int i = 0; i < kNibbleUnit; i += 4, w += 64, to += 4 * kChannels) {
-            if (shift == 0) ahead(w);
+            if (shift == 0) ahead<kMany>(w);
             const __m512i line = words(w);
             using Its = Unit<shift>;
             store(to, Its::template widened<0>(line)), store(to + kChannels, Its::template widened<1>(line));
@@ -230,17 +262,21 @@ AVX512_INLINE void copy_bytes(const void* row, int at, int k, std::int8_t* to) {
     std::memcpy(to, static_cast<const std::int8_t*>(row) + at, static_cast<std::size_t>(k));
 }
 
-// Lines of bytes, of which flip() makes numbers without a sign.
+// Lines of bytes, of which flip() makes numbers without a sign; `k` is a multiple of 32.
 template <class Weight, int rows, int panels>
 AVX512_INLINE void add_bytes(const std::byte* const (&tiles)[panels], int k, const std::int8_t* x, Block<std::int32_t, rows, panels>& total) {
+    constexpr int kLines = Chains<rows, panels>::count;
+    Chains<rows, panels> sums(total);
     const std::byte* w[panels];
     UNROLLED for (int p = 0; p < panels; ++p) w[p] = tiles[p];
-    for (int i = 0; i < k; i += 4, x += 4) {
-        __m512i q[panels];
-        UNROLLED for (int p = 0; p < panels; ++p) ahead(w[p]), q[p] = Weight::flip(words(w[p])), w[p] += 64;
-        UNROLLED for (int r = 0; r < rows; ++r)
-            UNROLLED for (int p = 0; p < panels; ++p) total.at[p][r] = _mm512_dpbusd_epi32(total.at[p][r], q[p], quad(x + r * Weight::kStretch));
-    }
+    for (int i = 0; i < k; i += 4 * kLines)
+        UNROLLED for (int line = 0; line < kLines; ++line, x += 4) {
+            __m512i q[panels];
+            UNROLLED for (int p = 0; p < panels; ++p) ahead<rows>(w[p]), q[p] = Weight::flip(words(w[p])), w[p] += 64;
+            UNROLLED for (int r = 0; r < rows; ++r)
+                UNROLLED for (int p = 0; p < panels; ++p) sums.at(line, p, r) = _mm512_dpbusd_epi32(sums.at(line, p, r), q[p], quad(x + r * Weight::kStretch));
+        }
+    total = sums.sum();
 }
 
 struct Int8 {
@@ -271,55 +307,60 @@ struct Halves {
     template <int rows, int panels>
     AVX512_INLINE static void add(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, int k, const X* x,
                                   Block<std::int32_t, rows, panels>& total) {
+        Chains<rows, panels> sums(total);
         for (int i = 0; i < k;) {
             if ((at + i) % 128 == 0 && k - i >= 128) {
-                add_tile(meaning, panel, at + i, x + i, total);
+                add_tile(meaning, panel, at + i, x + i, sums);
                 i += 128;
             } else {
                 if (NibbleUnit(panel[0], at + i).upper)
-                    add_unit<true>(meaning, panel, at + i, x + i, total);
+                    add_unit<true>(meaning, panel, at + i, x + i, sums);
                 else
-                    add_unit<false>(meaning, panel, at + i, x + i, total);
+                    add_unit<false>(meaning, panel, at + i, x + i, sums);
                 i += kNibbleUnit;
             }
         }
+        total = sums.sum();
     }
 
    private:
     // All 128 k of a tile: each byte is taken apart once.
     template <int rows, int panels>
-    AVX512_INLINE static void add_tile(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Block<std::int32_t, rows, panels>& total) {
+    AVX512_INLINE static void add_tile(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Chains<rows, panels>& sums) {
         const std::byte* w[panels];
         UNROLLED for (int p = 0; p < panels; ++p) w[p] = NibbleUnit(panel[p], at).lines;
-        for (int i = 0; i < 64; i += 4, x += 4) {
-            __m512i low[panels], high[panels];
-            UNROLLED for (int p = 0; p < panels; ++p) {
-                ahead(w[p]);
-                const __m512i both = words(w[p]);
-                low[p] = meaning.template of<false>(both), high[p] = meaning.template of<true>(both);
-                w[p] += 64;
-            }
-            UNROLLED for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < 64; i += 8)
+            UNROLLED for (int line = 0; line < 2; ++line, x += 4) {
+                __m512i low[panels], high[panels];
                 UNROLLED for (int p = 0; p < panels; ++p) {
-                    total.at[p][r] = _mm512_dpbusd_epi32(total.at[p][r], low[p], quad(x + r * kStretch));
-                    total.at[p][r] = _mm512_dpbusd_epi32(total.at[p][r], high[p], quad(x + r * kStretch + 64));
+                    ahead<rows>(w[p]);
+                    const __m512i both = words(w[p]);
+                    low[p] = meaning.template of<false>(both), high[p] = meaning.template of<true>(both);
+                    w[p] += 64;
                 }
-        }
+                UNROLLED for (int r = 0; r < rows; ++r)
+                    UNROLLED for (int p = 0; p < panels; ++p) {
+                        __m512i &first = sums.at(2 * line, p, r), &second = sums.at(2 * line + 1, p, r);
+                        first = _mm512_dpbusd_epi32(first, low[p], quad(x + r * kStretch));
+                        second = _mm512_dpbusd_epi32(second, high[p], quad(x + r * kStretch + 64));
+                    }
+            }
     }
 
     template <bool upper, int rows, int panels>
-    AVX512_INLINE static void add_unit(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Block<std::int32_t, rows, panels>& total) {
+    AVX512_INLINE static void add_unit(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Chains<rows, panels>& sums) {
         const std::byte* w[panels];
         UNROLLED for (int p = 0; p < panels; ++p) w[p] = NibbleUnit(panel[p], at).lines;
-        for (int i = 0; i < kNibbleUnit; i += 4, x += 4) {
-            __m512i q[panels];
-            UNROLLED for (int p = 0; p < panels; ++p) {
-                if (!upper) ahead(w[p]);
-                q[p] = meaning.template of<upper>(words(w[p])), w[p] += 64;
+        for (int i = 0; i < kNibbleUnit; i += 16)
+            UNROLLED for (int line = 0; line < 4; ++line, x += 4) {
+                __m512i q[panels];
+                UNROLLED for (int p = 0; p < panels; ++p) {
+                    if (!upper) ahead<rows>(w[p]);
+                    q[p] = meaning.template of<upper>(words(w[p])), w[p] += 64;
+                }
+                UNROLLED for (int r = 0; r < rows; ++r)
+                    UNROLLED for (int p = 0; p < panels; ++p) sums.at(line, p, r) = _mm512_dpbusd_epi32(sums.at(line, p, r), q[p], quad(x + r * kStretch));
             }
-            UNROLLED for (int r = 0; r < rows; ++r)
-                UNROLLED for (int p = 0; p < panels; ++p) total.at[p][r] = _mm512_dpbusd_epi32(total.at[p][r], q[p], quad(x + r * kStretch));
-        }
     }
 };
 
@@ -367,7 +408,7 @@ struct Int4Expanded {
         for (int i = 0; i < k; i += kNibbleUnit) {
             const NibbleUnit unit(panel, at + i);
             for (int j = 0; j < kTileBytes / 2; j += 64, to += 64) {
-                if (!unit.upper) ahead(unit.lines + j);
+                if (!unit.upper) ahead<kMany>(unit.lines + j);
                 const __m512i both = words(unit.lines + j);
                 _mm512_storeu_si512(to, unit.upper ? meaning.of<true>(both) : meaning.of<false>(both));
             }
