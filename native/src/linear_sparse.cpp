@@ -35,6 +35,9 @@ HASTEN_INLINE T load(const void* from) {
 
 HASTEN_INLINE void prefetch(const std::byte* from) { _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes, _MM_HINT_T0); }
 
+// Into the second-level cache, for the first has too few misses under way at once; see linear_avx512_products.hpp.
+HASTEN_INLINE void far_prefetch(const std::byte* from) { _mm_prefetch(reinterpret_cast<const char*>(from) + 2 * kAheadBytes, _MM_HINT_T1); }
+
 // Each adds to the sums of `rows` rows what `lines` lines of 4 k contribute, and returns where the elements after theirs begin.
 struct Avx2 {
     static constexpr int kRows = 4, kExactRows = 4;
@@ -174,30 +177,45 @@ struct Avx2 {
 
 struct Vbmi2 {
     static constexpr int kRows = 4, kExactRows = 4;
+    static constexpr bool kTogether = true;  // two panels of bf16: a row's sum of a channel waits for the one before it
 
-    template <int rows, bool by_k = true>
+    template <int rows>
     VBMI2 static const std::byte* add_bf16(const std::uint64_t* mask, int lines, const std::byte* from, const bf16* x, std::ptrdiff_t stride, Floats sums) {
+        const std::byte* at[] = {from};
+        return add_bf16_of<rows, 1, true>({mask}, lines, at, x, stride, sums), at[0];
+    }
+
+    // What the elements of `panels` panels, from at[p] on, add to sums [panels][rows]; moves at[p] on.
+    template <int rows, int panels, bool by_k>
+    VBMI2 static void add_bf16_of(const std::uint64_t* const (&mask)[panels], int lines, const std::byte* (&at)[panels], const bf16* x, std::ptrdiff_t stride,
+                                  Floats sums) {
         const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-        __m512 total[rows];
-        for (int r = 0; r < rows; ++r) total[r] = _mm512_loadu_ps(sums[r]);
+        __m512 total[panels][rows];
+        UNROLLED for (int p = 0; p < panels; ++p)
+            UNROLLED for (int r = 0; r < rows; ++r) total[p][r] = _mm512_loadu_ps(sums[p * rows + r]);
         for (int line = 0; line < lines; ++line, x += 4) {
-            prefetch(from), prefetch(from + 64);
-            __m512i w[2];
-            if constexpr (by_k)
-                ExpandVbmi2::halves_by_k(mask[line], from, w[0], w[1]);
-            else
-                ExpandVbmi2::halves(mask[line], from, w[0], w[1]);
-            for (int pair = 0; pair < 2; ++pair) {
-                const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w[pair], 16)), odd = _mm512_castsi512_ps(_mm512_and_si512(w[pair], upper));
-                for (int r = 0; r < rows; ++r) {
-                    const __m512i two = _mm512_set1_epi32(load<std::int32_t>(x + r * stride + 2 * pair));
-                    total[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(two, 16)), even, total[r]);
-                    total[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(two, upper)), odd, total[r]);
-                }
+            __m512i w[panels][2];
+            UNROLLED for (int p = 0; p < panels; ++p) {
+                far_prefetch(at[p]);
+                if constexpr (by_k)
+                    ExpandVbmi2::halves_by_k(mask[p][line], at[p], w[p][0], w[p][1]);
+                else
+                    ExpandVbmi2::halves(mask[p][line], at[p], w[p][0], w[p][1]);
             }
+            UNROLLED for (int pair = 0; pair < 2; ++pair)
+                UNROLLED for (int odd = 0; odd < 2; ++odd) {
+                    __m512 q[panels];
+                    UNROLLED for (int p = 0; p < panels; ++p)
+                        q[p] = _mm512_castsi512_ps(odd ? _mm512_and_si512(w[p][pair], upper) : _mm512_slli_epi32(w[p][pair], 16));
+                    UNROLLED for (int r = 0; r < rows; ++r) {
+                        const __m512i two = _mm512_set1_epi32(load<std::int32_t>(x + r * stride + 2 * pair));
+                        const __m512 each = _mm512_castsi512_ps(odd ? _mm512_and_si512(two, upper) : _mm512_slli_epi32(two, 16));
+                        UNROLLED for (int p = 0; p < panels; ++p) total[p][r] = _mm512_fmadd_ps(each, q[p], total[p][r]);
+                    }
+                }
         }
-        for (int r = 0; r < rows; ++r) _mm512_storeu_ps(sums[r], total[r]);
-        return from;
+        UNROLLED for (int p = 0; p < panels; ++p)
+            UNROLLED for (int r = 0; r < rows; ++r) _mm512_storeu_ps(sums[p * rows + r], total[p][r]);
     }
 
     // Activations + 128, for one side of the product of bytes has no sign; 128 · (sum of the weights) comes off at the end.
@@ -207,7 +225,7 @@ struct Vbmi2 {
         __m512i total[rows], excess = _mm512_setzero_si512();
         for (int r = 0; r < rows; ++r) total[r] = _mm512_loadu_si512(sums[r]);
         for (int line = 0; line < lines; ++line, x += 4) {
-            prefetch(from);
+            far_prefetch(from);
             const __m512i w = ExpandVbmi2::bytes(mask[line], from);
             excess = _mm512_dpbusd_epi32(excess, offset, w);
             for (int r = 0; r < rows; ++r)
@@ -221,7 +239,8 @@ struct Vbmi2 {
     template <int rows>
     VBMI2 static const std::byte* add_bf16_pairs(const std::uint64_t* mask, int lines, const std::byte* from, const bf16* x, std::ptrdiff_t stride,
                                                  Floats sums) {
-        return add_bf16<rows, false>(mask, lines, from, x, stride, sums);
+        const std::byte* at[] = {from};
+        return add_bf16_of<rows, 1, false>({mask}, lines, at, x, stride, sums), at[0];
     }
     template <int rows>
     VBMI2 static const std::byte* add_int8_pairs(const std::uint64_t* mask, int lines, const std::byte* from, const std::int8_t* x, std::ptrdiff_t stride,
@@ -234,17 +253,32 @@ template <class Level, int rows>
 HASTEN_INLINE void product_bf16(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
     const int lines = weight.padded_in() / 4;
     const auto* const from = static_cast<const bf16*>(x.rows);
-    for (int panel = first; panel < last; ++panel) {
-        alignas(64) float sums[rows][kChannels] = {};
-        const std::uint64_t* const mask = weight.masks + static_cast<std::ptrdiff_t>(panel) * lines;
-        const SparsePanel& its = weight.sparse_panels[panel];
-        if (its.two_of_four)
-            Level::template add_bf16_pairs<rows>(mask, lines, weight.tiles + its.start, from, x.stride, sums);
-        else
-            Level::template add_bf16<rows>(mask, lines, weight.tiles + its.start, from, x.stride, sums);
+    const auto mask_of = [&](int panel) { return weight.masks + static_cast<std::ptrdiff_t>(panel) * lines; };
+    const auto elements_of = [&](int panel) { return weight.tiles + weight.sparse_panels[panel].start; };
+    const auto finish = [&](int panel, Floats sums) __attribute__((always_inline)) {
         for (int r = 0; r < rows; ++r)
             for (int c = 0; c < panel_channels(weight, panel); ++c)
                 y[r * y_stride + panel * kChannels + c] = sums[r][c] + (bias ? bias[panel * kChannels + c] : 0.0f);
+    };
+    for (int panel = first; panel < last;) {
+        alignas(64) float sums[2 * rows][kChannels] = {};
+        const bool fours = weight.sparse_panels[panel].two_of_four;
+        if constexpr (requires { Level::kTogether; })
+            if (panel + 1 < last && fours == weight.sparse_panels[panel + 1].two_of_four) {
+                const std::byte* at[] = {elements_of(panel), elements_of(panel + 1)};
+                if (fours)
+                    Level::template add_bf16_of<rows, 2, false>({mask_of(panel), mask_of(panel + 1)}, lines, at, from, x.stride, sums);
+                else
+                    Level::template add_bf16_of<rows, 2, true>({mask_of(panel), mask_of(panel + 1)}, lines, at, from, x.stride, sums);
+                finish(panel, sums), finish(panel + 1, sums + rows);
+                panel += 2;
+                continue;
+            }
+        if (fours)
+            Level::template add_bf16_pairs<rows>(mask_of(panel), lines, elements_of(panel), from, x.stride, sums);
+        else
+            Level::template add_bf16<rows>(mask_of(panel), lines, elements_of(panel), from, x.stride, sums);
+        finish(panel++, sums);
     }
 }
 
