@@ -30,7 +30,8 @@ constexpr int kFew = 4;            // up to so many rows memory is the limit: a 
 template <class Product>
 struct Widened {
     using X = typename Product::X;
-    static constexpr int kStretch = Product::kStretch, kRoom = kBlock * kStretch;
+    static constexpr int kStretch = Product::kStretch, kRoom = 64 * 1024;
+    static_assert(kRoom >= kBlock * kStretch);
     int row = 0, rows = 0, begin = 0, end = 0;
     alignas(64) X x[kRoom];
     std::int32_t excess[kRoom / kNibbleUnit];  // of bytes: −kExcess · Σ x of a part of a group, where its first unit is
@@ -89,6 +90,8 @@ struct Body {
     const int per_group = groups && weight.group ? weight.group : depth;
     const float factor = kReads && shifted(weight) ? 0.0625f : 1.0f;
 
+    bool widens_at_once(int rows) const { return Widened<Product>::room(rows, depth) <= Widened<Product>::kRoom; }
+
     // Panels [first, first + count), rows [row, row + rows).
     AVX512 void play(int first, int count, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels, Room& room) const {
         for (int p = 0; p < count; ++p) {
@@ -98,7 +101,7 @@ struct Body {
         for (int at = 0; at < depth; at += kStretch) {
             const int end = std::min(at + kStretch, depth);
             if (widened.row != row || widened.rows != rows || at < widened.begin || end > widened.end) {
-                const bool all = Widened<Product>::room(rows, depth) <= Widened<Product>::kRoom;  // and then for all panels
+                const bool all = widens_at_once(rows);  // and then for all panels
                 widen(row, rows, all ? 0 : at, all ? depth : end, widened);
             }
             for (int p = 0; p < count; p += 2) {
@@ -276,7 +279,8 @@ AVX512 void play(const PackedLinear& weight, const Activations& x, int first, in
     Widened<Product> widened;
     PanelSums<Product> panels[kPanels];
     Room room;
-    const int together = x.count <= kFew ? 1 : kPanels;
+    // Where all of some rows are widened at once, panels are read one or two at a time from end to end.
+    const int together = x.count <= kFew ? 1 : x.count <= kBlock && body.widens_at_once(x.count) ? 2 : kPanels;
     for (int panel = first; panel < last; panel += together)
         for (int row = 0; row < x.count; row += kBlock)
             body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels, room);
