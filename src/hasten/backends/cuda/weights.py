@@ -4,15 +4,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.backends.cuda.kernels.pack import PackedWeight, joined, pack
+from hasten.backends.cuda.kernels.pack import PackedWeight, joined, pack, pack_stored, stacked
+from hasten.backends.cuda.kernels.rounding import round_to_nearest
 from hasten.formats.linear import LinearFormat
 from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
 
+ROUNDED_AT_ONCE = 1 << 24
+"""Numbers of a dense weight that lie on the device while they are rounded: 64 MiB in float32, and some times that beside them."""
+
 
 class DeviceWeights:
-    """``weights`` on ``device``; what is asked for twice lies there once. ``nbytes`` are what lies there by now."""
+    """``weights`` on ``device``; what is asked for twice lies there once. ``nbytes`` are what lies there by now.
+
+    Weights come one after the other, as they are stored: what is packed already is brought over so, and what is to be rounded is rounded
+    and packed there, a run of output channels at a time."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         self.device, self._weights = device, weights
@@ -50,15 +57,29 @@ class DeviceWeights:
             return PackedWeight.of_dense(self.plain(name, dense) if alone else self._brought(name, dense))
         weight, its = self._weights[name], LinearFormat.parse(form)
         if isinstance(weight, QuantizedWeight) and weight.form == its:
-            return pack(its, weight.quantized()).to(self.device)
+            return pack(its, weight.quantized(), self.device)
         array = weight.load()
-        packed = pack(its, its.quantize(array)).to(self.device)
+        if its.has_codebook:
+            packed = pack(its, its.quantize(array), self.device)
+        elif array.ndim > 2:
+            packed = stacked([self._rounded(matrix, its) for matrix in array])
+        else:
+            packed = self._rounded(array, its)
         release(array)
         return packed
 
+    def _rounded(self, matrix: Array, form: LinearFormat) -> PackedWeight:
+        """A dense weight [out, size]; its output channels are rounded apart, so a run of them at a time is the same."""
+        most = max(1, ROUNDED_AT_ONCE // max(1, matrix.shape[1]))
+        runs = [
+            pack_stored(form, round_to_nearest(form, _tensor(matrix[first : first + most]).to(self.device, copy=True)))
+            for first in range(0, len(matrix), most)
+        ]
+        return runs[0] if len(runs) == 1 else joined(runs)
+
     def _brought(self, name: str, dtype: torch.dtype) -> Tensor:
         array = self._weights.array(name)
-        brought = _tensor(array).to(self.device, dtype, copy=True).contiguous()
+        brought = _tensor(array).to(self.device, copy=True).to(dtype).contiguous()  # converted there, not on the way
         release(array)
         return brought
 

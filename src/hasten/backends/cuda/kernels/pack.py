@@ -24,7 +24,22 @@ Layout = Literal["plain", "nibbles"]
 
 WIDE = 128  # plain rows are filled up to whole runs of so many inputs, the longest step of a product over groups
 
-_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+NIBBLES = ("int2", "int3", "int4")
+"""Numbers that take four bits each."""
+
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Numbers without scales."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """What QuantizedLinear says, as tensors of one device: ``q`` [(count,) out, size] int8, float8_e4m3fn or a dense dtype; ``scales``
+    float32 and ``zeros`` int32 [(count,) out, groups] or None; ``group`` inputs share one."""
+
+    q: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    group: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,24 +84,33 @@ class PackedWeight:
         return dataclasses.replace(self, codes=self.codes.to(device), scales=scales, zeros=zeros)
 
 
-def pack(form: LinearFormat, stored: QuantizedLinear) -> PackedWeight:
-    """``stored`` in ``form``, on the CPU. Numbers below four bits take four; places in a codebook become its numbers, eight bits each; what
-    a sparse form leaves out is stored as the zero it is. Raises UnsupportedError for zero points that take more than a byte, with a nibble
-    taken from them too."""
-    size = stored.q.shape[-1]
-    if stored.scales is None:
-        return PackedWeight(size, "plain", _filled(_tensor(stored.q).to(_PLAIN[form.number]), WIDE))
-    group = stored.group if 0 < stored.group < size else 0
-    if form.number in {"int2", "int3", "int4"}:
-        span = _span(group, form)
-        if stored.zeros is not None and (stored.zeros.min() < -120 or stored.zeros.max() > 119):
+def pack(form: LinearFormat, stored: QuantizedLinear, device: torch.device | str = "cpu") -> PackedWeight:
+    """``stored`` in ``form``, brought to ``device`` as it is and packed there. Numbers below four bits take four; places in a codebook
+    become its numbers, eight bits each; what a sparse form leaves out is stored as the zero it is. Raises UnsupportedError for zero points
+    that take more than a byte, with a nibble taken from them too."""
+    if stored.zeros is not None:
+        if form.number in NIBBLES and (stored.zeros.min() < -120 or stored.zeros.max() > 119):
             raise UnsupportedError("a zero point beyond -120 to 119 takes nibbles out of a byte; round the model again, without it")
-        codes = _nibbles(_filled(_tensor(stored.q), span), span)
-        return PackedWeight(size, "nibbles", codes, *_turned(stored, size, group, span), group, span)
+        if np.any(np.abs(stored.zeros) > 127):
+            raise UnsupportedError("zero points beyond ±127 are not packed for this device; bits and zero points of at most a byte are")
     q = stored.q
     if isinstance(stored, ClusteredLinear):
         q = np.take_along_axis(stored.codebook[..., None, :], q.astype(np.int64), axis=-1)
-    return PackedWeight(size, "plain", _filled(_tensor(q), WIDE), *_turned(stored, size, group, WIDE), group)
+    scales, zeros = (None if each is None else _tensor(each).to(device) for each in (stored.scales, stored.zeros))
+    return pack_stored(form, Stored(_tensor(q).to(device), scales, zeros, stored.group))
+
+
+def pack_stored(form: LinearFormat, stored: Stored) -> PackedWeight:
+    """The same where it lies; zero points fit in a byte."""
+    size = stored.q.shape[-1]
+    if stored.scales is None:
+        return PackedWeight(size, "plain", _filled(stored.q.to(PLAIN[form.number]), WIDE))
+    group = stored.group if 0 < stored.group < size else 0
+    if form.number not in NIBBLES:
+        return PackedWeight(size, "plain", _filled(stored.q, WIDE), *_turned(stored.scales, stored.zeros, size, group, WIDE), group)
+    span = _span(group, form)
+    codes = _nibbles(_filled(stored.q, span), span)
+    return PackedWeight(size, "nibbles", codes, *_turned(stored.scales, stored.zeros, size, group, span), group, span)
 
 
 def unpack(weight: PackedWeight) -> Tensor:
@@ -112,6 +136,13 @@ def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
     return dataclasses.replace(first, codes=torch.cat([each.codes for each in weights], dim=-2), scales=scales, zeros=zeros)
 
 
+def stacked(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Weights of one form and shape as one, with an axis before theirs."""
+    scales = torch.stack([each.scales for each in weights if each.scales is not None]) if weights[0].scales is not None else None
+    zeros = torch.stack([each.zeros for each in weights if each.zeros is not None]) if weights[0].zeros is not None else None
+    return dataclasses.replace(weights[0], codes=torch.stack([each.codes for each in weights]), scales=scales, zeros=zeros)
+
+
 def _span(group: int, form: LinearFormat) -> int:
     """The widest span whose quarters lie in one group each; 32 is the least that int8 products take."""
     for quarter in (64, 32):
@@ -132,7 +163,7 @@ def _filled(codes: Tensor, multiple: int) -> Tensor:
     missing = -codes.shape[-1] % multiple
     if not missing:
         return codes.contiguous()
-    made = torch.zeros((*codes.shape[:-1], codes.shape[-1] + missing), dtype=codes.dtype)
+    made = torch.zeros((*codes.shape[:-1], codes.shape[-1] + missing), dtype=codes.dtype, device=codes.device)
     made[..., : codes.shape[-1]] = codes
     return made
 
@@ -144,19 +175,13 @@ def _nibbles(codes: Tensor, span: int) -> Tensor:
     return joined.flatten(-2).contiguous()
 
 
-def _turned(stored: QuantizedLinear, size: int, group: int, multiple: int) -> tuple[Tensor, Tensor | None]:
+def _turned(scales: Tensor, zeros: Tensor | None, size: int, group: int, multiple: int) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points as [..., groups, out], for every group that a filled row reaches into."""
-    scales = _tensor(np.asarray(stored.scales, np.float32)).mT
     groups = -(-(size + -size % multiple) // group) if group else 1
-    scales = _taller(scales, groups, 1.0)
-    if stored.zeros is None:
-        return scales, None
-    if np.any(np.abs(stored.zeros) > 127):
-        raise UnsupportedError("zero points beyond ±127 are not packed for this device; bits and zero points of at most a byte are")
-    return scales, _taller(_tensor(stored.zeros.astype(np.int8)).mT, groups, 0)
+    return _taller(scales.mT, groups, 1.0), None if zeros is None else _taller(zeros.to(torch.int8).mT, groups, 0)
 
 
 def _taller(turned: Tensor, groups: int, fill: float) -> Tensor:
-    made = torch.full((*turned.shape[:-2], groups, turned.shape[-1]), fill, dtype=turned.dtype)
+    made = torch.full((*turned.shape[:-2], groups, turned.shape[-1]), fill, dtype=turned.dtype, device=turned.device)
     made[..., : turned.shape[-2], :] = turned
     return made
