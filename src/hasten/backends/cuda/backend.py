@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
 from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.session import LARGEST, CudaSession
 from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
-from hasten.backends.cuda.tuned import Tuned, read
+from hasten.backends.cuda.tuned import Tuned, path_of, read, write
+from hasten.backends.cuda.tuning import ROWS, Tuning, tune
 from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base import hardware, settings
@@ -143,6 +146,27 @@ class CudaBackend:
             ) from None
         return session
 
+    def products(self, model: Model, formats: Sequence[Formats]) -> tuple[Product, ...]:
+        """The products of linear layers that a step of ``model`` is made of in each of ``formats``, each shape once."""
+        found = {each.name: each for its in formats for each in products_of(self.program(model, formats=its))}
+        return tuple(found.values())
+
+    def tuned_path(self) -> Path:
+        """Where ``tune`` keeps what it measures on this device. Raises ConfigError where there is no such place."""
+        if (directory := tuned_directory()) is None:
+            raise ConfigError("there is no directory to keep measured block sizes in; HASTEN_CACHE names one")
+        return path_of(directory, self.on.tuned.device)
+
+    def tune(self, products: Sequence[Product], rows: Sequence[int] = ROWS) -> Iterator[Tuning]:
+        """Time block sizes for each of ``products``, and keep what was chosen, product by product, for backends that are made from then
+        on. Raises ConfigError where there is no place for it, UnsupportedError where no block sizes fit this device."""
+        directory, tuned = self.tuned_path().parent, self.on.tuned
+        for product in products:
+            found = tune(product, self.on, rows)
+            tuned = tuned.having(product.name, found.chosen)
+            write(directory, tuned)
+            yield found
+
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
         batch = Batch.of([token_ids])
@@ -162,8 +186,14 @@ def find_device() -> Device:
         raise UnsupportedError(
             f"backend 'cuda' needs a device of compute capability 8.0 or more; {name} has {told}: --backend cpu runs here"
         )
+    directory = tuned_directory()
+    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory, name))
+
+
+def tuned_directory() -> Path | None:
+    """Where files of what was measured lie, one a device; None for a user without a home."""
     directory = settings.cache_directory()
-    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory / "tuned", name))
+    return None if directory is None else directory / "tuned"
 
 
 def _pool(group: StateGroup, pages: int, device: torch.device) -> Pool:

@@ -16,6 +16,7 @@ from hasten.backends.cuda.kernels.cache import GroupCache
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
 from hasten.backends.cuda.places import DTYPES, Room, lay_out, rows_of, view
+from hasten.backends.cuda.products import FEEDS
 from hasten.backends.cuda.recurrent import RECURRENT, RecurrentOp, recurrent_launch
 from hasten.backends.cuda.tuned import Tuned, shape_name
 from hasten.backends.cuda.units import units_of
@@ -35,7 +36,6 @@ KERNELS = (
     ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend, *RECURRENT,
 )  # fmt: skip
 SPLIT_ROWS = 64  # decoding: the positions of one sequence are shared out over the device
-FEEDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 def unsupported_ops(program: Program) -> tuple[str, ...]:

@@ -32,6 +32,10 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linear: dict[str, TunedLinear] = {}
     schema_version: int = SCHEMA_VERSION
 
+    def having(self, shape: str, chosen: TunedLinear) -> "Tuned":
+        """The same with what was chosen for a shape."""
+        return msgspec.structs.replace(self, linear={**self.linear, shape: chosen})
+
     def order(self, shape: str, weight: PackedWeight) -> Order:
         """The order of a weight's sums."""
         known = self.linear.get(shape)
@@ -63,7 +67,7 @@ def read(directory: Path, device: str) -> Tuned:
     except FileNotFoundError:
         return Tuned(device)
     except (OSError, msgspec.MsgspecError, ValueError) as error:
-        raise ConfigError(f"{path} does not say how kernels are cut: {one_line(error)}; remove it, or tune this device again") from error
+        raise ConfigError(f"{path} does not say how kernels are cut: {one_line(error)}; remove it, and tune this device again") from error
     if tuned.schema_version != SCHEMA_VERSION or tuned.device != device:
         raise ConfigError(
             f"{path} is of schema {tuned.schema_version} for {one_line(tuned.device)}, not {SCHEMA_VERSION} for {device}; remove it"
