@@ -84,7 +84,7 @@ def latency(
     from rich.progress import Progress
 
     from hasten.checkpoint import load
-    from hasten.engine.backends import choose_backend
+    from hasten.engine.backends import AUTO, choose_backend
     from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
     from hasten.measure.speed import fit_together
     from hasten.program import Formats
@@ -93,7 +93,9 @@ def latency(
     formats: list[str | None] = [None] if weights is None else [each.strip() for each in weights.split(",")]
     loaded = load(model)
     check_weights(formats)
-    backend, notice = choose_backend(loaded, backend, Formats(weights))
+    if backend == AUTO and (threads is not None or isa != "best"):
+        backend = "cpu"  # which alone has them
+    backend, notice = choose_backend(loaded, backend, Formats(formats[0], activations, cache))
     notify(notice)
     rows = []
     turns = [formats]

@@ -74,9 +74,8 @@ class CudaBackend:
         """By kind of product, as 'int8 × bf16' (weights × activations): the kernel it goes through, and why not those before it."""
         found = {}
         for form, fed in PRODUCTS:
-            site = LinearSite(LinearFormat.parse(form), fed, 16, 4096, 4096, torch.bfloat16, invariant=True, capability=self.on.capability)
             try:
-                choice = choose(LINEAR, site)
+                choice = choose(LINEAR, self._site(LinearFormat.parse(form), fed, 4096, 4096, torch.bfloat16))
             except UnsupportedError as error:
                 found[f"{form} × {fed}"] = f"none: {error}"
             else:
@@ -86,6 +85,30 @@ class CudaBackend:
     def refusals(self, model: Model) -> tuple[str, ...]:
         """What of ``model`` has no CUDA kernel; empty where it runs here."""
         return unsupported_ops(lower(model.spec))
+
+    def hindrance(self, model: Model, formats: Formats | None = None) -> str:
+        """Why the device does not play ``model`` in ``formats``, in words; '' where it does. Raises UnsupportedError for formats that no
+        backend has."""
+        program = self.program(model, formats=formats)
+        if refused := unsupported_ops(program):
+            return f"the cuda backend has no kernel for {', '.join(refused)}"
+        try:
+            for product in products_of(program):
+                choose(LINEAR, self._site(product.form, product.fed, product.out, product.size, product.dtype))
+        except UnsupportedError as error:
+            return str(error)
+        needed, free = self.weight_bytes(program) + self.arena_bytes(program, 1), self.free_bytes()
+        if needed > free:
+            return f"its weights and a step take {needed:,} bytes, and the device has {free:,} free"
+        return self._cache_refusal(program)
+
+    def _site(self, form: LinearFormat, fed: str, out: int, size: int, dtype: torch.dtype) -> LinearSite:
+        return LinearSite(form, fed, 16, out, size, dtype, invariant=True, capability=self.on.capability)
+
+    def _cache_refusal(self, program: Program) -> str:
+        if self.on.capability < FP8_CAPABILITY and any(group.format == "fp8" for group in program.states):
+            return f"{self.described()} keeps no fp8 cache, which takes compute capability 8.9; choose int8 or bf16"
+        return ""
 
     def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
         """What a session would play."""
@@ -131,8 +154,8 @@ class CudaBackend:
         program = self.program(model, context, formats)
         if refused := unsupported_ops(program):
             raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-        if self.on.capability < FP8_CAPABILITY and any(group.format == "fp8" for group in program.states):
-            raise UnsupportedError(f"{self.described()} keeps no fp8 cache, which takes compute capability 8.9; choose int8 or bf16")
+        if refusal := self._cache_refusal(program):
+            raise UnsupportedError(refusal)
         pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
         try:
             pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
