@@ -64,11 +64,12 @@ def open_scorer(model: Model, backend: str, context: int, formats: Formats | Non
     return scorer
 
 
-def find_loaded(backend: str, model: Model) -> Any:
+def find_loaded(backend: str, model: Model | None = None) -> Any:
     """The backend of that name, which ``model`` is to run on. Raises MissingExtraError where its library is not installed."""
     try:
         return load_backend(backend)
     except ModuleNotFoundError as error:
         if error.name not in {"torch", "triton"}:
             raise
-        raise MissingExtraError(f"{model.name}: backend {backend!r}", "cuda" if backend == "cuda" else "torch") from None
+        who = f"backend {backend!r}" if model is None else f"{model.name}: backend {backend!r}"
+        raise MissingExtraError(who, "cuda" if backend == "cuda" else "torch") from None

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
+from hasten.backends.cuda.limits import DeviceRoofline, graph_seconds, measure_roofline
+from hasten.backends.cuda.op_times import OpCost, OpTime, op_names, op_times
 from hasten.backends.cuda.places import lay_out
 from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.session import LARGEST, CudaSession
@@ -168,6 +170,21 @@ class CudaBackend:
                 f"a step {self.arena_bytes(program, 1):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
             ) from None
         return session
+
+    def roofline(self, copied_bytes: int, repeats: int) -> DeviceRoofline:
+        """What the device does at most: copying so many bytes, and multiplying."""
+        major, minor = self.on.capability
+        return measure_roofline(self.on.device, self.on.tuned.device, f"sm_{major}{minor}", copied_bytes, repeats)
+
+    def op_names(self, model: Model, formats: Formats | None = None) -> tuple[str, ...]:
+        """The kernels of a step of ``model`` that can be timed alone."""
+        return op_names(self.program(model, formats=formats))
+
+    def op_times(
+        self, session: CudaSession, rows: Sequence[int], contexts: Sequence[int], wanted: Callable[[OpCost], bool]
+    ) -> Iterator[OpTime]:
+        """Each of them on the device (`op_times.op_times`)."""
+        return op_times(session, rows, contexts, wanted, graph_seconds)
 
     def products(self, model: Model, formats: Sequence[Formats]) -> tuple[Product, ...]:
         """The products of linear layers that a step of ``model`` is made of in each of ``formats``, each shape once."""

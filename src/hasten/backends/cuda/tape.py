@@ -71,11 +71,13 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tape:
-    """``launches`` in order; what ``outputs`` hold afterwards is by name, [T or R, …]. ``inputs`` are filled before."""
+    """``launches`` in order; what ``outputs`` hold afterwards is by name, [T or R, …]. ``inputs`` are filled before. ``units`` are what
+    kernels play, each with the launch that is its own; tables that several share are launched before the first."""
 
     inputs: StepInputs
     launches: tuple[Launch, ...]
     outputs: Mapping[str, Tensor]
+    units: tuple[tuple[Fused, Launch], ...]
 
     def play(self) -> None:
         """One step, on the current stream. Nothing is allocated and nothing waited for, so a graph can capture it."""
@@ -121,9 +123,14 @@ class _Compiler:
             shared = DTYPES[value.dtype] == room.results.dtype and math.prod(shape) <= len(room.results)
             self.at[name] = room.results[: math.prod(shape)].view(shape) if shared else self._empty(shape, DTYPES[value.dtype])
         self.scratch = self._room()
+        played = []
         for unit in self.units:
+            before = len(self.launches)
             self._emit(unit)
-        return Tape(self.inputs, tuple(self.launches), {name: self.at[name] for name in self.program.outputs})
+            if len(self.launches) > before:
+                played.append((unit, self.launches[-1]))
+        outputs = {name: self.at[name] for name in self.program.outputs}
+        return Tape(self.inputs, tuple(self.launches), outputs, tuple(played))
 
     def _launch(self, launch: Launch) -> None:
         self.launches.append(launch)

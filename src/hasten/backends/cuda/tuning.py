@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from hasten.backends.cuda.kernels.linear import LEAST_STEPS, Order, Scratch, Tiles, default_order, default_tiles, linear, scratch_size
 from hasten.backends.cuda.kernels.pack import PackedWeight
-from hasten.backends.cuda.limits import seconds
+from hasten.backends.cuda.limits import graph_seconds
 from hasten.backends.cuda.products import Product
 from hasten.backends.cuda.tape import Device
 from hasten.backends.cuda.tuned import TunedLinear
@@ -142,15 +142,6 @@ def _means(fastest: Mapping[Order, Mapping[int, Timing]], rows: Set[int]) -> dic
         for order, its in fastest.items()
         if set(its) == rows
     }
-
-
-def graph_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """The time of ``work`` as one graph, so that what Python takes to launch it does not count."""
-    work()  # whatever is compiled is compiled before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return seconds(device, graph.replay)
 
 
 class _Trials:
