@@ -1,5 +1,6 @@
 """Which block sizes are kept of what was timed; times are made up here, for the interpreter has none that mean anything."""
 
+import dataclasses
 import json
 import math
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from hasten.backends.cuda import backend as module
-from hasten.backends.cuda import tuning
+from hasten.backends.cuda import tape, tuning
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
+from hasten.backends.cuda.candidates import LINEAR, cublas
 from hasten.backends.cuda.kernels.linear import Order, Tiles, default_order, default_tiles, linear
-from hasten.backends.cuda.kernels.pack import unpack
+from hasten.backends.cuda.kernels.pack import is_two_of_four, unpack
 from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.tuned import Tuned, TunedLinear, read
 from hasten.backends.cuda.tuning import Timing, chosen, orders, promising, tiles_for, tune
@@ -19,6 +21,7 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load, random_model
 from hasten.families import all_families
 from hasten.formats.linear import LinearFormat
+from hasten.formats.weights import Weight, Weights
 from hasten.program import Batch, Formats
 from tests.cli import assert_refused, main
 from tests.families.oracles import make_checkpoint
@@ -61,6 +64,17 @@ def test_what_was_refused_is_not_taken_however_fast_the_rest_of_its_order_is():
     assert chosen(without, DEFAULT).order == OTHER
     with pytest.raises(UnsupportedError, match="no room"):
         chosen(without[:1], DEFAULT)
+
+
+@pytest.mark.parametrize(("us", "kernel"), [((5, 5), "cublas"), ((5.2, 5.2), "triton"), ((1, 40), "triton"), ((1, None), "triton")])
+def test_a_library_has_to_be_worth_it_over_all_rows(us, kernel):
+    found = [timing(DEFAULT, 1, FEW, 4), timing(DEFAULT, 64, FEW, 7)]
+    found += [
+        Timing(DEFAULT, rows, FEW, None if each is None else each / 1e6, "" if each else "cublas: other bits", "cublas")
+        for rows, each in zip((1, 64), us)
+    ]
+    its = chosen(found, DEFAULT)
+    assert (its.kernel, its.order, its.tiles) == (kernel, DEFAULT, {1: FEW, 64: FEW})  # Triton's for weights that the library refuses
 
 
 def test_the_default_is_always_promising():
@@ -218,6 +232,137 @@ def test_on_a_device():
     assert not any("bits" in why for why in found.refused)
 
 
+NARROW = Product(LinearFormat.parse("bf16"), "bf16", 20, 40, torch.bfloat16)
+
+
+def with_library(monkeypatch, launch):
+    """One order and few tiles of Triton's, and ``launch`` for cuBLAS; times by how long each is said to take."""
+    monkeypatch.setattr(tuning, "orders", lambda weight: [default_order(weight)])
+    monkeypatch.setattr(tuning, "tiles_for", lambda rows, order: [])
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 24)
+    said = []
+
+    def planted(x, weight, y, *, scale=None, bias=None):
+        said.append(len(x))
+        launch(x, weight, y)
+
+    def clock(device, work):
+        del said[:]
+        work()
+        return 1e-6 if said else 5e-6
+
+    monkeypatch.setattr(tuning, "LINEAR", [dataclasses.replace(LINEAR[0], launch=planted), *LINEAR[1:]])
+    return said, clock
+
+
+def row_by_row(x, weight, y):
+    for number in range(len(x)):
+        y[number] = (x[number].float() * weight.codes.float()).sum(-1)
+
+
+def test_a_library_that_is_faster_and_invariant(monkeypatch):
+    lengths, clock = [], None
+    said, clock = with_library(monkeypatch, lambda x, weight, y: lengths.append(len(x)) or row_by_row(x, weight, y))
+    found = tune(NARROW, INTERPRETED, (1, 24), clock, footprint=1)
+    assert found.chosen.kernel == "cublas"
+    assert set(lengths) == {1, 2, 4, 8, 16, 24}  # every bucket there is up to a step
+    assert found.seconds(24) == (5e-6, 1e-6)
+
+
+def test_a_library_whose_rows_depend_on_their_batch(monkeypatch):
+    """In one bucket alone, and at its end."""
+
+    def varies(x, weight, y):
+        row_by_row(x, weight, y)
+        if len(x) == 8:
+            y.view(torch.int16)[-1, 0] ^= 1
+
+    _, clock = with_library(monkeypatch, varies)
+    found = tune(NARROW, INTERPRETED, (1, 24), clock, footprint=1)
+    assert found.chosen.kernel == "triton"
+    assert found.refused == ("cublas: a row has other bits than among other rows",)
+
+
+def test_a_library_that_is_not_there_or_not_told_apart(monkeypatch):
+    def missing(x, weight, y):
+        raise NotImplementedError("no such\nlibrary")
+
+    _, clock = with_library(monkeypatch, missing)
+    assert tune(NARROW, INTERPRETED, (1, 24), clock, footprint=1).refused == (r"cublas: 'no such\nlibrary'",)
+    (why,) = tune(NARROW, INTERPRETED, (1, 16), clock, footprint=1).refused
+    assert "steps of up to 24 rows, and these are 16" in why
+
+
+def test_sparse_products_are_two_of_four(device):
+    weight = Product(LinearFormat.parse("bf16-sparse"), "bf16", 64, 126, torch.bfloat16).weight(device)
+    assert is_two_of_four(weight)
+    assert 0.45 < (weight.codes != 0).float().mean() < 0.55
+
+
+def test_a_tape_launches_what_was_measured(tmp_path):
+    """cuBLAS's place taken by torch's product on the CPU: for the shape that names it, and no other."""
+    model, usual = model_of(tmp_path), CudaBackend(INTERPRETED)
+    products = usual.products(model, [Formats()])
+    one = next(each for each in products if each.dtype == torch.bfloat16 and each.form.number == "bf16")
+    measured = Tuned("made", {one.name: TunedLinear(Order(64), {}, "cublas")})
+    session = CudaBackend(dataclasses.replace(INTERPRETED, tuned=measured)).session(model, 32)
+    launched = [launch.func for launch in next(iter(session._tapes.values())).tape.launches]
+    assert launched.count(cublas) > 0
+    assert launched.count(linear) > 0
+    batch = Batch.of([[5, 6, 7]])
+    expected = usual.session(model, 32).score(batch)
+    np.testing.assert_allclose(session.score(batch), expected, atol=0.02 * np.abs(expected).max())
+
+
+def two_of_four(dense):
+    """The same without the smaller two of any four inputs."""
+    fours = np.array(dense, np.float32).reshape(dense.shape[0], -1, 4)
+    fours[np.argsort(np.argsort(np.abs(fours), -1), -1) < 2] = 0
+    return fours.reshape(dense.shape)
+
+
+def test_a_tape_compresses_what_is_two_of_four(tmp_path, monkeypatch):
+    """Without a device in the layout that torch makes on the CPU, and by a product with what that means."""
+    (config,) = (family.examples[0] for family in all_families() if family.name == "llama")
+    make_checkpoint({**config, "hidden_size": 64, "intermediate_size": 128}, tmp_path)
+    model = load(tmp_path)
+    pruned = {
+        name: Weight(weight.shape, np.dtype(np.float32), lambda weight=weight: two_of_four(weight.load()))
+        for name, weight in model.weights.items()
+        if ".up" in name or ".gate" in name
+    }
+    model = dataclasses.replace(model, weights=Weights({**model.weights, **pruned}))
+    on_device = torch.cuda.is_available()
+    if not on_device:
+        sparse = torch.sparse.SparseSemiStructuredTensor
+        monkeypatch.setattr(sparse, "_FORCE_CUTLASS", True)
+        monkeypatch.setattr(sparse, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
+        stand_in = dataclasses.replace(LINEAR[2], launch=lambda x, weight, y, **_: y.copy_(x @ weight.codes.to_dense().T))
+        monkeypatch.setattr(tape, "LINEAR", [*LINEAR[:2], stand_in, LINEAR[3]])
+    usual = CudaBackend() if on_device else CudaBackend(INTERPRETED)
+    shapes = [each for each in usual.products(model, [Formats("bf16-sparse")]) if each.dtype == torch.bfloat16]
+    measured = Tuned("made", {each.name: TunedLinear(Order(64), {}, "semi_structured") for each in shapes})
+    session = CudaBackend(dataclasses.replace(usual.on, tuned=measured)).session(model, 32, Formats("bf16-sparse"))
+    expected = usual.session(model, 32, Formats("bf16-sparse"))
+    made = [weight for weight in session.weights._linear.values() if weight.layout == "two_of_four"]
+    assert {weight.out for weight in made} == {256}  # gates and ups side by side; queries, keys and values kept all their weights
+    assert session.weights.nbytes < expected.weights.nbytes
+    batch = Batch.of([[5, 6, 7, 8, 9]])
+    whole = expected.score(batch)
+    np.testing.assert_allclose(session.score(batch), whole, atol=0.02 * np.abs(whole).max())
+    assert len(session._tapes) == 2  # the second was compiled of what the first had compressed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="products of two of four are a device's")
+def test_libraries_on_a_device():
+    """What is chosen may be either; what was timed had the same bits in every bucket, what was not says why."""
+    for name in ("bf16", "bf16-sparse"):
+        found = tune(Product(LinearFormat.parse(name), "bf16", 4096, 4096, torch.bfloat16), CudaBackend().on, (1, 2048))
+        told = [each for each in found.timings if each.kernel != "triton"]
+        assert {each.kernel for each in told} >= {"cublas"} | ({"semi_structured"} if "sparse" in name else set())
+        assert all((each.seconds is None) == bool(each.refused) for each in told)
+
+
 # --- the command
 
 
@@ -242,6 +387,7 @@ def test_what_is_written_is_read_back_and_played(interpreted, tmp_path, monkeypa
     kept = read(tmp_path / "cache" / "tuned", "interpreter")
     for each in facts:
         its = kept.linear[each["product"]]
+        assert its.kernel == each["kernel"] == "triton"
         assert {"step": its.order.step, "parts": its.order.parts} == each["order"]
         for rows, told in each["rows"].items():
             assert Tiles(**told["tiles"]) == its.tiles[int(rows)]

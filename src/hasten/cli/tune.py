@@ -54,9 +54,16 @@ def tune(
 
 def _line(found: Any, rows: int) -> tuple[str, ...]:
     (before, after), order, tiles = found.seconds(rows), found.chosen.order, found.chosen.tiles[rows]
+    if found.chosen.kernel == "triton":
+        cut = (
+            f"{order.parts} × {order.step}",
+            f"{tiles.out}x{tiles.rows}, {tiles.warps} warps, {tiles.stages} stages{', split' * tiles.split}",
+        )
+    else:
+        cut = found.chosen.kernel, "its own"
     return (
         found.product.name, f"{rows}", "–" if before is None else f"{before * 1e6:,.1f}", f"{after * 1e6:,.1f}",
-        f"{order.parts} × {order.step}", f"{tiles.out}x{tiles.rows}, {tiles.warps} warps, {tiles.stages} stages{', split' * tiles.split}",
+        *cut,
     )  # fmt: skip
 
 
@@ -69,4 +76,4 @@ def _facts(found: Any, rows: list[int]) -> dict[str, Any]:
             "tiles": {name: getattr(tiles, name) for name in ("out", "rows", "warps", "stages", "split", "swizzle")},
         }  # fmt: skip
     named = {"step": order.step, "parts": order.parts}
-    return {"product": found.product.name, "order": named, "refused": list(found.refused), "rows": told}
+    return {"product": found.product.name, "kernel": found.chosen.kernel, "order": named, "refused": list(found.refused), "rows": told}

@@ -36,15 +36,19 @@ class Product:
         return shape_name(str(self.form), self.fed, self.out, self.size)
 
     def weight(self, device: torch.device, seed: int = 0) -> PackedWeight:
-        """A random one."""
+        """A random one; in a sparse form, of any four inputs side by side two are 0."""
         random = torch.Generator(device).manual_seed(seed)
         shape = (*((self.heads,) if self.heads > 1 else ()), self.out, self.size)
         limit = NUMBERS[self.form.number][1]
         if not limit:
             dense = torch.randn(shape, device=device, generator=random) / math.sqrt(self.size)
+            if self.form.sparse:
+                dense *= _two_of_four(shape, random, device)
             return PackedWeight.of_dense(dense.to(_FED[self.form.number]))
         groups = (*shape[:-1], -(-self.size // self.form.group) if self.form.group else 1)
         q = torch.randint(-int(limit), int(limit) + 1, shape, device=device, generator=random)
+        if self.form.sparse:
+            q *= _two_of_four(shape, random, device)
         scales = torch.rand(groups, device=device, generator=random) / (limit * math.sqrt(self.size))
         zeros = torch.randint(-2, 2, groups, device=device, generator=random, dtype=torch.int32) if self.form.zero_points else None
         dtype = torch.float8_e4m3fn if self.form.number == "fp8" else torch.int8
@@ -77,3 +81,10 @@ def products_of(program: Program) -> tuple[Product, ...]:
         one = Product(form, fed, out, size, DTYPES[program.values[first.y].dtype], heads)
         found.setdefault(one.name, one)
     return tuple(found.values())
+
+
+def _two_of_four(shape: tuple[int, ...], random: torch.Generator, device: torch.device) -> Tensor:
+    """Whether a number is kept: of any four along the last axis the two that are drawn."""
+    drawn = torch.rand((*shape[:-1], -(-shape[-1] // 4), 4), device=device, generator=random)
+    kept = torch.zeros_like(drawn, dtype=torch.bool).scatter_(-1, drawn.topk(2, dim=-1).indices, True)
+    return kept.flatten(-2)[..., : shape[-1]]

@@ -10,19 +10,27 @@ from pathlib import Path
 
 import msgspec
 
+from hasten.backends.cuda.candidates import LINEAR
 from hasten.backends.cuda.kernels.linear import Order, Tiles, default_order, default_tiles
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.base.errors import ConfigError, one_line
 
 SCHEMA_VERSION = 1
+KERNELS = tuple(candidate.name for candidate in LINEAR)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TunedLinear:
-    """``order`` of a shape's sums; ``tiles`` by the largest number of rows that they are for."""
+    """``order`` of a shape's sums; ``tiles`` by the largest number of rows that they are for. ``kernel`` is the one that was faster than
+    Triton's over all of them with the same bits for a row whatever its batch; or Triton's. Raises ValueError for one there is not."""
 
     order: Order
     tiles: Mapping[int, Tiles] = dataclasses.field(default_factory=dict)
+    kernel: str = "triton"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ValueError(f"{one_line(self.kernel)} is no kernel of products; there are {', '.join(KERNELS)}")
 
 
 class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +48,11 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The order of a weight's sums."""
         known = self.linear.get(shape)
         return default_order(weight) if known is None else known.order
+
+    def kernel(self, shape: str) -> str:
+        """The kernel to prefer."""
+        known = self.linear.get(shape)
+        return "triton" if known is None else known.kernel
 
     def tiles(self, shape: str, weight: PackedWeight, rows: int) -> Tiles:
         """Tiles for a bucket of ``rows``: the measured bucket that is as large or next larger, else the default."""

@@ -12,13 +12,16 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from hasten.backends.cuda.candidates import LINEAR, SEMI_STRUCTURED, Candidate, LinearSite
+from hasten.backends.cuda.inputs import bucket_rows
 from hasten.backends.cuda.kernels.linear import LEAST_STEPS, Order, Scratch, Tiles, default_order, default_tiles, linear, scratch_size
-from hasten.backends.cuda.kernels.pack import PackedWeight
+from hasten.backends.cuda.kernels.pack import PackedWeight, compressed, is_two_of_four
 from hasten.backends.cuda.limits import graph_seconds
 from hasten.backends.cuda.products import Product
+from hasten.backends.cuda.session import STEP_TOKENS
 from hasten.backends.cuda.tape import Device
 from hasten.backends.cuda.tuned import TunedLinear
-from hasten.base.errors import UnsupportedError
+from hasten.base.errors import UnsupportedError, one_line
 
 ROWS = (1, 16, 64, 256, 2048)
 """Numbers of rows that tiles are timed for; those between take the next larger one's."""
@@ -35,13 +38,15 @@ Clock = Callable[[torch.device, Callable[[], object]], float]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Timing:
-    """One product of ``rows`` rows, in ``seconds``; None where it was ``refused``, in words."""
+    """One product of ``rows`` rows, in ``seconds``; None where it was ``refused``, in words. ``order`` and ``tiles`` are of Triton's
+    ``kernel``, and say nothing of another."""
 
     order: Order
     rows: int
     tiles: Tiles
     seconds: float | None
     refused: str = ""
+    kernel: str = "triton"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,10 +66,16 @@ class Tuning:
     def seconds(self, rows: int) -> tuple[float | None, float]:
         """Of so many rows: by the defaults (None: they were refused), and as chosen."""
         order, cut = self.default, default_tiles(rows, self.default)
-        usual = [each.seconds for each in self.timings if (each.order, each.rows, each.tiles) == (order, rows, cut)]
-        taken = self.chosen.order, rows, self.chosen.tiles[rows]
-        (now,) = {each.seconds for each in self.timings if (each.order, each.rows, each.tiles) == taken and each.seconds is not None}
-        return usual[0], now
+        its = [each for each in self.timings if each.rows == rows]
+        (usual,) = (each.seconds for each in its if (each.kernel, each.order, each.tiles) == ("triton", order, cut))
+        if self.chosen.kernel == "triton":
+            order, cut = self.chosen.order, self.chosen.tiles[rows]
+        (now,) = (
+            each.seconds
+            for each in its
+            if each.seconds is not None and (each.kernel, each.order, each.tiles) == (self.chosen.kernel, order, cut)
+        )
+        return usual, now
 
 
 def tune(product: Product, on: Device, rows: Sequence[int] = ROWS, clock: Clock | None = None, footprint: int | None = None) -> Tuning:
@@ -76,6 +87,9 @@ def tune(product: Product, on: Device, rows: Sequence[int] = ROWS, clock: Clock 
     for order in promising(found, default):
         usual = {count: default_tiles(count, order) for count in rows}
         found += [trials.time(order, count, cut) for count in rows for cut in tiles_for(count, order) if cut != usual[count]]
+    for candidate in LINEAR:
+        if candidate.name != "triton":
+            found += trials.time_library(candidate, rows)
     return Tuning(product, default, chosen(found, default), tuple(found))
 
 
@@ -102,15 +116,22 @@ def tiles_for(rows: int, order: Order) -> Iterator[Tiles]:
 
 def chosen(timings: Sequence[Timing], default: Order) -> TunedLinear:
     """The order that takes least time over all rows, in the geometric mean, and the fastest tiles for each number of them; the default
-    order, unless another is worth it. Raises UnsupportedError, with the reasons, where no order could be timed for all rows."""
-    fastest = _fastest(timings)
-    means = _means(fastest, {each.rows for each in timings})
+    order, unless another is worth it; and a library's kernel where that is worth it for all of them. Raises UnsupportedError, with the
+    reasons, where no order could be timed for all rows."""
+    rows = {each.rows for each in timings}
+    fastest = _fastest([each for each in timings if each.kernel == "triton"])
+    means = _means(fastest, rows)
     if not means:
         raise UnsupportedError(f"no block sizes were fit: {'; '.join(refusals(timings)) or 'none were timed'}")
     order = min(means, key=means.__getitem__)
     if default in means and means[order] >= WORTH * means[default]:
         order = default
-    return TunedLinear(order, {rows: timing.tiles for rows, timing in sorted(fastest[order].items())})
+    kernel, least = "triton", WORTH * means[order]
+    for name in dict.fromkeys(each.kernel for each in timings if each.kernel != "triton"):
+        for mean in _means(_fastest([each for each in timings if each.kernel == name]), rows).values():
+            if mean < least:
+                kernel, least = name, mean
+    return TunedLinear(order, {rows: timing.tiles for rows, timing in sorted(fastest[order].items())}, kernel)
 
 
 def promising(timings: Sequence[Timing], default: Order, most: int = PROMISING) -> tuple[Order, ...]:
@@ -148,7 +169,7 @@ class _Trials:
     """A product on random numbers, of which every trial must give the bits that its order gives for all rows at once."""
 
     def __init__(self, product: Product, on: Device, rows: int, clock: Clock, footprint: int) -> None:
-        self.weight, self._device, self._clock = product.weight(on.device), on.device, clock
+        self.weight, self._device, self._capability, self._clock = product.weight(on.device), on.device, on.capability, clock
         copies = max(1, -(-footprint // self.weight.nbytes))
         self._copies = [self.weight, *(dataclasses.replace(self.weight, codes=self.weight.codes.clone()) for _ in range(copies - 1))]
         self._x, self._scale = product.rows(rows, on.device)
@@ -172,6 +193,61 @@ class _Trials:
         except OutOfResources as error:
             return Timing(order, rows, tiles, None, f"the device has too little {error.name}")
 
+    def time_library(self, candidate: Candidate[LinearSite], rows: Sequence[int]) -> list[Timing]:
+        """Of a library's kernel: nothing where that is not for the product; else its times, or why it is refused for all rows. A row must
+        have the same bits in every bucket, at its beginning and its end."""
+        its, order = self._product, default_order(self.weight)
+        fours = self._product.form.sparse and is_two_of_four(self.weight)
+        site = LinearSite(
+            its.form, its.fed, max(rows), its.out, its.size, its.dtype, invariant=True, capability=self._capability,
+            measured=candidate.name, two_of_four=fours, heads=its.heads,
+        )  # fmt: skip
+        if candidate.refuses(site) is not None:
+            return []
+
+        def told(count: int, seconds: float | None, why: str = "") -> Timing:
+            return Timing(order, count, default_tiles(count, order), seconds, why, candidate.name)
+
+        try:
+            if why := self._varies(candidate):
+                return [told(count, None, f"{candidate.name}: {why}") for count in rows]
+            copies = [self._for(candidate, weight) for weight in self._copies]
+            return [told(count, self._clock(self._device, self._all(candidate, copies, count)) / len(copies)) for count in rows]
+        except RuntimeError as error:  # a library that is not there, or takes no such sizes
+            return [told(count, None, f"{candidate.name}: {one_line(str(error))}") for count in rows]
+
+    def _varies(self, candidate: Candidate[LinearSite]) -> str:
+        """Why a library's rows may depend on their batch; '' where nothing says so."""
+        most = len(self._x)
+        if most < STEP_TOKENS:
+            return f"whether rows depend on their batch shows in steps of up to {STEP_TOKENS} rows, and these are {most}"
+        weight = self._for(candidate, self.weight)
+        whole = self._of_library(candidate, weight, 0, most)
+        for count in bucket_rows(most):
+            for begin in (0, most - count):
+                if not torch.equal(self._of_library(candidate, weight, begin, count), whole[begin : begin + count]):
+                    return "a row has other bits than among other rows"
+        return ""
+
+    @staticmethod
+    def _for(candidate: Candidate[LinearSite], weight: PackedWeight) -> PackedWeight:
+        return compressed(weight) if candidate.name == SEMI_STRUCTURED else weight
+
+    def _all(self, candidate: Candidate[LinearSite], copies: Sequence[PackedWeight], rows: int) -> Callable[[], None]:
+        scale = None if self._scale is None else self._scale[:rows]
+        x, y = self._x[:rows], self._empty(rows)
+
+        def work() -> None:
+            for weight in copies:
+                candidate.launch(x, weight, y, scale=scale)
+
+        return work
+
+    def _of_library(self, candidate: Candidate[LinearSite], weight: PackedWeight, begin: int, rows: int) -> Tensor:
+        scale, y = None if self._scale is None else self._scale[begin : begin + rows], self._empty(rows)
+        candidate.launch(self._x[begin : begin + rows], weight, y, scale=scale)
+        return y
+
     def _expected(self, order: Order) -> Tensor:
         if order not in self._whole:
             self._whole[order] = self._played(order, 0, len(self._x), Tiles(stages=1))  # which every device has room for
@@ -183,11 +259,13 @@ class _Trials:
         return y
 
     def _room(self, rows: int, order: Order, tiles: Tiles) -> tuple[Tensor, Scratch]:
-        """What is not written shows: nothing equals NaN."""
-        y = torch.full((rows, self._product.heads * self._product.out), math.nan, dtype=self._product.dtype, device=self._device)
         sums, arrived = scratch_size(rows, self._product.out, order, tiles, self._product.heads)
         made = torch.empty(sums, device=self._device), torch.zeros(arrived, dtype=torch.int32, device=self._device)
-        return y, Scratch(*made)
+        return self._empty(rows), Scratch(*made)
+
+    def _empty(self, rows: int) -> Tensor:
+        """What is not written shows: nothing equals NaN."""
+        return torch.full((rows, self._product.heads * self._product.out), math.nan, dtype=self._product.dtype, device=self._device)
 
     def _launch(self, weight: PackedWeight, order: Order, begin: int, rows: int, tiles: Tiles, y: Tensor, scratch: Scratch) -> None:
         scale = None if self._scale is None else self._scale[begin : begin + rows]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.backends.cuda.kernels.pack import PackedWeight, joined, pack, pack_stored, stacked
+from hasten.backends.cuda.kernels.pack import PackedWeight, compressed, is_two_of_four, joined, pack, pack_stored, stacked
 from hasten.backends.cuda.kernels.rounding import round_to_nearest
 from hasten.formats.linear import LinearFormat
 from hasten.formats.mapped import release
@@ -25,6 +25,7 @@ class DeviceWeights:
         self.device, self._weights = device, weights
         self._plain: dict[tuple[str, torch.dtype], Tensor] = {}
         self._linear: dict[tuple[tuple[str, ...], str, torch.dtype], PackedWeight] = {}
+        self._two_of_four: dict[tuple[tuple[str, ...], str, torch.dtype], bool] = {}
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +52,21 @@ class DeviceWeights:
             parts = [self._packed(name, form, dense, len(names) == 1) for name in names]
             self._linear[key] = parts[0] if len(parts) == 1 else joined(parts)
         return self._linear[key]
+
+    def is_two_of_four(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> bool:
+        """Whether ``linear`` of these is zero in two of any four inputs; looked at once."""
+        key = names, form, dense
+        if key not in self._two_of_four:
+            self._two_of_four[key] = is_two_of_four(self.linear(*key))
+        return self._two_of_four[key]
+
+    def compressed(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """The same without its zeros (pack.compressed), in whose place it lies from then on."""
+        key = names, form, dense
+        weight = self.linear(*key)
+        if weight.layout != "two_of_four":
+            self._linear[key] = weight = compressed(weight)
+        return weight
 
     def _packed(self, name: str, form: str, dense: torch.dtype, alone: bool) -> PackedWeight:
         if form == "dense":  # what becomes part of a joined one is not kept beside it

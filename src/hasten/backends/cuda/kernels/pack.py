@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import ClusteredLinear, LinearFormat, QuantizedLinear
 
-Layout = Literal["plain", "nibbles"]
+Layout = Literal["plain", "nibbles", "two_of_four"]
 
 WIDE = 128  # plain rows are filled up to whole runs of so many inputs, the longest step of a product over groups
 
@@ -45,6 +46,8 @@ class Stored:
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight [out, size], or [count, out, size] stacked, in a layout of the device.
+
+    Where that is two_of_four, ``codes`` are torch's semi-structured tensor [out, size], which its own product alone reads. Else:
 
     ``codes`` [(count,) out, width] in bfloat16, float16, float32, float8_e4m3fn or int8 (plain), or int16 [(count,) out, width / 4]
     (nibbles, each 0 … 15 for −8 … 7). ``scales`` float32 and ``zeros`` int8 [(count,) groups, out] or None; ``group`` inputs share
@@ -71,7 +74,10 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(each.nbytes for each in (self.codes, self.scales, self.zeros) if each is not None)
+        codes: Sequence[Tensor | None] = [self.codes]
+        if isinstance(self.codes, SparseSemiStructuredTensor):
+            codes = self.codes.packed, self.codes.meta
+        return sum(each.nbytes for each in (*codes, self.scales, self.zeros) if each is not None)
 
     @classmethod
     def of_dense(cls, weight: Tensor) -> Self:
@@ -126,6 +132,25 @@ def unpack(weight: PackedWeight) -> Tensor:
     if weight.zeros is not None:
         dense = dense - weight.zeros.mT[..., group].to(torch.float32)
     return dense * weight.scales.mT[..., group]
+
+
+def is_two_of_four(weight: PackedWeight) -> bool:
+    """Whether of any four inputs side by side, from a multiple of four on, at most two have a code that is not 0."""
+    if weight.layout != "plain":
+        return weight.layout == "two_of_four"
+    fours = torch.nn.functional.pad(weight.codes, (0, -weight.codes.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    return bool(((fours != 0).sum(-1) <= 2).all())
+
+
+def compressed(weight: PackedWeight) -> PackedWeight:
+    """A plain bfloat16 weight that is two of four, without two of every four: nine bits for each input of it. Only a device does it. Raises
+    UnsupportedError for another weight, or sizes that are not multiples of 64."""
+    if weight.scales is not None or weight.codes.dtype != torch.bfloat16 or not is_two_of_four(weight):
+        raise UnsupportedError("a bfloat16 weight of which two of any four inputs are 0 is compressed, and no other")
+    if weight.codes.dim() != 2 or weight.out % 64 or weight.size % 64:
+        raise UnsupportedError(f"weights of {weight.out} × {weight.size} are not compressed; accepted are multiples of 64")
+    dense = weight.codes[:, : weight.size].contiguous()
+    return PackedWeight(weight.size, "two_of_four", to_sparse_semi_structured(dense))
 
 
 def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
