@@ -24,6 +24,8 @@ Clock = Callable[[torch.device, Callable[[], object]], float]
 UNTIMED = (ops.Route, ops.ExpertLinear, ops.Combine, ops.Split)
 """What experts do depends on what was chosen, which another layer's launch may have written over; pieces are not copied."""
 
+_PEAKS: dict[str, Literal["bf16", "int8", "f32"]] = {"bf16": "bf16", "int8": "int8"}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpCost:
@@ -117,7 +119,7 @@ def _cost(session: CudaSession, unit: Fused, rows: int, context: int | None) -> 
         value = program.values[name]
         touched += min(its_rows, count[value.rows]) * math.prod(value.features) * DTYPES[value.dtype].itemsize
     dtypes = [_short(program.values[name].dtype) for name in (*unit.inputs[:1], *unit.outputs[-1:])]
-    form, arithmetic = " → ".join(dict.fromkeys(dtypes)), "f32"
+    form, fed = " → ".join(dict.fromkeys(dtypes)), "f32"  # of row-wise ops, which multiply in float32
     shape = "x".join(map(str, program.values[unit.outputs[0] if unit.outputs else unit.inputs[0]].features))
     match first:
         case ops.Linear() | ops.HeadLinear():
@@ -130,7 +132,6 @@ def _cost(session: CudaSession, unit: Fused, rows: int, context: int | None) -> 
             shape = shape if heads == 1 else f"{heads}x{shape}"
             touched += weight.nbytes
             operations = 2 * heads * weight.out * weight.size * count[program.values[first.y].rows]
-            arithmetic = fed if fed in {"int8", "bf16"} else "f32"
         case ops.Attend() if context is not None:
             group = program.state(first.state.group)
             window = first.visible.size if isinstance(first.visible, SlidingWindow) else context
@@ -138,7 +139,7 @@ def _cost(session: CudaSession, unit: Fused, rows: int, context: int | None) -> 
             oldest = max(0, context - rows + 1 - window)
             touched += (context - oldest) * group.bytes_per_token() // group.layers
             operations = 2 * first.heads * (first.head_dim + first.value_dim) * sum(seen)
-            form, arithmetic = f"{_short(group.format)} cache", "bf16"
+            form, fed = f"{_short(group.format)} cache", "bf16"
             shape = f"{first.heads}/{first.kv_heads}x{first.head_dim}{f' window {window}' if window < context else ''}"
         case ops.Embed():
             touched += rows * math.prod(program.values[first.y].features) * 2
@@ -149,7 +150,7 @@ def _cost(session: CudaSession, unit: Fused, rows: int, context: int | None) -> 
     for reference in unit.state_refs:
         if isinstance(group := program.state(reference.group), RecurrentGroup):
             touched += 2 * group.bytes_per_sequence() // group.layers
-    return OpCost(_name(unit), form, shape, its_rows, context, touched, operations, arithmetic)
+    return OpCost(_name(unit), form, shape, its_rows, context, touched, operations, _PEAKS.get(fed, "f32"))
 
 
 def _name(unit: Fused) -> str:
