@@ -170,3 +170,12 @@ def test_a_missing_extension_is_explained_in_one_line(monkeypatch, function):
     with pytest.raises(UserError, match=r"native extension cannot be loaded \(.*\); rebuild it: pip install") as caught:
         function()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("file", "there"), [("dev/nvidiactl", True), ("dev/dxg", True), ("dev/dri/card0", False)])
+def test_a_gpu_shows_by_its_drivers_file(tree, file, there):
+    root = tree({file: ""})
+    assert hardware.may_have_gpu(root, {}) == there
+    assert hardware.may_have_gpu(root, {"CUDA_VISIBLE_DEVICES": "1"}) == there
+    for hidden in ("", "-1"):
+        assert not hardware.may_have_gpu(root, {"CUDA_VISIBLE_DEVICES": hidden})

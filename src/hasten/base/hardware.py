@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,13 @@ def memory(root: Path = ROOT) -> Memory:
 def free_bytes() -> int:
     """Bytes of main memory that can be allocated without swapping; 8 GiB where that is not known."""
     return memory(ROOT).available or 8 << 30
+
+
+def may_have_gpu(root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether NVIDIA's driver shows a device here, on Linux or in its Windows subsystem, and CUDA_VISIBLE_DEVICES does not hide it; what
+    it can do, torch alone tells."""
+    shown = environment.get("CUDA_VISIBLE_DEVICES", "0").strip() not in {"", "-1"}
+    return shown and any((root / name).exists() for name in ("dev/nvidiactl", "dev/dxg"))
 
 
 def free_disk(path: Path) -> int | None:

@@ -25,6 +25,7 @@ from hasten.cli.quantize import apply, quantize
 from hasten.cli.serve import serve
 from hasten.cli.terminal import fail
 from hasten.cli.train import train
+from hasten.cli.tune import tune
 from hasten.cli.warm import warm
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command("serve")(serve)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("warm")(warm)
+app.command("tune")(tune)
 app.command("quantize")(quantize)
 app.command("prune")(prune)
 app.command("apply")(apply)

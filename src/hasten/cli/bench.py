@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hasten.base.errors import ConfigError
 from hasten.cli import options
 from hasten.cli.bench_serve import serve
 from hasten.cli.table import print_table
@@ -22,22 +23,28 @@ bench.command("serve")(serve)
 
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to run on; all cores granted unless given.")]
 IsaOption = Annotated[str, typer.Option("--isa", help="Instruction-set level of the kernels: best, generic, avx2, avx512 or amx.")]
+DeviceOption = Annotated[str, typer.Option("--backend", help="What is measured: cpu, or cuda (an NVIDIA GPU).")]
 SEVERAL = "; several, separated by commas, make a row each"
 
 
 @bench.command("roofline")
 def roofline(
+    backend: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     read_bytes: Annotated[
-        int, typer.Option("--bytes", min=1, help="Buffer to read, well above the last-level cache; at most half of the free memory.")
+        int,
+        typer.Option("--bytes", min=1, help="Buffer to read, or on a GPU to copy, well above the last cache; a part of the free memory."),
     ] = 1 << 30,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times the buffer is read; the median counts.")] = 5,
-    seconds: Annotated[float, typer.Option("--seconds", help="Seconds for each arithmetic peak.")] = 0.25,
+    seconds: Annotated[float, typer.Option("--seconds", help="Seconds for each arithmetic peak of the CPU.")] = 0.25,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Streaming read and arithmetic peaks of this machine, with the instruction each was taken with."""
+    """Streaming read and arithmetic peaks of this machine, with the instruction each was taken with; of a GPU, copies and products."""
     from rich.console import Console
 
+    if _on_device(backend, threads, "best"):
+        _device_roofline(read_bytes, repeats, as_json)
+        return
     from hasten import _native
     from hasten.base import hardware
     from hasten.measure.roofline import instruction
@@ -58,6 +65,32 @@ def roofline(
     typer.echo(f"bf16      {found.bf16_tflops:.3f} TFLOP/s ({facts['bf16_instruction']})")
     typer.echo(f"int8      {found.int8_tops:.3f} TOP/s ({facts['int8_instruction']})")
     typer.echo(f"f32       {found.f32_tflops:.3f} TFLOP/s ({facts['f32_instruction']})")
+
+
+def _on_device(backend: str, threads: int | None, isa: str) -> bool:
+    """Whether a GPU is asked for. Raises ConfigError for options that it has not, and for another backend."""
+    if backend not in {"cpu", "cuda"}:
+        options.refuse("backend", backend, "cpu, cuda")
+    if backend == "cuda" and (threads is not None or isa != "best"):
+        raise ConfigError("--threads and --isa are of --backend cpu; a GPU has neither, so leave them out")
+    return backend == "cuda"
+
+
+def _device_roofline(copied_bytes: int, repeats: int, as_json: bool) -> None:
+    from rich.console import Console
+
+    from hasten.engine.backends import find_loaded
+
+    with Console(stderr=True).status("measuring copies and products …"):
+        found = find_loaded("cuda").roofline(copied_bytes, repeats)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    typer.echo(visible_line(f"device    {found.device}, {found.isa}"))
+    typer.echo(f"copy      {found.copy_gb_per_s:,.1f} GB/s, {found.copied_bytes / 2**20:,.0f} MiB read and written")
+    typer.echo(f"bf16      {found.bf16_tflops:,.2f} TFLOP/s")
+    typer.echo(f"int8      {found.int8_tops:,.2f} TOP/s")
+    typer.echo(f"f32       {found.f32_tflops:,.3f} TFLOP/s")
 
 
 @bench.command("latency")
@@ -84,7 +117,7 @@ def latency(
     from rich.progress import Progress
 
     from hasten.checkpoint import load
-    from hasten.engine.backends import choose_backend
+    from hasten.engine.backends import AUTO, choose_backend
     from hasten.measure.latency import Case, Latency, check_weights, open_runner, repetitions
     from hasten.measure.speed import fit_together
     from hasten.program import Formats
@@ -93,7 +126,9 @@ def latency(
     formats: list[str | None] = [None] if weights is None else [each.strip() for each in weights.split(",")]
     loaded = load(model)
     check_weights(formats)
-    backend, notice = choose_backend(loaded, backend, Formats(weights))
+    if backend == AUTO and (threads is not None or isa != "best"):
+        backend = "cpu"  # which alone has them
+    backend, notice = choose_backend(loaded, backend, Formats(formats[0], activations, cache))
     notify(notice)
     rows = []
     turns = [formats]
@@ -235,29 +270,44 @@ def kernels(
     rows: Annotated[str, typer.Option("--rows", help="Numbers of rows, separated by commas.")] = "1,8,32,512",
     contexts: Annotated[str, typer.Option("--context", help="Contexts for attention, separated by commas.")] = "128,2048",
     footprint: Annotated[
-        int, typer.Option("--bytes", min=1, help="Bytes of copies of a weight that are read in turn, well above the last-level cache.")
+        int,
+        typer.Option(
+            "--bytes",
+            min=1,
+            help="Bytes of copies of a weight that are read in turn, well above the last-level cache; on a GPU each layer has its own.",
+        ),
     ] = 256 << 20,
     only: Annotated[str | None, typer.Option("--only", help="Kernels to measure, separated by commas: linear, attend …; all else.")] = None,
+    backend: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     isa: IsaOption = "best",
     as_json: options.JsonOption = False,
 ) -> None:
-    """Each native kernel alone, against its own limit: bytes over streaming read, or operations over the peak. --json prints one object a
-    row."""
+    """Each kernel alone, against its own limit: bytes over streaming read (on a GPU over a copy), or operations over the peak. --json
+    prints one object a row."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from hasten.measure.kernels import Setup, kernel_cases, open_pool, time_kernel
+    from hasten.measure.kernels import KernelTime, Setup, kernel_cases, open_pool, time_kernel
 
     setup = Setup(shape, tuple(options.counts("rows", rows)), tuple(options.counts("context", contexts)), footprint)
-    pool, level = open_pool(threads, isa)
-    names = list(dict.fromkeys(case.op for case in kernel_cases(setup, level)))
-    chosen = names if only is None else [each.strip() for each in only.split(",")]
-    if unknown := [each for each in chosen if each not in names]:
-        options.refuse("only", unknown[0], ", ".join(names))
-    total = sum(case.op in chosen for case in kernel_cases(setup, level))
-    found = []
+    found: list[KernelTime] = []
     console = Console(stderr=True)
+    if _on_device(backend, threads, isa):
+        from hasten.measure.device_kernels import device_kernel_names, device_kernels
+
+        chosen = _chosen(only, device_kernel_names(shape))
+        with console.status("measuring kernels …"):
+            for each in device_kernels(setup, chosen):
+                found.append(each)
+                if as_json:
+                    typer.echo(json.dumps(dataclasses.asdict(each)))
+        if not as_json:
+            _print_kernels(found)
+        return
+    pool, level = open_pool(threads, isa)
+    chosen = _chosen(only, dict.fromkeys(case.op for case in kernel_cases(setup, level)))
+    total = sum(case.op in chosen for case in kernel_cases(setup, level))
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         for case in kernel_cases(setup, level):
@@ -269,6 +319,15 @@ def kernels(
                     typer.echo(json.dumps(dataclasses.asdict(found[-1])))
     if not as_json:
         _print_kernels(found)
+
+
+def _chosen(only: str | None, names: Iterable[str]) -> list[str]:
+    """The kernels of --only, or all of ``names``. Raises ConfigError for one that is none."""
+    known = [*names]
+    chosen = known if only is None else [each.strip() for each in only.split(",")]
+    if unknown := [each for each in chosen if each not in known]:
+        options.refuse("only", unknown[0], ", ".join(known))
+    return chosen
 
 
 def _print_throughput(rows: Sequence["Throughput"]) -> None:
@@ -317,7 +376,7 @@ def _print_latency(rows: list[Any]) -> None:
 
 
 def _print_kernels(rows: list[Any]) -> None:
-    typer.echo(f"{rows[0].isa}, {rows[0].threads} threads")
+    typer.echo(rows[0].isa if rows[0].threads is None else f"{rows[0].isa}, {rows[0].threads} threads")
     print_table(
         ("kernel", "format", "shape", "rows", "context", "µs", "GB/s", "TOP/s", "bound", "of limit"),
         [

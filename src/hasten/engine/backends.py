@@ -1,10 +1,12 @@
 """Which backend plays a model, and its sessions."""
 
+import importlib.util
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hasten.base import hardware
 from hasten.base.errors import MissingExtraError, UnsupportedError
 from hasten.engine.session import Session
 from hasten.model import Model, find_backend, load_backend
@@ -25,20 +27,28 @@ class Scorer(Protocol):
 def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = None) -> tuple[str, str]:
     """The backend to take, and what to tell the user about it ('' where there is nothing to tell).
 
-    'auto' takes the native backend where it has every kernel, else the reference. Raises UnsupportedError for an unknown name, or for
-    a weight format that would need the native backend where it cannot run."""
+    'auto' takes the GPU where there is one that can play it, else the native backend where that has every kernel, else the reference.
+    Torch is imported only where a GPU's driver shows. Raises UnsupportedError for an unknown name, or for a weight format that would need
+    the native backend where it cannot run."""
     if backend != AUTO:
         find_backend(backend)  # a wrong name is told at once, not with the first prompt
         return backend, ""
+    notices = []
+    if hardware.may_have_gpu() and all(importlib.util.find_spec(name) for name in ("torch", "triton")):
+        device = load_backend("cuda")
+        if not (why := device.hindrance(model, formats)):
+            return "cuda", f"{model.name} runs on {device.described()}"
+        notices = [f"{model.name} does not run on the GPU: {why}"]
     missing = load_backend("cpu").refusals(model)
     if not missing:
-        return "cpu", ""
+        return "cpu", "; ".join(notices)
     if formats is not None and formats.weights is not None:
         raise UnsupportedError(
             f"weights {formats.weights} pay on the native backend, which has no kernel for {', '.join(missing)} of {model.name}; "
             "--backend reference plays what they mean, no faster"
         )
-    return "reference", f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}"
+    notices.append(f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}")
+    return "reference", "; ".join(notices)
 
 
 def open_session(model: Model, backend: str, context: int, formats: Formats | None = None, cache_bytes: int | None = None) -> Session:
@@ -54,11 +64,12 @@ def open_scorer(model: Model, backend: str, context: int, formats: Formats | Non
     return scorer
 
 
-def find_loaded(backend: str, model: Model) -> Any:
+def find_loaded(backend: str, model: Model | None = None) -> Any:
     """The backend of that name, which ``model`` is to run on. Raises MissingExtraError where its library is not installed."""
     try:
         return load_backend(backend)
     except ModuleNotFoundError as error:
         if error.name not in {"torch", "triton"}:
             raise
-        raise MissingExtraError(f"{model.name}: backend {backend!r}", "cuda" if backend == "cuda" else "torch") from None
+        who = f"backend {backend!r}" if model is None else f"{model.name}: backend {backend!r}"
+        raise MissingExtraError(who, "cuda" if backend == "cuda" else "torch") from None

@@ -47,7 +47,8 @@ class KernelTime:
     bound: str
     of_limit: float
     isa: str
-    threads: int
+    threads: int | None
+    """None on a device."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
@@ -118,18 +119,30 @@ def played_as(model: Model) -> tuple[str, str, str]:
 
 def require_room(models: Sequence[Model], remedy: str) -> None:
     """Raise UserError, ending in ``remedy``, where the weights of ``models`` do not fit in memory together."""
-    needed, available = 0, hardware.memory(hardware.ROOT).available
+    needed, free = dict[str, int](), dict[str, int | None]()
     for model in models:
-        backend = find_loaded(choose_backend(model)[0], model)
-        needed += backend.weight_bytes(backend.program(model))
-    if available is not None and needed > available:
-        who = f"{models[0].name} takes" if len(models) == 1 else f"{len(models)} models side by side take"
-        raise UserError(f"{who} {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; {remedy}")
+        name = choose_backend(model)[0]
+        backend = find_loaded(name, model)
+        needed[name] = needed.get(name, 0) + backend.weight_bytes(backend.program(model))
+        free[name] = _available(name, backend)
+    for name, available in free.items():
+        if available is not None and needed[name] > available:
+            who = f"{models[0].name} takes" if len(models) == 1 else f"{len(models)} models side by side take"
+            raise UserError(f"{who} {needed[name] / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; {remedy}")
+
+
+def _available(name: str, backend: Any) -> int | None:
+    """Bytes for the weights of models on a backend, None where that is not known."""
+    if name != "cuda":
+        return hardware.memory(hardware.ROOT).available
+    free: int = backend.free_bytes()
+    return free
 
 
 def fit_together(model: Model, backend: str, formats: Sequence[Formats]) -> bool:
     """Do the weights of ``model`` fit in ROOMY of the free memory in all of ``formats`` at once?"""
-    available, loaded = hardware.memory(hardware.ROOT).available, find_loaded(backend, model)
+    loaded = find_loaded(backend, model)
+    available = _available(backend, loaded)
     needed = sum(loaded.weight_bytes(loaded.program(model, formats=each)) for each in formats)
     return available is None or needed <= ROOMY * available
 

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ from numpy.typing import NDArray
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
+from hasten.backends.cuda.limits import DeviceRoofline, graph_seconds, measure_roofline
+from hasten.backends.cuda.op_times import OpCost, OpTime, op_names, op_times
 from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.session import LARGEST, CudaSession
 from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
-from hasten.backends.cuda.tuned import Tuned, read
+from hasten.backends.cuda.tuned import Tuned, path_of, read, write
+from hasten.backends.cuda.tuning import ROWS, Tuning, tune
 from hasten.backends.cuda.units import units_of
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base import hardware, settings
@@ -71,9 +76,8 @@ class CudaBackend:
         """By kind of product, as 'int8 × bf16' (weights × activations): the kernel it goes through, and why not those before it."""
         found = {}
         for form, fed in PRODUCTS:
-            site = LinearSite(LinearFormat.parse(form), fed, 16, 4096, 4096, torch.bfloat16, invariant=True, capability=self.on.capability)
             try:
-                choice = choose(LINEAR, site)
+                choice = choose(LINEAR, self._site(LinearFormat.parse(form), fed, 4096, 4096, torch.bfloat16))
             except UnsupportedError as error:
                 found[f"{form} × {fed}"] = f"none: {error}"
             else:
@@ -83,6 +87,30 @@ class CudaBackend:
     def refusals(self, model: Model) -> tuple[str, ...]:
         """What of ``model`` has no CUDA kernel; empty where it runs here."""
         return unsupported_ops(lower(model.spec))
+
+    def hindrance(self, model: Model, formats: Formats | None = None) -> str:
+        """Why the device does not play ``model`` in ``formats``, in words; '' where it does. Raises UnsupportedError for formats that no
+        backend has."""
+        program = self.program(model, formats=formats)
+        if refused := unsupported_ops(program):
+            return f"the cuda backend has no kernel for {', '.join(refused)}"
+        try:
+            for product in products_of(program):
+                choose(LINEAR, self._site(product.form, product.fed, product.out, product.size, product.dtype))
+        except UnsupportedError as error:
+            return str(error)
+        needed, free = self.weight_bytes(program) + self.arena_bytes(program, 1), self.free_bytes()
+        if needed > free:
+            return f"its weights and a step take {needed:,} bytes, and the device has {free:,} free"
+        return self._cache_refusal(program)
+
+    def _site(self, form: LinearFormat, fed: str, out: int, size: int, dtype: torch.dtype) -> LinearSite:
+        return LinearSite(form, fed, 16, out, size, dtype, invariant=True, capability=self.on.capability)
+
+    def _cache_refusal(self, program: Program) -> str:
+        if self.on.capability < FP8_CAPABILITY and any(group.format == "fp8" for group in program.states):
+            return f"{self.described()} keeps no fp8 cache, which takes compute capability 8.9; choose int8 or bf16"
+        return ""
 
     def program(self, model: Model, context: int | None = None, formats: Formats | None = None) -> Program:
         """What a session would play."""
@@ -128,8 +156,8 @@ class CudaBackend:
         program = self.program(model, context, formats)
         if refused := unsupported_ops(program):
             raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-        if self.on.capability < FP8_CAPABILITY and any(group.format == "fp8" for group in program.states):
-            raise UnsupportedError(f"{self.described()} keeps no fp8 cache, which takes compute capability 8.9; choose int8 or bf16")
+        if refusal := self._cache_refusal(program):
+            raise UnsupportedError(refusal)
         pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
         try:
             pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
@@ -142,6 +170,42 @@ class CudaBackend:
                 f"a step {self.arena_bytes(program, 1):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
             ) from None
         return session
+
+    def roofline(self, copied_bytes: int, repeats: int) -> DeviceRoofline:
+        """What the device does at most: copying so many bytes, and multiplying."""
+        major, minor = self.on.capability
+        return measure_roofline(self.on.device, self.on.tuned.device, f"sm_{major}{minor}", copied_bytes, repeats)
+
+    def op_names(self, model: Model, formats: Formats | None = None) -> tuple[str, ...]:
+        """The kernels of a step of ``model`` that can be timed alone."""
+        return op_names(self.program(model, formats=formats))
+
+    def op_times(
+        self, session: CudaSession, rows: Sequence[int], contexts: Sequence[int], wanted: Callable[[OpCost], bool]
+    ) -> Iterator[OpTime]:
+        """Each of them on the device (`op_times.op_times`)."""
+        return op_times(session, rows, contexts, wanted, graph_seconds)
+
+    def products(self, model: Model, formats: Sequence[Formats]) -> tuple[Product, ...]:
+        """The products of linear layers that a step of ``model`` is made of in each of ``formats``, each shape once."""
+        found = {each.name: each for its in formats for each in products_of(self.program(model, formats=its))}
+        return tuple(found.values())
+
+    def tuned_path(self) -> Path:
+        """Where ``tune`` keeps what it measures on this device. Raises ConfigError where there is no such place."""
+        if (directory := tuned_directory()) is None:
+            raise ConfigError("there is no directory to keep measured block sizes in; HASTEN_CACHE names one")
+        return path_of(directory, self.on.tuned.device)
+
+    def tune(self, products: Sequence[Product], rows: Sequence[int] = ROWS) -> Iterator[Tuning]:
+        """Time block sizes for each of ``products``, and keep what was chosen, product by product, for backends that are made from then
+        on. Raises ConfigError where there is no place for it, UnsupportedError where no block sizes fit this device."""
+        directory, tuned = self.tuned_path().parent, self.on.tuned
+        for product in products:
+            found = tune(product, self.on, rows)
+            tuned = tuned.having(product.name, found.chosen)
+            write(directory, tuned)
+            yield found
 
     def logits(self, model: Model, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits float32 [T, vocab] of one sequence."""
@@ -162,8 +226,14 @@ def find_device() -> Device:
         raise UnsupportedError(
             f"backend 'cuda' needs a device of compute capability 8.0 or more; {name} has {told}: --backend cpu runs here"
         )
+    directory = tuned_directory()
+    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory, name))
+
+
+def tuned_directory() -> Path | None:
+    """Where files of what was measured lie, one a device; None for a user without a home."""
     directory = settings.cache_directory()
-    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory / "tuned", name))
+    return None if directory is None else directory / "tuned"
 
 
 def _pool(group: StateGroup, pages: int, device: torch.device) -> Pool:

@@ -35,6 +35,11 @@ class Bucket:
         return cls(rows, most, most if len(batch.rows) <= most else rows)
 
 
+def bucket_rows(most: int) -> tuple[int, ...]:
+    """The numbers of rows that buckets of up to ``most`` have."""
+    return tuple(sorted({_rounded(rows) for rows in range(1, most + 1)}))
+
+
 def _rounded(rows: int) -> int:
     """A power of two, or one and a half."""
     power = 1 << max(0, rows - 1).bit_length()

@@ -1,5 +1,6 @@
 """A device's limits, measured beside a run: how fast it copies, and how fast its library multiplies."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -8,6 +9,28 @@ import torch
 
 LEAST_BYTES = 64 << 20  # of a copy: less than that stays in the cache
 SIZE = 8192  # of the square matrices that are multiplied
+_ARITHMETIC: dict[Literal["bf16", "int8", "f32"], torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "f32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceRoofline:
+    """The most a device does: 1e9 bytes a second that pass while ``copied_bytes`` are copied, each read and written, and 1e12 operations
+    a second of square products in torch, a multiply-add being two."""
+
+    device: str
+    isa: str
+    copied_bytes: int
+    copy_gb_per_s: float
+    bf16_tflops: float
+    int8_tops: float
+    f32_tflops: float
+
+
+def measure_roofline(device: torch.device, name: str, isa: str, copied_bytes: int, repeats: int) -> DeviceRoofline:
+    """Copy at most a quarter of the free memory, and multiply, ``repeats`` times each; medians count."""
+    size = _size(device, copied_bytes)
+    bf16, int8, f32 = (_multiplied(device, kind, repeats) / 1e12 for kind in _ARITHMETIC)
+    return DeviceRoofline(name, isa, size, _copied(device, size, repeats) / 1e9, bf16, int8, f32)
 
 
 def limits(device: torch.device, arithmetic: Literal["bf16", "int8", "f32"], read_bytes: int) -> tuple[float, float]:
@@ -16,20 +39,35 @@ def limits(device: torch.device, arithmetic: Literal["bf16", "int8", "f32"], rea
     return _copied(device, read_bytes) / 1e9, _multiplied(device, arithmetic) / 1e12
 
 
-def _copied(device: torch.device, size: int) -> float:
+def _size(device: torch.device, asked: int) -> int:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 30
-    size = max(LEAST_BYTES, min(size, free // 4))
+    return max(LEAST_BYTES, min(asked, free // 4))
+
+
+def _copied(device: torch.device, asked: int, repeats: int = 10) -> float:
+    size = _size(device, asked)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / seconds(device, lambda: target.copy_(source))
+    return 2 * size / seconds(device, lambda: target.copy_(source), repeats)
 
 
-def _multiplied(device: torch.device, arithmetic: Literal["bf16", "int8", "f32"]) -> float:
+def _multiplied(device: torch.device, arithmetic: Literal["bf16", "int8", "f32"], repeats: int = 10) -> float:
     edge = SIZE if device.type == "cuda" else 256
-    kind = {"bf16": torch.bfloat16, "int8": torch.int8, "f32": torch.float32}[arithmetic]
+    kind = _ARITHMETIC[arithmetic]
     random = torch.Generator(device).manual_seed(0)  # numbers that change from place to place take more power than ones
     a, b = ((32 * torch.randn((edge, edge), device=device, generator=random)).to(kind) for _ in range(2))
     product: Callable[[], object] = (lambda: torch._int_mm(a, b)) if arithmetic == "int8" else (lambda: a @ b)
-    return 2 * edge**3 / seconds(device, product)
+    return 2 * edge**3 / seconds(device, product, repeats)
+
+
+def graph_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """The time of ``work`` as one graph, so that what Python takes to launch it does not count."""
+    if device.type != "cuda":
+        return seconds(device, work, 1)
+    work()  # whatever is compiled is compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return seconds(device, graph.replay)
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int = 10) -> float:

@@ -38,7 +38,7 @@ class CudaSession:
         self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
-        self._room = Room.of(program, LARGEST, on.device)
+        self.room = Room.of(program, LARGEST, on.device)
         self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
         self._scoring, self._playing = threading.Lock(), threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
@@ -99,7 +99,7 @@ class CudaSession:
     def _player(self, what: str, bucket: Bucket) -> "_Player":
         if (what, bucket) not in self._tapes:
             program = self.program if what == "logits" else hidden_states(self.program)
-            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE, self._room)
+            tape = compile_tape(program, self.weights, self.pools, bucket, self.on, PAGE, self.room)
             self._tapes[what, bucket] = _Player(tape, tape.outputs[program.outputs[0]])
         return self._tapes[what, bucket]
 

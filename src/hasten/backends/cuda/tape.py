@@ -9,13 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.candidates import LINEAR, SEMI_STRUCTURED, Candidate, LinearSite, choose
 from hasten.backends.cuda.inputs import Bucket, StepInputs
 from hasten.backends.cuda.kernels import attention, cache, experts, linear, rows
 from hasten.backends.cuda.kernels.cache import GroupCache
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
 from hasten.backends.cuda.places import DTYPES, Room, lay_out, rows_of, view
+from hasten.backends.cuda.products import FEEDS
 from hasten.backends.cuda.recurrent import RECURRENT, RecurrentOp, recurrent_launch
 from hasten.backends.cuda.tuned import Tuned, shape_name
 from hasten.backends.cuda.units import units_of
@@ -35,7 +36,6 @@ KERNELS = (
     ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend, *RECURRENT,
 )  # fmt: skip
 SPLIT_ROWS = 64  # decoding: the positions of one sequence are shared out over the device
-FEEDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 def unsupported_ops(program: Program) -> tuple[str, ...]:
@@ -71,11 +71,13 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tape:
-    """``launches`` in order; what ``outputs`` hold afterwards is by name, [T or R, …]. ``inputs`` are filled before."""
+    """``launches`` in order; what ``outputs`` hold afterwards is by name, [T or R, …]. ``inputs`` are filled before. ``units`` are what
+    kernels play, each with the launch that is its own; tables that several share are launched before the first."""
 
     inputs: StepInputs
     launches: tuple[Launch, ...]
     outputs: Mapping[str, Tensor]
+    units: tuple[tuple[Fused, Launch], ...]
 
     def play(self) -> None:
         """One step, on the current stream. Nothing is allocated and nothing waited for, so a graph can capture it."""
@@ -121,9 +123,14 @@ class _Compiler:
             shared = DTYPES[value.dtype] == room.results.dtype and math.prod(shape) <= len(room.results)
             self.at[name] = room.results[: math.prod(shape)].view(shape) if shared else self._empty(shape, DTYPES[value.dtype])
         self.scratch = self._room()
+        played = []
         for unit in self.units:
+            before = len(self.launches)
             self._emit(unit)
-        return Tape(self.inputs, tuple(self.launches), {name: self.at[name] for name in self.program.outputs})
+            if len(self.launches) > before:
+                played.append((unit, self.launches[-1]))
+        outputs = {name: self.at[name] for name in self.program.outputs}
+        return Tape(self.inputs, tuple(self.launches), outputs, tuple(played))
 
     def _launch(self, launch: Launch) -> None:
         self.launches.append(launch)
@@ -224,15 +231,24 @@ class _Compiler:
             y = y.as_strided((y.shape[0], weight.out), (y.stride(0), 1))
         biases = [self._vector(op.bias) for op in parts if op.bias is not None]
         bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-        order, tiles = self._cut(first.weight_format, x, weight, y.dtype)
         scale = None if first.scale is None else self.at[first.scale]
-        self._launch(functools.partial(linear.linear, x, weight, y, scale=scale, bias=bias, scratch=self.scratch, order=order, tiles=tiles))
+        self._product(tuple(op.weight for op in parts), first.weight_format, x, y, scale, bias)
 
     def _head_linear(self, op: ops.HeadLinear) -> None:
-        x = self.at[op.x]
-        weight = self.weights.linear((op.weight,), op.weight_format, x.dtype)
-        order, tiles = self._cut(op.weight_format, x, weight, self.at[op.y].dtype)
-        self._launch(functools.partial(linear.linear, x, weight, self.at[op.y], scratch=self.scratch, order=order, tiles=tiles))
+        self._product((op.weight,), op.weight_format, self.at[op.x], self.at[op.y], None, None)
+
+    def _product(self, names: tuple[str, ...], form: str, x: Tensor, y: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        weight = self.weights.linear(names, form, x.dtype)
+        candidate = self._candidate(names, form, x, weight, y.dtype, bias is not None)
+        if candidate.name == "triton":
+            order, tiles = self._cut(form, x, weight)
+            self._launch(
+                functools.partial(linear.linear, x, weight, y, scale=scale, bias=bias, scratch=self.scratch, order=order, tiles=tiles)
+            )
+            return
+        if candidate.name == SEMI_STRUCTURED:
+            weight = self.weights.compressed(names, form, x.dtype)
+        self._launch(functools.partial(candidate.launch, x, weight, y, scale=scale, bias=bias))
 
     def _expert_linear(self, op: ops.ExpertLinear) -> None:
         x, y = self.at[op.x], self.at[op.y]
@@ -256,14 +272,22 @@ class _Compiler:
             self._launch(functools.partial(experts.tell_apart, self.at[chosen], self.blocks[key]))
         return self.blocks[key]
 
-    def _cut(self, form: str, x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> tuple[linear.Order, linear.Tiles]:
-        """The order of a weight's sums, and how a bucket's product is cut. Raises UnsupportedError where no kernel takes it."""
-        fed, its = FEEDS[x.dtype], form if form != "dense" else FEEDS[weight.codes.dtype]
-        site = LinearSite(
-            LinearFormat.parse(its), fed, x.shape[0], weight.out, weight.size, dtype, invariant=True, capability=self.on.capability
-        )
-        choose(LINEAR, site)
-        shape = shape_name(its, fed, weight.out, weight.size)
+    def _candidate(
+        self, names: tuple[str, ...], form: str, x: Tensor, weight: PackedWeight, dtype: torch.dtype, biased: bool
+    ) -> Candidate[LinearSite]:
+        """Raises UnsupportedError where no kernel takes the product."""
+        its = LinearFormat.parse(_stored_as(form, x))
+        measured = self.on.tuned.kernel(shape_name(str(its), FEEDS[x.dtype], weight.out, weight.size))
+        heads = weight.codes.shape[0] if weight.codes.dim() == 3 else 1
+        return choose(LINEAR, LinearSite(
+            its, FEEDS[x.dtype], x.shape[0], weight.out, weight.size, dtype, invariant=True, capability=self.on.capability,
+            measured=measured, two_of_four=measured == SEMI_STRUCTURED and self.weights.is_two_of_four(names, form, x.dtype), heads=heads,
+            biased=biased,
+        )).candidate  # fmt: skip
+
+    def _cut(self, form: str, x: Tensor, weight: PackedWeight) -> tuple[linear.Order, linear.Tiles]:
+        """The order of a weight's sums, and how a bucket's product is cut."""
+        shape = shape_name(_stored_as(form, x), FEEDS[x.dtype], weight.out, weight.size)
         return self.on.tuned.order(shape, weight), self.on.tuned.tiles(shape, weight, x.shape[0])
 
     def _room(self) -> linear.Scratch:
@@ -274,7 +298,7 @@ class _Compiler:
                 continue
             x, names = self.at[first.x], tuple(part.weight for part in unit.parts if isinstance(part, ops.Linear | ops.HeadLinear))
             weight = self.weights.linear(names, first.weight_format, x.dtype)
-            order, tiles = self._cut(first.weight_format, x, weight, self.at[first.y].dtype)
+            order, tiles = self._cut(first.weight_format, x, weight)
             needed = linear.scratch_size(x.shape[0], weight.out, order, tiles, weight.codes.shape[0] if weight.codes.dim() == 3 else 1)
             sums, arrived = max(sums, needed[0]), max(arrived, needed[1])
         return linear.Scratch(self._empty((sums,), torch.float32), torch.zeros(arrived, dtype=torch.int32, device=self.on.device))
@@ -349,3 +373,8 @@ class _Compiler:
 
     def _vector(self, name: str) -> Tensor:
         return self.weights.plain(name, torch.float32)
+
+
+def _stored_as(form: str, x: Tensor) -> str:
+    """A weight's format by name: where it is dense, that of the rows it meets."""
+    return FEEDS[x.dtype] if form == "dense" else form

@@ -10,19 +10,27 @@ from pathlib import Path
 
 import msgspec
 
+from hasten.backends.cuda.candidates import LINEAR
 from hasten.backends.cuda.kernels.linear import Order, Tiles, default_order, default_tiles
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.base.errors import ConfigError, one_line
 
 SCHEMA_VERSION = 1
+KERNELS = tuple(candidate.name for candidate in LINEAR)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TunedLinear:
-    """``order`` of a shape's sums; ``tiles`` by the largest number of rows that they are for."""
+    """``order`` of a shape's sums; ``tiles`` by the largest number of rows that they are for. ``kernel`` is the one that was faster than
+    Triton's over all of them with the same bits for a row whatever its batch; or Triton's. Raises ValueError for one there is not."""
 
     order: Order
     tiles: Mapping[int, Tiles] = dataclasses.field(default_factory=dict)
+    kernel: str = "triton"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ValueError(f"{one_line(self.kernel)} is no kernel of products; there are {', '.join(KERNELS)}")
 
 
 class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,10 +40,19 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     linear: dict[str, TunedLinear] = {}
     schema_version: int = SCHEMA_VERSION
 
+    def having(self, shape: str, chosen: TunedLinear) -> "Tuned":
+        """The same with what was chosen for a shape."""
+        return msgspec.structs.replace(self, linear={**self.linear, shape: chosen})
+
     def order(self, shape: str, weight: PackedWeight) -> Order:
         """The order of a weight's sums."""
         known = self.linear.get(shape)
         return default_order(weight) if known is None else known.order
+
+    def kernel(self, shape: str) -> str:
+        """The kernel to prefer."""
+        known = self.linear.get(shape)
+        return "triton" if known is None else known.kernel
 
     def tiles(self, shape: str, weight: PackedWeight, rows: int) -> Tiles:
         """Tiles for a bucket of ``rows``: the measured bucket that is as large or next larger, else the default."""
@@ -63,7 +80,7 @@ def read(directory: Path, device: str) -> Tuned:
     except FileNotFoundError:
         return Tuned(device)
     except (OSError, msgspec.MsgspecError, ValueError) as error:
-        raise ConfigError(f"{path} does not say how kernels are cut: {one_line(error)}; remove it, or tune this device again") from error
+        raise ConfigError(f"{path} does not say how kernels are cut: {one_line(error)}; remove it, and tune this device again") from error
     if tuned.schema_version != SCHEMA_VERSION or tuned.device != device:
         raise ConfigError(
             f"{path} is of schema {tuned.schema_version} for {one_line(tuned.device)}, not {SCHEMA_VERSION} for {device}; remove it"

@@ -4,20 +4,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.backends.cuda.kernels.pack import PackedWeight, joined, pack
+from hasten.backends.cuda.kernels.pack import PackedWeight, compressed, is_two_of_four, joined, pack, pack_stored, stacked
+from hasten.backends.cuda.kernels.rounding import round_to_nearest
 from hasten.formats.linear import LinearFormat
 from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
 
+ROUNDED_AT_ONCE = 1 << 24
+"""Numbers of a dense weight that lie on the device while they are rounded: 64 MiB in float32, and some times that beside them."""
+
 
 class DeviceWeights:
-    """``weights`` on ``device``; what is asked for twice lies there once. ``nbytes`` are what lies there by now."""
+    """``weights`` on ``device``; what is asked for twice lies there once. ``nbytes`` are what lies there by now.
+
+    Weights come one after the other, as they are stored: what is packed already is brought over so, and what is to be rounded is rounded
+    and packed there, a run of output channels at a time."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         self.device, self._weights = device, weights
         self._plain: dict[tuple[str, torch.dtype], Tensor] = {}
         self._linear: dict[tuple[tuple[str, ...], str, torch.dtype], PackedWeight] = {}
+        self._two_of_four: dict[tuple[tuple[str, ...], str, torch.dtype], bool] = {}
 
     @property
     def nbytes(self) -> int:
@@ -45,20 +53,49 @@ class DeviceWeights:
             self._linear[key] = parts[0] if len(parts) == 1 else joined(parts)
         return self._linear[key]
 
+    def is_two_of_four(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> bool:
+        """Whether ``linear`` of these is zero in two of any four inputs; looked at once."""
+        key = names, form, dense
+        if key not in self._two_of_four:
+            self._two_of_four[key] = is_two_of_four(self.linear(*key))
+        return self._two_of_four[key]
+
+    def compressed(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """The same without its zeros (pack.compressed), in whose place it lies from then on."""
+        key = names, form, dense
+        weight = self.linear(*key)
+        if weight.layout != "two_of_four":
+            self._linear[key] = weight = compressed(weight)
+        return weight
+
     def _packed(self, name: str, form: str, dense: torch.dtype, alone: bool) -> PackedWeight:
         if form == "dense":  # what becomes part of a joined one is not kept beside it
             return PackedWeight.of_dense(self.plain(name, dense) if alone else self._brought(name, dense))
         weight, its = self._weights[name], LinearFormat.parse(form)
         if isinstance(weight, QuantizedWeight) and weight.form == its:
-            return pack(its, weight.quantized()).to(self.device)
+            return pack(its, weight.quantized(), self.device)
         array = weight.load()
-        packed = pack(its, its.quantize(array)).to(self.device)
+        if its.has_codebook:
+            packed = pack(its, its.quantize(array), self.device)
+        elif array.ndim > 2:
+            packed = stacked([self._rounded(matrix, its) for matrix in array])
+        else:
+            packed = self._rounded(array, its)
         release(array)
         return packed
 
+    def _rounded(self, matrix: Array, form: LinearFormat) -> PackedWeight:
+        """A dense weight [out, size]; its output channels are rounded apart, so a run of them at a time is the same."""
+        most = max(1, ROUNDED_AT_ONCE // max(1, matrix.shape[1]))
+        runs = [
+            pack_stored(form, round_to_nearest(form, _tensor(matrix[first : first + most]).to(self.device, copy=True)))
+            for first in range(0, len(matrix), most)
+        ]
+        return runs[0] if len(runs) == 1 else joined(runs)
+
     def _brought(self, name: str, dtype: torch.dtype) -> Tensor:
         array = self._weights.array(name)
-        brought = _tensor(array).to(self.device, dtype, copy=True).contiguous()
+        brought = _tensor(array).to(self.device, copy=True).to(dtype).contiguous()  # converted there, not on the way
         release(array)
         return brought
 

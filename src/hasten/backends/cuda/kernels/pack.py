@@ -16,20 +16,38 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import ClusteredLinear, LinearFormat, QuantizedLinear
 
-Layout = Literal["plain", "nibbles"]
+Layout = Literal["plain", "nibbles", "two_of_four"]
 
 WIDE = 128  # plain rows are filled up to whole runs of so many inputs, the longest step of a product over groups
 
-_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+NIBBLES = ("int2", "int3", "int4")
+"""Numbers that take four bits each."""
+
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Numbers without scales."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """What QuantizedLinear says, as tensors of one device: ``q`` [(count,) out, size] int8, float8_e4m3fn or a dense dtype; ``scales``
+    float32 and ``zeros`` int32 [(count,) out, groups] or None; ``group`` inputs share one."""
+
+    q: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    group: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight [out, size], or [count, out, size] stacked, in a layout of the device.
+
+    Where that is two_of_four, ``codes`` are torch's semi-structured tensor [out, size], which its own product alone reads. Else:
 
     ``codes`` [(count,) out, width] in bfloat16, float16, float32, float8_e4m3fn or int8 (plain), or int16 [(count,) out, width / 4]
     (nibbles, each 0 … 15 for −8 … 7). ``scales`` float32 and ``zeros`` int8 [(count,) groups, out] or None; ``group`` inputs share
@@ -56,7 +74,10 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(each.nbytes for each in (self.codes, self.scales, self.zeros) if each is not None)
+        codes: Sequence[Tensor | None] = [self.codes]
+        if isinstance(self.codes, SparseSemiStructuredTensor):
+            codes = self.codes.packed, self.codes.meta
+        return sum(each.nbytes for each in (*codes, self.scales, self.zeros) if each is not None)
 
     @classmethod
     def of_dense(cls, weight: Tensor) -> Self:
@@ -69,24 +90,33 @@ class PackedWeight:
         return dataclasses.replace(self, codes=self.codes.to(device), scales=scales, zeros=zeros)
 
 
-def pack(form: LinearFormat, stored: QuantizedLinear) -> PackedWeight:
-    """``stored`` in ``form``, on the CPU. Numbers below four bits take four; places in a codebook become its numbers, eight bits each; what
-    a sparse form leaves out is stored as the zero it is. Raises UnsupportedError for zero points that take more than a byte, with a nibble
-    taken from them too."""
-    size = stored.q.shape[-1]
-    if stored.scales is None:
-        return PackedWeight(size, "plain", _filled(_tensor(stored.q).to(_PLAIN[form.number]), WIDE))
-    group = stored.group if 0 < stored.group < size else 0
-    if form.number in {"int2", "int3", "int4"}:
-        span = _span(group, form)
-        if stored.zeros is not None and (stored.zeros.min() < -120 or stored.zeros.max() > 119):
+def pack(form: LinearFormat, stored: QuantizedLinear, device: torch.device | str = "cpu") -> PackedWeight:
+    """``stored`` in ``form``, brought to ``device`` as it is and packed there. Numbers below four bits take four; places in a codebook
+    become its numbers, eight bits each; what a sparse form leaves out is stored as the zero it is. Raises UnsupportedError for zero points
+    that take more than a byte, with a nibble taken from them too."""
+    if stored.zeros is not None:
+        if form.number in NIBBLES and (stored.zeros.min() < -120 or stored.zeros.max() > 119):
             raise UnsupportedError("a zero point beyond -120 to 119 takes nibbles out of a byte; round the model again, without it")
-        codes = _nibbles(_filled(_tensor(stored.q), span), span)
-        return PackedWeight(size, "nibbles", codes, *_turned(stored, size, group, span), group, span)
+        if np.any(np.abs(stored.zeros) > 127):
+            raise UnsupportedError("zero points beyond ±127 are not packed for this device; bits and zero points of at most a byte are")
     q = stored.q
     if isinstance(stored, ClusteredLinear):
         q = np.take_along_axis(stored.codebook[..., None, :], q.astype(np.int64), axis=-1)
-    return PackedWeight(size, "plain", _filled(_tensor(q), WIDE), *_turned(stored, size, group, WIDE), group)
+    scales, zeros = (None if each is None else _tensor(each).to(device) for each in (stored.scales, stored.zeros))
+    return pack_stored(form, Stored(_tensor(q).to(device), scales, zeros, stored.group))
+
+
+def pack_stored(form: LinearFormat, stored: Stored) -> PackedWeight:
+    """The same where it lies; zero points fit in a byte."""
+    size = stored.q.shape[-1]
+    if stored.scales is None:
+        return PackedWeight(size, "plain", _filled(stored.q.to(PLAIN[form.number]), WIDE))
+    group = stored.group if 0 < stored.group < size else 0
+    if form.number not in NIBBLES:
+        return PackedWeight(size, "plain", _filled(stored.q, WIDE), *_turned(stored.scales, stored.zeros, size, group, WIDE), group)
+    span = _span(group, form)
+    codes = _nibbles(_filled(stored.q, span), span)
+    return PackedWeight(size, "nibbles", codes, *_turned(stored.scales, stored.zeros, size, group, span), group, span)
 
 
 def unpack(weight: PackedWeight) -> Tensor:
@@ -104,12 +134,38 @@ def unpack(weight: PackedWeight) -> Tensor:
     return dense * weight.scales.mT[..., group]
 
 
+def is_two_of_four(weight: PackedWeight) -> bool:
+    """Whether of any four inputs side by side, from a multiple of four on, at most two have a code that is not 0."""
+    if weight.layout != "plain":
+        return weight.layout == "two_of_four"
+    fours = torch.nn.functional.pad(weight.codes, (0, -weight.codes.shape[-1] % 4)).unflatten(-1, (-1, 4))
+    return bool(((fours != 0).sum(-1) <= 2).all())
+
+
+def compressed(weight: PackedWeight) -> PackedWeight:
+    """A plain bfloat16 weight that is two of four, without two of every four: nine bits for each input of it. Only a device does it. Raises
+    UnsupportedError for another weight, or sizes that are not multiples of 64."""
+    if weight.scales is not None or weight.codes.dtype != torch.bfloat16 or not is_two_of_four(weight):
+        raise UnsupportedError("a bfloat16 weight of which two of any four inputs are 0 is compressed, and no other")
+    if weight.codes.dim() != 2 or weight.out % 64 or weight.size % 64:
+        raise UnsupportedError(f"weights of {weight.out} × {weight.size} are not compressed; accepted are multiples of 64")
+    dense = weight.codes[:, : weight.size].contiguous()
+    return PackedWeight(weight.size, "two_of_four", to_sparse_semi_structured(dense))
+
+
 def joined(weights: Sequence[PackedWeight]) -> PackedWeight:
     """Weights of one form and one size as one, their output channels one after the other."""
     first = weights[0]
     scales = torch.cat([each.scales for each in weights if each.scales is not None], dim=-1) if first.scales is not None else None
     zeros = torch.cat([each.zeros for each in weights if each.zeros is not None], dim=-1) if first.zeros is not None else None
     return dataclasses.replace(first, codes=torch.cat([each.codes for each in weights], dim=-2), scales=scales, zeros=zeros)
+
+
+def stacked(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Weights of one form and shape as one, with an axis before theirs."""
+    scales = torch.stack([each.scales for each in weights if each.scales is not None]) if weights[0].scales is not None else None
+    zeros = torch.stack([each.zeros for each in weights if each.zeros is not None]) if weights[0].zeros is not None else None
+    return dataclasses.replace(weights[0], codes=torch.stack([each.codes for each in weights]), scales=scales, zeros=zeros)
 
 
 def _span(group: int, form: LinearFormat) -> int:
@@ -132,7 +188,7 @@ def _filled(codes: Tensor, multiple: int) -> Tensor:
     missing = -codes.shape[-1] % multiple
     if not missing:
         return codes.contiguous()
-    made = torch.zeros((*codes.shape[:-1], codes.shape[-1] + missing), dtype=codes.dtype)
+    made = torch.zeros((*codes.shape[:-1], codes.shape[-1] + missing), dtype=codes.dtype, device=codes.device)
     made[..., : codes.shape[-1]] = codes
     return made
 
@@ -144,19 +200,13 @@ def _nibbles(codes: Tensor, span: int) -> Tensor:
     return joined.flatten(-2).contiguous()
 
 
-def _turned(stored: QuantizedLinear, size: int, group: int, multiple: int) -> tuple[Tensor, Tensor | None]:
+def _turned(scales: Tensor, zeros: Tensor | None, size: int, group: int, multiple: int) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points as [..., groups, out], for every group that a filled row reaches into."""
-    scales = _tensor(np.asarray(stored.scales, np.float32)).mT
     groups = -(-(size + -size % multiple) // group) if group else 1
-    scales = _taller(scales, groups, 1.0)
-    if stored.zeros is None:
-        return scales, None
-    if np.any(np.abs(stored.zeros) > 127):
-        raise UnsupportedError("zero points beyond ±127 are not packed for this device; bits and zero points of at most a byte are")
-    return scales, _taller(_tensor(stored.zeros.astype(np.int8)).mT, groups, 0)
+    return _taller(scales.mT, groups, 1.0), None if zeros is None else _taller(zeros.to(torch.int8).mT, groups, 0)
 
 
 def _taller(turned: Tensor, groups: int, fill: float) -> Tensor:
-    made = torch.full((*turned.shape[:-2], groups, turned.shape[-1]), fill, dtype=turned.dtype)
+    made = torch.full((*turned.shape[:-2], groups, turned.shape[-1]), fill, dtype=turned.dtype, device=turned.device)
     made[..., : turned.shape[-2], :] = turned
     return made
