@@ -127,6 +127,10 @@ class Scheduler:
         if not self._planned and self._bounded:  # who has one token to go has no page for it
             self._bounded = False
             self._add_all(each_ready, spare, now_s)
+        if not self._planned and self._gave_way:  # who gave way had taken what others who run, or joined, were left without
+            for running in [*self._running]:
+                if running.joined:
+                    spare = self._add(running, spare, _ready(running))
         return StepPlan(self.cache.take_moves(), tuple(self._planned.values()))
 
     def commit(self, plan: StepPlan, draws: Draws, failed: Collection[int] = ()) -> list[tuple[int, int]]:
