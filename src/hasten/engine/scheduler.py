@@ -39,7 +39,9 @@ class _Live:
 
 
 class Scheduler:
-    """``plan`` says what to compute, ``commit`` takes what came of it; between the two nothing but ``abort`` and ``finish`` may come."""
+    """``plan`` says what to compute, ``commit`` takes what came of it; between the two nothing but ``abort``, ``finish`` and ``learn`` may
+    come. A token below 0 stands for one that is being drawn; the next plan may be made with it, and the next commit not before it is
+    learned."""
 
     def __init__(self, cache: Cache, settings: Settings) -> None:
         self.cache, self.settings = cache, settings
@@ -154,6 +156,11 @@ class Scheduler:
             if entry.draws:
                 drawn += self._go_on(sequence, draws[entry.sequence])
         return drawn
+
+    def learn(self, sequence: int, token: int) -> None:
+        """The last known token of a sequence, which stood for one that was being drawn, is this; an unknown sequence has ended already."""
+        if (found := self._sequences.get(sequence)) is not None:
+            found.known[-1] = token
 
     # --- planning
 
