@@ -80,6 +80,17 @@ def test_outputs_are_those_of_one_step_after_the_other(room, asked, monkeypatch)
         assert engine.counters.recomputed + engine.counters.swapped > 0
 
 
+@pytest.mark.parametrize("asked", HOSTED, ids=lambda asked: [*asked][-1])
+def test_what_the_host_follows_is_waited_for(asked, monkeypatch):
+    """Each alone beside one that hangs on nothing, which is waited for no longer than the other is there."""
+    params = [SamplingParams(**asked), SamplingParams(max_tokens=30, **WARM)]
+    prompts = prompts_of(2)
+    expected = LLM(MODEL, backend="cpu", context=256).generate(prompts, params)
+    llm, session = later_llm(monkeypatch, max_sequences=8)
+    assert llm.generate(prompts, params) == expected
+    assert session.overlapped >= 30 - 12 - 2
+
+
 def test_only_rows_that_the_device_leaves_are_fetched(monkeypatch):
     """Beside others, of which nothing is."""
     llm, session = later_llm(monkeypatch, max_sequences=8)

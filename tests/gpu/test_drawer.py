@@ -8,6 +8,7 @@ from hasten.backends.cuda import drawer as drawing_there
 from hasten.backends.cuda import session as playing
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
 from hasten.backends.cuda.drawer import DeviceDrawer, DeviceDrawn, DeviceLogits
+from hasten.backends.cuda.kernels.history import History
 from hasten.backends.cuda.kernels.sampling import feed
 from hasten.backends.cuda.session import CudaSession
 from hasten.checkpoint import load
@@ -136,7 +137,6 @@ def test_tokens_are_the_engines(name, asked, every, models, backend, events):
 
 
 def test_draws_that_fail_are_tried_alone(models, backend, monkeypatch):
-    """And histories begin anew, for what was noted of them is not known."""
     asked, prompts = [SamplingParams(**{**each, "max_tokens": 4}) for each in PLAIN[1:4]], [[5, 9, 9], [7] * 5, [1, 2]]
     session, plainly, failed = backend.session(models["llama"], 64), drawing_there.sample, []
     expected = run_through(HostDrawn(session), asked, prompts)
@@ -160,14 +160,12 @@ def host_tokens(logits, requests):
 
 
 def test_histories_are_kept_while_tokens_are_not_known(device):
-    """Three draws of one output, of which the host is told no token; others come beside it, for whom there was no room."""
+    """Four draws of one output, of which the host is told no token; others come beside it, for whom there was no room."""
     vocab, rng = 50, np.random.default_rng(2)
     logits = [(rng.normal(size=(5, vocab)) * 2).astype(np.float32) for _ in range(4)]
-    params = SamplingParams(**WARM, frequency_penalty=2.0, repetition_penalty=1.5, logit_bias={4: 3.0})
-    one, others = (
-        Request(0, [1, 2, 3], params, limit=99, end_ids=frozenset(), detokenizer=None, program_context=99, seed=3),
-        [Request(i, [i] * 4, params, limit=99, end_ids=frozenset(), detokenizer=None, program_context=99, seed=i) for i in range(1, 5)],
-    )
+    for rows in logits:
+        rows[0] = 1 + np.arange(vocab) / 10  # what was drawn before is not the likeliest again
+    one, *others = (penalised(i) for i in range(5))
     drawer, drawn = DeviceDrawer(drawer_device(device)), []
     for step, rows in enumerate(logits):
         wanted = [wanted_of(one, step), *(wanted_of(other, 0) for other in (others if step == 2 else ()))]
@@ -178,10 +176,36 @@ def test_histories_are_kept_while_tokens_are_not_known(device):
         tokens = host_tokens(rows[: len(some)], some)
         assert drawn[step].tokens() == tokens
         one.take(tokens[0])
+    assert one.output == [49, 48, 47, 46]
     assert len(drawer._history.words) == 8
     unknown = drawer.draw(DeviceLogits(torch.from_numpy(logits[0]).to(device)), [0], [wanted_of(others[0], 2)])
     assert "slot" in unknown.left[0]
     assert unknown.tokens() == [-1]
+
+
+def penalised(index):
+    params = SamplingParams(frequency_penalty=2.0, repetition_penalty=1.5, logit_bias={4: 3.0})
+    return Request(index, [index] * 4, params, limit=99, end_ids=frozenset(), detokenizer=None, program_context=99, seed=index)
+
+
+def test_histories_begin_anew_where_a_draw_failed_halfway(device, monkeypatch):
+    """It may have noted its tokens."""
+    one, drawer, plainly = penalised(3), DeviceDrawer(drawer_device(device)), drawing_there.sample
+    logits = DeviceLogits(torch.randn(1, 50, generator=torch.Generator().manual_seed(1)).to(device))
+
+    def failing(*arguments, **settings):
+        plainly(*arguments, **settings)
+        raise torch.cuda.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drawing_there, "sample", failing)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            drawer.draw(logits, [0], [wanted_of(one, 0)])
+    assert (drawer._history.words & 0xFFFFF).sum() == 1
+    tokens = drawer.draw(logits, [0], [wanted_of(one, 0)]).tokens()
+    anew = History.of(1, 50, device)
+    anew.begin(0, one.prompt, tokens, one.params.logit_bias)
+    assert torch.equal(drawer._history.words, anew.words)
 
 
 def wanted_of(request, due):

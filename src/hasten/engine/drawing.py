@@ -42,8 +42,6 @@ def begin(sampler: AnySampler, live: Live, rows: Rows) -> Drawing:
     for sequence, row in rows.at:
         if (request := live.requests.get(sequence)) is None or (live.searches and _searches(live, sequence)):
             continue
-        if request.due and not request.left:  # its last token is on its way
-            continue
         begins = sequence in live.sequences and not request.output
         asked += [(sequence, each, row) for each in (live.sequences[sequence] if begins else [sequence])]
     try:
