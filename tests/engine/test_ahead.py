@@ -27,7 +27,7 @@ PLAIN = [
 HOSTED = [
     {"max_tokens": 9, **WARM, "logprobs": 2}, {"max_tokens": 7, "prompt_logprobs": 1}, {"max_tokens": 12, **WARM, "n": 3},
     {"max_tokens": 8, **WARM, "best_of": 3, "n": 2}, {"max_tokens": 10, "beam": BeamSearch(width=3), "n": 2},
-    {"max_tokens": 12, **WARM, "grammar": Grammar("regex", "[a-z]{3,6}")},
+    {"max_tokens": 14, **WARM, "grammar": Grammar("regex", "(x[0-9]y[a-c]){3}")},
 ]  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_what_the_host_follows_is_waited_for(asked, monkeypatch):
     expected = LLM(MODEL, backend="cpu", context=256).generate(prompts, params)
     llm, session = later_llm(monkeypatch, max_sequences=8)
     assert llm.generate(prompts, params) == expected
-    assert session.overlapped >= 30 - 12 - 2
+    assert session.overlapped >= 30 - 14 - 2
 
 
 def test_only_rows_that_the_device_leaves_are_fetched(monkeypatch):
