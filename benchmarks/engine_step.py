@@ -15,9 +15,12 @@ from hasten import SamplingParams, load
 from hasten.backends.cpu import CpuBackend
 from hasten.engine.batching import Continuous
 from hasten.engine.detokenize import Detokenizer, byte_token_ids
+from hasten.engine.drawing import Drawing
 from hasten.engine.engine import Engine
+from hasten.engine.forward import Rows
 from hasten.engine.plan import Settings
 from hasten.engine.request import Request
+from hasten.program import HostLogits
 
 SEQUENCES, CONTEXT = 64, 2048
 TEXT = "for name, value in sorted(settings.items()):\n    print(f'{name}: {value!r}')\n" * 40
@@ -26,7 +29,7 @@ TEXT = "for name, value in sorted(settings.items()):\n    print(f'{name}: {value
 class Nothing:
     """A session that computes nothing."""
 
-    threads = None
+    threads = drawer = None
 
     def __init__(self, session):
         self.program, self.page, self.pages = session.program, session.page, session.pages
@@ -35,7 +38,7 @@ class Nothing:
         pass
 
     def run(self, batch, pages):
-        return np.zeros((len(batch.rows), 1), np.float32)
+        return HostLogits(np.zeros((len(batch.rows), 1), np.float32))
 
 
 class Told(Engine):
@@ -45,15 +48,15 @@ class Told(Engine):
         super().__init__(session, settings)
         self.text, self.telling_s = text, 0.0
 
-    def _compute(self, entries, step):
+    def _begin(self, entries, step):
         began = time.perf_counter()
-        rows = [(entry.sequence, None) for entry in entries if entry.draws]
+        rows = Rows(None, [(entry.sequence, 0) for entry in entries if entry.draws])
         self.telling_s += time.perf_counter() - began
-        return rows
+        return Drawing(rows, (), None)
 
-    def _draw(self, rows, step):
+    def _draw(self, drawing, step):
         began, text = time.perf_counter(), self.text
-        draws = {sequence: [(sequence, text[(sequence * 11 + self.counters.steps) % len(text)])] for sequence, _ in rows}
+        draws = {sequence: [(sequence, text[(sequence * 11 + self.counters.steps) % len(text)])] for sequence, _ in drawing.rows.at}
         self.telling_s += time.perf_counter() - began
         return draws
 

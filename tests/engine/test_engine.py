@@ -10,7 +10,7 @@ from hasten.engine.batching import Continuous
 from hasten.engine.engine import Engine
 from hasten.engine.plan import NeverFitsError, Settings
 from hasten.engine.request import Request
-from hasten.program import Batch
+from hasten.program import Batch, HostLogits
 from tests.families.oracles import make_checkpoint
 
 MODEL = load("code-8m")
@@ -119,7 +119,7 @@ class Faulty:
     def __init__(self, session, poison, fails):
         self._session, self._poison, self._fails, self.failures = session, poison, fails, 0
         self.program, self.page, self.pages, self.threads = session.program, session.page, session.pages, session.threads
-        self.carry_out = session.carry_out
+        self.carry_out, self.drawer = session.carry_out, session.drawer
 
     def run(self, batch: Batch, pages):
         bad = np.flatnonzero(batch.tokens == self._poison)
@@ -127,10 +127,10 @@ class Faulty:
             self.failures += 1
             if self._fails == "raises":
                 raise RuntimeError("the poison token came")
-        logits = self._session.run(batch, pages)
+        logits = self._session.run(batch, pages).numpy()
         owners = np.searchsorted(batch.offsets, bad, side="right") - 1
         logits[np.isin(np.searchsorted(batch.offsets, batch.rows, side="right") - 1, owners)] = np.nan
-        return logits
+        return HostLogits(logits)
 
 
 @pytest.mark.parametrize("fails", ["raises", "NaN"])

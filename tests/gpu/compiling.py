@@ -203,6 +203,7 @@ def draws():
     settings, masks = empty(len(FIELDS), 8, dtype=torch.int64), empty(8, vocab // 32, dtype=I32)
     for history in (None, sampling.History.of(8, vocab, "meta")):
         sampling.sample(empty(8, vocab, dtype=F32), masks, settings, empty(8, dtype=I32), scratch, history)
+    sampling.feed(empty(64, dtype=I32), empty(8, dtype=I32))
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ def test_pages_are_copied_and_swapped(tmp_path, backend):
     session.run(head, [[[0] for _ in groups]])
     session.carry_out([CopyPage(group, 0, 1) for group in groups])
     session.carry_out([SwapOut(group, 0, 7) for group in groups])
-    assert np.array_equal(session.run(tail, [[[1] for _ in groups]]), whole[9:])
+    assert np.array_equal(session.run(tail, [[[1] for _ in groups]]).numpy(), whole[9:])
     session.run(Batch.of([ids[::-1][:9]], rows="none"), [[[0] for _ in groups]])
     session.carry_out([SwapIn(group, 7, 2) for group in groups])
-    assert np.array_equal(session.run(tail, [[[2] for _ in groups]]), whole[9:])
+    assert np.array_equal(session.run(tail, [[[2] for _ in groups]]).numpy(), whole[9:])
 
 
 def test_hidden_states(tmp_path, backend):
@@ -100,7 +100,7 @@ def test_rows_of_nobody_leave_no_trace(name, tmp_path, backend):
     assert any(x.float().abs().sum() for x in kept)
     player = session._player("logits", Bucket.of(Batch.of([ids])))
     with torch.inference_mode():
-        player.play(NOBODY, ())
+        player.play(NOBODY, (), session.drawer.drawn)
     assert all(torch.equal(a, b) for a, b in zip(kept, (x for pool in session.pools.values() for x in pool.tensors), strict=True))
 
 
@@ -113,7 +113,7 @@ def test_out_of_memory_while_a_tape_is_made(tmp_path, backend, monkeypatch):
         with pytest.raises(torch.cuda.OutOfMemoryError):
             session.run(batch, [[[0]]])
     assert [bucket for _, bucket in session._tapes] == [Bucket(1, 1, 1)]
-    assert np.array_equal(session.run(batch, [[[0]]]), session.score(batch))
+    assert np.array_equal(session.run(batch, [[[0]]]).numpy(), session.score(batch))
 
 
 def test_out_of_memory_while_a_model_is_opened(tmp_path, backend, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_captured_step_has_the_bits_of_a_launched_one(tmp_path, backend):
         player, pages = session._player("logits", Bucket.of(batch)), first_pages(session.program, batch, session.page, session.pages)
         assert player._graph is not None
         with torch.inference_mode():
-            replayed = player.play(batch, pages)
+            replayed = player.play(batch, pages, session.drawer.drawn).cpu().numpy()
             player.tape.inputs.fill(batch, pages)
             player.result.fill_(float("nan"))
             player.tape.play()

@@ -31,7 +31,7 @@ def test_every_kernel_compiles_and_fits(made):
         "_linear", "_experts", "_route", "_count", "_place", "_combine", "_norm", "_gate", "_fixed", "_mapped", "_take",
         "_attend", "_add_parts", "_rotary_tables", "_rotate_append", "_move_pages", "_causal_conv", "_selective_scan", "_dual_scan",
         "_gated_delta_scan", "_feature_sums", "_linear_scan",
-        "_rank", "_search", "_draw", "_choose",
+        "_rank", "_search", "_draw", "_choose", "_feed",
     }  # fmt: skip
     assert all(each["shared"] <= SHARED for each in made)
 
@@ -74,5 +74,5 @@ def test_rows_are_read_in_wide_loads(made):
 
 def test_draws_round_every_product(made):
     """A product fused with its sum, or an approximate division, has other bits than the engine's."""
-    assert {each["kernel"] for each in made if each["case"] == "draws"} == {"_rank", "_search", "_draw", "_choose"}
+    assert {each["kernel"] for each in made if each["case"] == "draws"} == {"_rank", "_search", "_draw", "_choose", "_feed"}
     assert not any(each["fused"] for each in made if each["case"] == "draws")

@@ -10,12 +10,13 @@ import triton.language as tl
 
 from hasten import _native
 from hasten.backends.cuda import drawing as plain
-from hasten.backends.cuda.drawing import Wanted, drawing
+from hasten.backends.cuda.drawing import drawing
 from hasten.backends.cuda.kernels.history import History, changed
 from hasten.backends.cuda.kernels.noise import LOWER_HALF, mass_of, natural_log, noise_words, uniform
 from hasten.backends.cuda.kernels.sampling import Scratch, default_parts, sample
 from hasten.engine.sampler import native_row
 from hasten.engine.sampling import Purpose, SamplingParams
+from hasten.program import Wanted
 from tests.engine.sampling_oracle import changed as changed_logits
 
 INF = np.inf
@@ -51,9 +52,9 @@ def poisoned(scratch):
     return scratch
 
 
-def device_tokens(device, logits, rows, history=None, *, bucket=0, parts=1, bits=8, block=1024, searches=None):
+def device_tokens(device, logits, rows, history=None, slots=None, *, bucket=0, parts=1, bits=8, block=1024, searches=None):
     vocab, bucket = logits.shape[1], bucket or len(rows)
-    made = drawing(rows, bucket, vocab)
+    made = drawing(rows, slots or [None] * len(rows), bucket, vocab)
     masks = np.full((bucket, -(-vocab // 32)), 0x5A5A5A5A, np.int32) if made.masks is None else made.masks
     filled = torch.full((bucket, vocab), float("nan"))
     filled[: len(rows)] = torch.from_numpy(logits)
@@ -202,10 +203,10 @@ def test_penalties_need_no_token_to_leave_the_device(device):
         expected = np.full(5, -99, np.int32)
         _native.Sampler(None).sample(logits, native, np.arange(5) + step, expected)
         rows = [
-            Wanted(seed=5, choice=row, position=row + step, slot=slot, biased=row in bias, **its)
-            for row, (slot, its) in enumerate(zip(slots, asked))
+            Wanted(seed=5, choice=row, position=row + step, bias=[*bias.get(row, {}).items()], **its)
+            for row, its in enumerate(asked)
         ]  # fmt: skip
-        tokens, _ = device_tokens(device, logits, rows, history, block=64)
+        tokens, _ = device_tokens(device, logits, rows, history, slots, block=64)
         assert tokens == expected.tolist()
         turned += [tokens[0] != logits[0].argmax()]
         for row, (output, token) in enumerate(zip(outputs, tokens)):
@@ -344,25 +345,26 @@ def test_what_the_device_does_not_draw_is_left_with_a_reason():
     plainly = Wanted(seed=1, position=2, temperature=1.0)
     asked = [
         ("penalties", {"presence_penalty": 0.5}), ("penalties", {"repetition_penalty": 1.1}), ("penalties", {"frequency_penalty": -1.0}),
-        ("bias", {"biased": True}), ("log-probabilities", {"logprobs": 0}), ("another row", {"presence_penalty": 0.5, "slot": 3}),
+        ("bias", {"bias": [(3, 1.0)]}), ("log-probabilities", {"logprobs": 0}), ("another row", {"presence_penalty": 0.5}),
     ]  # fmt: skip
-    slotted = dataclasses.replace(plainly, presence_penalty=0.25, slot=3)
-    made = drawing([plainly, slotted, *(dataclasses.replace(plainly, **its) for _, its in asked)], 9, 100)
+    slotted = dataclasses.replace(plainly, presence_penalty=0.25)
+    rows = [plainly, slotted, *(dataclasses.replace(plainly, **its) for _, its in asked)]
+    made = drawing(rows, [None, 3, *[None] * 5, 3], 9, 100)
     assert sorted(made.left) == [2, 3, 4, 5, 6, 7]
     assert all(word in made.left[row] for row, (word, _) in enumerate(asked, 2))
     assert made.settings[plain.FIELDS.index("kind")].tolist() == [plain.DRAWN, plain.DRAWN, *[plain.NOT_DRAWN] * 7]
     assert made.settings[plain.FIELDS.index("slot")].tolist() == [-1, 3, *[-1] * 7]
-    assert "1048577 ids" in drawing([plainly], 1, 2**20 + 1).left[0]
+    assert "1048577 ids" in drawing([plainly], [None], 1, 2**20 + 1).left[0]
     with pytest.raises(ValueError, match="9 rows"):
-        drawing([plainly] * 9, 8, 100)
+        drawing([plainly] * 9, [None] * 9, 8, 100)
 
 
 def test_settings_hold_what_was_wanted():
     mask = bits_of([31, 32], 40)
     wanted = Wanted(seed=2**63 - 1, position=2**32 - 1, choice=5, purpose=1, temperature=0.3, top_k=7, top_p=0.25, min_p=0.125, mask=mask)
-    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "slot": 4}
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5}
     rows = [dataclasses.replace(wanted, temperature=0.0), dataclasses.replace(wanted, **penalties)]
-    made = drawing([*rows, dataclasses.replace(wanted, top_k=40, mask=None)], 4, 40)
+    made = drawing([*rows, dataclasses.replace(wanted, top_k=40, mask=None)], [None, 4, None], 4, 40)
     column = dict(zip(plain.FIELDS, made.settings[:, 1].tolist()))
     reals = {name: np.array(column.pop(name)).view(np.float64).item() for name in plain.REALS}
     assert column == {"kind": 2, "masked": 1, "slot": 4, "seed": 2**63 - 1, "position": 2**32 - 1, "choice": 5, "purpose": 1, "top_k": 7}
@@ -370,5 +372,5 @@ def test_settings_hold_what_was_wanted():
     assert made.masks.view(np.uint32).tolist() == [mask.tolist(), mask.tolist(), [0, 0], [0, 0]]
     assert [*made.settings[plain.FIELDS.index("kind")], *made.settings[plain.FIELDS.index("top_k")]] == [1, 2, 2, 0, 0, 7, 0, 0]
     assert (made.top_k, made.top_p) == (True, True)
-    greedy = drawing([Wanted(seed=1, position=2, top_k=3, top_p=0.5)], 1, 40)
+    greedy = drawing([Wanted(seed=1, position=2, top_k=3, top_p=0.5)], [None], 1, 40)
     assert (greedy.top_k, greedy.top_p, greedy.masks) == (False, False, None)

@@ -199,12 +199,18 @@ class Simulation:
         self.note(why)
 
     def _step(self) -> None:
+        self._run(*self._planned())
+
+    def _planned(self) -> tuple[StepPlan, set[int]]:
+        """A step that was computed, and the sequences of which nothing came."""
         held = [job for job in self.clients if self.random.random() < 0.02]
         plan = self.scheduler.plan(self.now, held, None if math.isinf(self.settings.stretch) else self.pace.costs)
         self.pace.note_step(plan.entries, self.random.random() + self.token_s * sum(len(entry.tokens) for entry in plan.entries))
         self._check_plan(plan, held)
         self.backend.run(plan, {entry.sequence: self._hashes(entry) for entry in plan.entries})
-        failed = {entry.sequence for entry in plan.entries if self.random.random() < 0.002}
+        return plan, {entry.sequence for entry in plan.entries if self.random.random() < 0.002}
+
+    def _run(self, plan: StepPlan, failed: set[int]) -> None:
         draws: dict[int, list[tuple[int, int]]] = {}
         for entry in plan.entries:
             client = self.of[entry.sequence]
@@ -240,19 +246,30 @@ class Simulation:
 
     def _take(self, plan: StepPlan, draws: Draws, failed: set[int]) -> None:
         for sequence, token in self.scheduler.commit(plan, draws, failed):
-            client = self.of[sequence]
-            self.drawn += 1
-            client.known[sequence].append(token)
-            client.hashes[sequence].append(chain(client.hashes[sequence][-1], token))
-            output = client.known[sequence][len(client.job.prompt) :]
-            if len(output) == client.job.most or (token == 0 and len(output) > 6):
-                expected = expected_output(client.job, client.choice[sequence])[: len(output)]
-                check(output == expected, "an output that hangs on more than the request")
-                del client.known[sequence]
-                self.scheduler.finish(sequence)
-                if not client.known:
-                    del self.clients[client.job.id]
-                    self.note("ended")
+            output = self._append(sequence, token)
+            if len(output) == self.of[sequence].job.most or (token == 0 and len(output) > 6):
+                self._finish(sequence)
+        self._fail(failed)
+
+    def _append(self, sequence: int, token: int) -> list[int]:
+        """A token was drawn; the output so far."""
+        client = self.of[sequence]
+        self.drawn += 1
+        client.known[sequence].append(token)
+        client.hashes[sequence].append(chain(client.hashes[sequence][-1], token))
+        return client.known[sequence][len(client.job.prompt) :]
+
+    def _finish(self, sequence: int) -> None:
+        client = self.of[sequence]
+        output = client.known.pop(sequence)[len(client.job.prompt) :]
+        expected = expected_output(client.job, client.choice[sequence])[: len(output)]
+        check(output == expected, "an output that hangs on more than the request")
+        self.scheduler.finish(sequence)
+        if not client.known:
+            del self.clients[client.job.id]
+            self.note("ended")
+
+    def _fail(self, failed: set[int]) -> None:
         for sequence in failed:
             if (client := self.of[sequence]).job.id in self.clients:
                 self._end(client.job.id, "failures")
@@ -332,3 +349,55 @@ class Simulation:
         counters["evicted"] = self.cache.tree.evicted if self.cache.tree else 0
         for name, value in counters.items():
             self.seen[name] = self.seen.get(name, 0) + value
+
+
+class Ahead(Simulation):
+    """A backend that tells its tokens one step late: the next step is planned before, and feeds them by itself. It knows them at once, and
+    ``due`` are those that the scheduler does not."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.due: dict[int, int] = {}
+
+    def _run(self, plan: StepPlan, failed: set[int]) -> None:
+        self._learn()
+        if self.random.random() < 0.3 or any(self._forks(entry) for entry in plan.entries):
+            super()._run(plan, failed)
+            return
+        drawn: dict[int, int] = {}
+        for entry in plan.entries:
+            client = self.of[entry.sequence]
+            if entry.sequence not in client.known or entry.sequence in failed:
+                continue
+            self.computed += len(entry.tokens)
+            if entry.draws:
+                ((_, drawn[entry.sequence]),) = self._draw(client, entry.sequence)
+        for sequence, token in self.scheduler.commit(plan, {sequence: [(sequence, -2)] for sequence in drawn}, failed):
+            check(token == -2, "a token that nobody has told")
+            self.due[sequence] = drawn[sequence]
+            if len(self._append(sequence, drawn[sequence])) == self.of[sequence].job.most:
+                self._finish(sequence)  # that is known before its last token is
+                self.note("ends ahead")
+        self._fail(failed)
+
+    def _learn(self) -> None:
+        for sequence, token in self.due.items():
+            self.scheduler.learn(sequence, token)
+            known = self.of[sequence].known.get(sequence, [])
+            if self.of[sequence].job.id in self.clients and token == 0 and len(known) - len(self.of[sequence].job.prompt) > 6:
+                self._finish(sequence)
+                self.note("ends late")
+        self.due.clear()
+
+    def _forks(self, entry: Entry) -> bool:
+        client = self.of[entry.sequence]
+        known = client.known.get(entry.sequence, ())
+        return entry.draws and client.job.sequences > 1 and len(known) == len(client.job.prompt)
+
+    def _tokens(self, client: Client, entry: Entry) -> list[int]:
+        tokens = super()._tokens(client, entry)
+        if entry.tokens[-1] < 0:
+            check(entry.sequence in self.due, "a token that nobody draws")
+            self.note("feeds what is due")
+            tokens[-1] = entry.tokens[-1]
+        return tokens

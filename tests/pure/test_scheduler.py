@@ -213,3 +213,18 @@ def test_a_window_needs_its_last_pages_only():
 def test_plans_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().plan(0.0).entries = ()
+
+
+def test_who_gives_way_leaves_what_it_took_to_others():
+    """One scores its prompt, and with that all that may be scored in a step; another who would score joins; a third has it give way."""
+    cache = Cache((TokenPages("window", 8, SlidingWindow(4), 10),), 4)
+    scheduler = Scheduler(cache, Settings(4, Continuous(4), ByPriority(20.0), output_share=1.0, scored_tokens=1))
+    scheduler.submit(Job(3, tuple(range(10)), 10, priority=-1, scored=True), 30, 0.0)
+    plan = scheduler.plan(1.0)
+    assert [entry.sequence for entry in plan.entries] == [30]
+    scheduler.commit(plan, {})
+    scheduler.submit(Job(2, tuple(range(5)), 4, sequences=3, key=2), 20, 2.0)
+    scheduler.submit(Job(0, tuple(range(11)), 5, priority=1, scored=True), 10, 2.0)
+    plan = scheduler.plan(3.0)
+    assert scheduler.counters.swapped + scheduler.counters.recomputed == 1
+    assert [(entry.sequence, len(entry.tokens)) for entry in plan.entries] == [(10, 1)]

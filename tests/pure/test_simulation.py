@@ -7,9 +7,10 @@ import pytest
 
 from hasten.cache import Cache, PagePool, PrefixTree
 from hasten.engine.scheduler import Scheduler
-from tests.pure.simulation import Simulation, Violation
+from tests.pure.simulation import Ahead, Simulation, Violation
 
 SEEDS, PARTS = 10_000, 16
+AHEAD = 3_000
 FIRED = (
     "ended", "aborts", "failures", "never fits", "hit_tokens", "padding_tokens", "recomputed", "swapped", "swaps in", "forks",
     "shared_steps", "evicted", "held", "timed alone",
@@ -29,6 +30,31 @@ def test_every_invariant_holds_after_every_step(part):
             raise AssertionError(f"seed {seed}: {simulation.settings}, {simulation.groups}") from error
         seen.update(simulation.seen)
     assert all(seen[what] > 0 for what in FIRED), seen
+
+
+def run_ahead(part):
+    seen = collections.Counter()
+    for seed in range(part, AHEAD, 4):
+        simulation = Ahead(seed)
+        try:
+            simulation.run()
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {simulation.settings}, {simulation.groups}") from error
+        seen.update(simulation.seen)
+    return seen
+
+
+@pytest.mark.row("leaked pages", "every page counted after every step")
+@pytest.mark.parametrize("part", range(4))
+def test_every_invariant_holds_where_steps_are_planned_ahead(part):
+    seen = run_ahead(part)
+    assert all(seen[what] > 0 for what in (*FIRED, "feeds what is due", "ends ahead", "ends late")), seen
+
+
+def test_a_token_that_is_never_learned_is_found(monkeypatch):
+    monkeypatch.setattr(Scheduler, "learn", lambda *_: None)
+    with pytest.raises(AssertionError):
+        run_ahead(0)
 
 
 def leak(monkeypatch):

@@ -1,14 +1,18 @@
 """Engine: requests in, tokens out. A scheduler that decides, a backend's session that computes, a sampler that draws."""
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import TYPE_CHECKING
 
 from hasten.base.errors import ConfigError, UserError
 from hasten.cache import Cache, page_groups
 from hasten.engine.constraint import Constraints, ConstraintState
-from hasten.engine.drawing import draw, said
+from hasten.engine.draw import Draw, TokenLogprob
+from hasten.engine.drawing import AnySampler, Drawing, awaited, begin, draw, due, said
 from hasten.engine.following import Following
-from hasten.engine.forward import Rows, compute
+from hasten.engine.forward import Rows, compute, rows_of, run
 from hasten.engine.live import Live, Step
 from hasten.engine.pace import Pace
 from hasten.engine.plan import Costs, Counters, Entry, Job, Settings
@@ -19,14 +23,29 @@ from hasten.engine.search import Search
 from hasten.engine.session import Session
 from hasten.program import Move
 
+if TYPE_CHECKING:
+    from hasten.engine.sampler import Due
+
 IDLE_S = 0.001
 """How long to wait for a batch that is not to begin yet."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """A step whose ``tokens`` are due, one for each of ``sequences``. ``timed`` are its entries, or none where they do not say what such a
+    step takes."""
+
+    tokens: "Due"
+    sequences: Sequence[int]
+    timed: Sequence[Entry]
+    began_s: float
+
+
 class Engine:
-    """Runs requests over a backend's ``session``, which nobody else uses, in one thread. ``constraints`` follow the requests' grammars;
-    ``swap_bytes`` may be taken outside the session's pages by requests that must wait; ``prefixes`` lets requests of one key share what
-    they begin with; ``clock`` tells seconds."""
+    """Runs requests over a backend's ``session``, which nobody else uses, in one thread. Where the session draws by itself, a step is
+    planned and begun while the one before is computed, and takes the tokens that come of that. ``constraints`` follow the requests'
+    grammars; ``swap_bytes`` may be taken outside the session's pages by requests that must wait; ``prefixes`` lets requests of one key
+    share what they begin with; ``clock`` tells seconds."""
 
     def __init__(
         self, session: Session, settings: Settings, *, constraints: Constraints | None = None, swap_bytes: int = 0, prefixes: bool = True,
@@ -42,7 +61,14 @@ class Engine:
         self.cache = Cache(groups, session.page, places, prefixes)
         self.scheduler = Scheduler(self.cache, settings)
         self._pace = Pace(settings.costs or Costs(), measured=settings.costs is None)
-        self._clock, self._sampler = clock, Sampler(session.threads)
+        self._clock, self._host = clock, Sampler(session.threads)
+        self._sampler: AnySampler = self._host
+        if session.drawer is not None:
+            from hasten.engine.device_sampler import DeviceSampler  # late, as the sampler
+
+            self._sampler = DeviceSampler(session.drawer, self._host)
+        self._ahead: _Ahead | None = None  # the step before, while its tokens are due
+        self._learned_s = -math.inf  # when they were known last
         self._live = Live()
         self._following = Following(constraints, self._live)
         self._whole = True  # all pages hold what the cache says
@@ -100,26 +126,28 @@ class Engine:
         plan = self.scheduler.plan(began, held, self._pace.costs)
         self.move(plan.moves)
         if not plan.entries:
-            self._wait(held, step)
+            if not self._learn(step):
+                self._wait(held, step)
             return step.chunks
-        draws = self._draw(self._compute(plan.entries, step), step)
-        chunks, logprobs = step.chunks, step.logprobs
+        drawing = self._begin(plan.entries, step)
+        self._learn(step)
+        tokens = due(live, drawing)
+        draws = self._draw(drawing, step) if tokens is None else awaited(drawing)
         for sequence, token in self.scheduler.commit(plan, draws, step.errors):
             if live.searches and live.numbers[sequence] in live.searches:
                 continue
-            request = live.requests[sequence]
-            try:
-                chunks.append(request.take(token, logprobs.get(sequence)))
-            except Exception as failure:  # of its tokenizer, or of what makes text
-                chunks.append(request.end("error", said(failure)))
-            if request.finish_reason is not None:
-                self.scheduler.finish(sequence)
-                live.forget(sequence)
+            if tokens is None:
+                self._take(sequence, token, step.logprobs.get(sequence), step)
+            else:
+                self._await(sequence)
         for sequence, error in step.errors.items():
-            chunks += self._fail(live.numbers.get(sequence, sequence), error)
-        if not plan.moves and not step.errors:
-            self._pace.note_step(plan.entries, self._clock() - began)
-        return chunks
+            step.chunks += self._fail(live.numbers.get(sequence, sequence), error)
+        timed = () if plan.moves or step.errors else plan.entries
+        if tokens is None:
+            self._pace.note_step(timed, self._clock() - max(began, self._learned_s))
+        else:
+            self._ahead = _Ahead(tokens, [sequence for sequence, _, _ in drawing.asked], timed, began)
+        return step.chunks
 
     def move(self, moves: Sequence[Move]) -> None:
         """Carry out what the cache has decided; whoever computes on these pages does so before. What it raises ends the engine."""
@@ -132,11 +160,66 @@ class Engine:
             self._whole = True
             self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
 
-    def _compute(self, entries: Sequence[Entry], step: Step) -> Rows:
-        return compute(self.session, self._sampler, self._live, entries, step)
+    def _begin(self, entries: Sequence[Entry], step: Step) -> Drawing:
+        return begin(self._sampler, self._live, self._compute(entries, step))
 
-    def _draw(self, rows: Rows, step: Step) -> dict[int, list[tuple[int, int]]]:
-        return draw(self._sampler, self._live, rows, step)
+    def _compute(self, entries: Sequence[Entry], step: Step) -> Rows:
+        live = self._live
+        if self._ahead is None:
+            return compute(self.session, self._host, live, entries, step)
+        try:
+            logits = run(self.session, live, entries)
+        except Exception:  # to find whose fault it is, steps must be made of tokens that are known
+            learned = self._learn(step)
+            known = [each._replace(tokens=[learned.get(each.sequence, t) if t < 0 else t for t in each.tokens]) for each in entries]
+            return compute(self.session, self._host, live, known, step)
+        return rows_of(self._host, live, entries, logits, step)
+
+    def _draw(self, drawing: Drawing, step: Step) -> dict[int, list[tuple[int, int]]]:
+        return draw(self._sampler, self._live, drawing, step)
+
+    def _take(self, sequence: int, token: int, logprob: TokenLogprob | None, step: Step) -> None:
+        """An output goes on by a token."""
+        request = self._live.requests[sequence]
+        try:
+            step.chunks.append(request.take(token, logprob))
+        except Exception as failure:  # of its tokenizer, or of what makes text
+            step.chunks.append(request.end("error", said(failure)))
+        if request.finish_reason is not None:
+            self.scheduler.finish(sequence)
+            self._live.forget(sequence)
+
+    def _await(self, sequence: int) -> None:
+        """An output goes on by a token that is due."""
+        request = self._live.requests[sequence]
+        request.due = 1
+        if not request.left:
+            self.scheduler.finish(sequence)  # nothing is computed for it any more; it ends when the token is there
+
+    def _learn(self, step: Step) -> dict[int, int]:
+        """Wait for the tokens that are due and take them; which they are, by sequence. Of those that have ended meanwhile, nothing."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return {}
+        learned: dict[int, int] = {}
+        try:
+            draws = ahead.tokens.draws()
+        except Exception as failure:
+            draws = [Draw(-1, error=said(failure))] * len(ahead.sequences)
+        for sequence, drawn in zip(ahead.sequences, draws, strict=True):
+            learned[sequence] = max(drawn.token, 0)
+            if (request := self._live.requests.get(sequence)) is None:
+                continue
+            self.scheduler.learn(sequence, learned[sequence])
+            if drawn.error is None:
+                self._take(sequence, drawn.token, None, step)
+                continue
+            step.chunks.append(request.end("error", drawn.error))
+            self.scheduler.finish(sequence)
+            self._live.forget(sequence)
+        began, self._learned_s = max(ahead.began_s, self._learned_s), self._clock()
+        self._pace.note_step(ahead.timed, self._learned_s - began)
+        return learned
 
     # --- grammars
 

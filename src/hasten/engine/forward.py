@@ -1,5 +1,6 @@
 """Forward: from planned entries to the logits that tokens are drawn from."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,52 +10,78 @@ from numpy.typing import NDArray
 from hasten.engine.live import Live, Step
 from hasten.engine.plan import Entry
 from hasten.engine.session import Session
-from hasten.program import Batch
+from hasten.program import Batch, HostLogits, Logits
 
 if TYPE_CHECKING:
     from hasten.engine.sampler import Sampler
     from hasten.engine.scoring import PromptScores
 
-Rows = list[tuple[int, NDArray[np.float32]]]
-"""Logits [vocab] by sequence."""
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What tokens are drawn from: ``logits``, and ``at``, each drawing sequence with its row of them."""
+
+    logits: Logits
+    at: Sequence[tuple[int, int]]
+
+    def numpy(self) -> NDArray[np.float32]:
+        """The rows of ``at`` on the host, in its order."""
+        return self.logits.numpy([row for _, row in self.at])
 
 
 def compute(session: Session, sampler: "Sampler", live: Live, entries: Sequence[Entry], step: Step) -> Rows:
     """Logits of each entry that draws. What fails is tried again in halves, to find whose fault it is."""
     try:
-        logits = session.run(batch_of(entries, live.scores), [entry.pages for entry in entries])
+        logits = run(session, live, entries)
     except Exception as error:
         if len(entries) == 1:
             step.errors[entries[0].sequence] = f"{type(error).__name__}: {error}"
-            return []
+            return Rows(HostLogits(np.empty((0, 0), np.float32)), [])
         half = len(entries) // 2
-        return compute(session, sampler, live, entries[:half], step) + compute(session, sampler, live, entries[half:], step)
-    if live.scores:
-        logits = _scored(sampler, live, entries, logits, step)
-    drawing = [entry.sequence for entry in entries if entry.draws]
-    return [(sequence, row) for sequence, row in zip(drawing, logits, strict=True) if sequence in live.requests]
+        return _together([_on_host(compute(session, sampler, live, some, step)) for some in (entries[:half], entries[half:])])
+    return rows_of(sampler, live, entries, logits, step)
 
 
-def _scored(
-    sampler: "Sampler", live: Live, entries: Sequence[Entry], logits: NDArray[np.float32], step: Step
-) -> NDArray[np.float32]:  # fmt: skip
-    """Take the rows that prompts are scored by; the others, one for each entry that draws."""
-    drawing, at = list[int](), 0
+def run(session: Session, live: Live, entries: Sequence[Entry]) -> Logits:
+    """All rows of a step: those that prompts are scored by, and those that are drawn from."""
+    return session.run(batch_of(entries, live.scores), [entry.pages for entry in entries])
+
+
+def rows_of(sampler: "Sampler", live: Live, entries: Sequence[Entry], logits: Logits, step: Step) -> Rows:
+    """Which of the rows that `run` gave are drawn from; the others score prompts, and are taken."""
+    if not live.scores:
+        drawing = [entry.sequence for entry in entries if entry.draws]
+        return Rows(logits, list(zip(drawing, range(len(drawing)))))
+    at, row = list[tuple[int, int]](), 0
     for entry in entries:
         if (scores := live.scores.get(entry.sequence)) is not None:
             count = len(scores.wanted(entry.start, len(entry.tokens)))
             try:
-                scores.take(logits[at : at + count], sampler)
+                scores.take(logits.numpy(range(row, row + count)), sampler)
             except ValueError as error:
                 step.errors[entry.sequence] = str(error)
-            at += count
+            row += count
             if entry.draws:
                 live.requests[entry.sequence].prompt_logprobs = tuple(scores.entries)
                 del live.scores[entry.sequence]
         if entry.draws:
-            drawing.append(at)
-            at += 1
-    return logits[drawing]
+            at.append((entry.sequence, row))
+            row += 1
+    return Rows(logits, at)
+
+
+def _on_host(rows: Rows) -> Rows:
+    """The same, for longer than until the next step."""
+    return Rows(HostLogits(rows.numpy()), [(sequence, row) for row, (sequence, _) in enumerate(rows.at)])
+
+
+def _together(each: Sequence[Rows]) -> Rows:
+    """What several steps gave."""
+    some = [rows for rows in each if rows.at]
+    if len(some) < 2:
+        return some[0] if some else each[0]
+    sequences = [sequence for rows in some for sequence, _ in rows.at]
+    return Rows(HostLogits(np.concatenate([rows.numpy() for rows in some])), list(zip(sequences, range(len(sequences)))))
 
 
 def batch_of(entries: Sequence[Entry], scores: "Mapping[int, PromptScores] | None" = None) -> Batch:

@@ -94,7 +94,8 @@ class Job:
 
 
 class Entry(NamedTuple):
-    """One sequence's part of a step: ``tokens`` at positions from ``start`` on, with ``pages`` as they are until the commit."""
+    """One sequence's part of a step: ``tokens`` at positions from ``start`` on, with ``pages`` as they are until the commit. The last of
+    them is below 0 where it is being drawn."""
 
     sequence: int
     start: int

@@ -50,6 +50,8 @@ class Request:
         self.choice, self.constraint = choice, constraint
         self.index, self.params, self.prompt, self.program_context = index, params, tuple(prompt), program_context
         self.output: list[int] = []
+        self.due = 0
+        """Tokens that are being drawn: 1 while the next one is planned before this one is known."""
         self.finish_reason: FinishReason | None = None
         chosen = params.seed if seed is None else seed
         self.seed = secrets.randbits(63) if chosen is None else chosen
@@ -61,6 +63,11 @@ class Request:
         if detokenizer is not None:
             lead = detokenizer.feed(prompt) + detokenizer.flush()  # spaces and bytes at the seam depend on what came before
             self._lead = lead if params.echo else ""
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be drawn."""
+        return self.most - len(self.output) - self.due
 
     @property
     def key(self) -> tuple[int, int]:
@@ -77,10 +84,11 @@ class Request:
     @property
     def forbidden(self) -> frozenset[int]:
         """Ids that may not come next: those that would end the output before ``min_tokens`` are out."""
-        return self.end_ids if len(self.output) < self.params.min_tokens else frozenset()
+        return self.end_ids if len(self.output) + self.due < self.params.min_tokens else frozenset()
 
     def take(self, token: int, logprob: TokenLogprob | None = None) -> Chunk:
         """Note the next token, and say what became known."""
+        self.due = 0
         self.output.append(token)
         text, ended = "", token in self.end_ids
         if self._detokenizer is not None and not ended:

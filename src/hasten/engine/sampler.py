@@ -1,7 +1,8 @@
 """Sampler: the next token of every running sequence, drawn in one native call (``native/src/sampling.hpp`` says how)."""
 
+import dataclasses
 from collections.abc import Collection, Hashable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from hasten import _native
 from hasten.engine.draw import Draw, TokenLogprob
 from hasten.engine.sampling import Purpose, SamplingParams, biases, token_masks
+from hasten.program import Logits
 
 
 class Sequenced(Protocol):
@@ -31,7 +33,12 @@ class Sequenced(Protocol):
 
     @property
     def output(self) -> Sequence[int]:
-        """The tokens drawn so far."""
+        """The tokens drawn so far, as far as they are known."""
+        ...
+
+    @property
+    def due(self) -> int:
+        """How many are drawn beyond ``output``; 0 wherever the host draws."""
         ...
 
     @property
@@ -55,12 +62,37 @@ class Sequenced(Protocol):
         ...
 
 
+class Due(Protocol):
+    """Tokens that come by themselves: the next step may take them before they are known."""
+
+    def draws(self) -> list[Draw]:
+        """One Draw a sequence, waited for, however far the session has gone on."""
+        ...
+
+
+class Sampling(Protocol):
+    """Tokens under way."""
+
+    @property
+    def due(self) -> Due | None:
+        """All of them, where none needs the host."""
+        ...
+
+    def draws(self) -> list[Draw]:
+        """One Draw a sequence, waited for. Not when the session has gone on to its next step."""
+        ...
+
+
 class Sampler:
     """Draws for sequences that come and go; ``threads`` share the rows of a step, the caller's alone if None."""
 
     def __init__(self, threads: _native.ThreadPool | None = None) -> None:
         self._native = _native.Sampler(threads)
         self._rows: dict[Hashable, tuple[_native.SamplingRow, int]] = {}  # each sequence's row, and how much of the output that has seen
+
+    def begin(self, logits: Logits, rows: Sequence[int], sequences: Sequence[Sequenced]) -> Sampling:
+        """What draws for ``sequences`` from their ``rows`` of a step's logits, when asked to."""
+        return _OnHost(self, logits, rows, sequences)
 
     def draw(self, logits: NDArray[np.float32], sequences: Sequence[Sequenced]) -> list[Draw]:
         """One Draw a sequence, from logits [R, vocab]; the last call's other sequences are forgotten.
@@ -133,6 +165,18 @@ class Sampler:
         for token in sequence.output[seen:]:
             row.append(token)
         return row, len(sequence.output)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _OnHost:
+    sampler: Sampler
+    logits: Logits
+    rows: Sequence[int]
+    sequences: Sequence[Sequenced]
+    due: ClassVar[None] = None
+
+    def draws(self) -> list[Draw]:
+        return self.sampler.draw(self.logits.numpy(self.rows), self.sequences)
 
 
 def native_row(params: SamplingParams, prompt: Sequence[int], seed: int, choice: int = 0) -> _native.SamplingRow:

@@ -39,7 +39,9 @@ class _Live:
 
 
 class Scheduler:
-    """``plan`` says what to compute, ``commit`` takes what came of it; between the two nothing but ``abort`` and ``finish`` may come."""
+    """``plan`` says what to compute, ``commit`` takes what came of it; between the two nothing but ``abort``, ``finish`` and ``learn`` may
+    come. A token below 0 stands for one that is being drawn; the next plan may be made with it, and the next commit not before it is
+    learned."""
 
     def __init__(self, cache: Cache, settings: Settings) -> None:
         self.cache, self.settings = cache, settings
@@ -127,6 +129,10 @@ class Scheduler:
         if not self._planned and self._bounded:  # who has one token to go has no page for it
             self._bounded = False
             self._add_all(each_ready, spare, now_s)
+        if not self._planned and self._gave_way:  # who gave way had taken what others who run, or joined, were left without
+            for running in [*self._running]:
+                if running.joined:
+                    spare = self._add(running, spare, _ready(running))
         return StepPlan(self.cache.take_moves(), tuple(self._planned.values()))
 
     def commit(self, plan: StepPlan, draws: Draws, failed: Collection[int] = ()) -> list[tuple[int, int]]:
@@ -150,6 +156,11 @@ class Scheduler:
             if entry.draws:
                 drawn += self._go_on(sequence, draws[entry.sequence])
         return drawn
+
+    def learn(self, sequence: int, token: int) -> None:
+        """The last known token of a sequence, which stood for one that was being drawn, is this; an unknown sequence has ended already."""
+        if (found := self._sequences.get(sequence)) is not None:
+            found.known[-1] = token
 
     # --- planning
 

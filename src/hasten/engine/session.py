@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hasten.program import Batch, Move, PageLists, Program
+from hasten.program import Batch, Drawer, Logits, Move, PageLists, Program
 
 if TYPE_CHECKING:
     from hasten import _native
@@ -33,12 +33,18 @@ class Session(Protocol):
         """Threads that sampling may share between steps; None where there are none of its own."""
         ...
 
+    @property
+    def drawer(self) -> Drawer | None:
+        """What draws tokens where the logits lie, while the next step is planned; None where the engine draws them."""
+        ...
+
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in, in this order."""
         ...
 
-    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
-        """Logits [R, vocab] of the batch's rows, in the caller's hands from then on; what is kept of sequence s goes to ``pages[s]``."""
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> Logits:
+        """Logits [R, vocab] of the batch's rows, where they were computed; what is kept of sequence s goes to ``pages[s]``. Where there is
+        a ``drawer``, nothing is waited for, and a token may be one that is being drawn."""
         ...
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:

@@ -62,7 +62,7 @@ class Stepper:
         """Logits float32 [R, vocab] of the rows asked for, and the sequences, which are longer then.
 
         Raises ConfigError for a batch that does not go on from ``state``, UserError where no page is left; no sequence is longer then."""
-        logits = self.session.run(batch, self._prepared(batch, state))
+        logits = self.session.run(batch, self._prepared(batch, state)).numpy()
         self._advance(batch, state)
         return logits, state
 

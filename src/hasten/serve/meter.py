@@ -14,7 +14,7 @@ from hasten.engine import LLM, Chunk
 from hasten.engine.engine import Engine
 from hasten.measure.cost import read_share
 from hasten.measure.roofline import Limits
-from hasten.program import Batch, Move, PageLists, Program, RecurrentGroup, unfuse
+from hasten.program import Batch, Drawer, HostLogits, Logits, Move, PageLists, Program, RecurrentGroup, unfuse
 from hasten.spec import Causal
 
 if TYPE_CHECKING:
@@ -85,11 +85,16 @@ class Meter:
         """The session's."""
         return self._session.threads
 
+    @property
+    def drawer(self) -> Drawer | None:
+        """The session's."""
+        return self._session.drawer
+
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in."""
         self._session.carry_out(moves)
 
-    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> Logits:
         """Logits [R, vocab], as the session gives them."""
         if self._native is None or self._read is None:
             return self._session.run(batch, pages)
@@ -100,7 +105,7 @@ class Meter:
         logits, profile = self._native.profile(batch, pages)
         self._kernel += profile.kernel_ns
         self._clock += time.perf_counter_ns() - began - profile.step_ns  # what looking at the clock took
-        return logits
+        return HostLogits(logits)
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Hidden states [R, width], as the session gives them; not counted, for they are not of the engine's steps."""

@@ -24,6 +24,7 @@ from hasten.program import (
     Batch,
     CopyPage,
     Formats,
+    HostLogits,
     Move,
     PageLists,
     Program,
@@ -126,6 +127,8 @@ class CpuSession:
     holds what is the caller's business. ``threads`` play its steps, and are free between them."""
 
     page = PAGE
+    drawer = None
+    """The engine draws."""
 
     def __init__(
         self, program: Program, compiled: Compiled, threads: _native.ThreadPool, tape_of: Callable[..., Compiled] | None = None
@@ -151,12 +154,12 @@ class CpuSession:
                 case SwapIn():
                     pool.write_page(move.target, outside.pop(move.place))
 
-    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> HostLogits:
         """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``.
 
         Raises ConfigError for what is out of range or does not fit together; nothing is changed then. Raises CheckpointError where
         somebody changed the file that the weights were mapped from."""
-        return self._play(batch, pages, self.compiled.tape.run)
+        return HostLogits(self._play(batch, pages, self.compiled.tape.run))
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``. The first time
@@ -197,7 +200,7 @@ class CpuSession:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
         pages = first_pages(self.program, batch, PAGE, self.pages)
         with self._scoring:
-            return self.run(batch, pages)
+            return self._play(batch, pages, self.compiled.tape.run)
 
     def _play(self, batch: Batch, pages: Sequence[PageLists], play: Callable[..., Any]) -> NDArray[np.float32]:
         if self.compiled.store.changed:

@@ -1,14 +1,16 @@
 """What a step's draws are, in plain data: how each row's token is to be drawn, which rows the device draws, and those it leaves, with why.
 
-The engine hands over a `Wanted` a row and gets back a `Drawing`: what `hasten.backends.cuda.kernels.sampling` reads, filled up to the
-bucket, and the rows whose logits it has to fetch and draw itself. A token of −1 from a row that was not left means that its logits held
-NaN or +inf or that no id might come: the engine's own sampler says which, from that row's logits."""
+Of a `Wanted` a row comes a `Drawing`: what `hasten.backends.cuda.kernels.sampling` reads, filled up to the bucket, and the rows whose
+logits the engine has to fetch and draw itself. A token of −1 from a row that was not left means that its logits held NaN or +inf or that
+no id might come: the engine's own sampler says which, from that row's logits."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hasten.program import Wanted
 
 FIELDS = (
     "kind", "masked", "slot", "seed", "position", "choice", "purpose", "top_k", "top_p", "min_p", "inverse", "repetition", "presence",
@@ -25,32 +27,6 @@ MOST_VOCAB = 1 << 20
 """Ids whose masses sum exactly in int64, with room to spare."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Wanted:
-    """How one row's token is drawn; the names and ranges are those of the engine's SamplingParams."""
-
-    seed: int
-    choice: int = 0
-    position: int
-    """The token's place in its sequence, from the prompt's start; below 2³²."""
-    purpose: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    biased: bool = False
-    """Whether it has a logit bias."""
-    slot: int | None = None
-    """Its place in the device's history, which begins with its tokens and bias; it needs one for bias and penalties alone."""
-    logprobs: int | None = None
-    """How many of the likeliest ids are reported beside the token's own log-probability; None reports none."""
-    mask: NDArray[np.uint32] | None = None
-    """Ids that may come, uint32 [⌈V / 32⌉], bit i % 32 of word i / 32; None allows all."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Drawing:
     """``settings`` int64 [FIELDS, R] and ``masks`` int32 [R, ⌈V / 32⌉] (None where no row has one) of a bucket of R rows.
@@ -65,25 +41,26 @@ class Drawing:
 
 
 def changes(wanted: Wanted) -> bool:
-    """Whether logits are changed before they are ranked: such a request needs a slot."""
-    return wanted.biased or (wanted.repetition_penalty, wanted.presence_penalty, wanted.frequency_penalty) != (1, 0, 0)
+    """Whether logits are changed before they are ranked: such a request needs a slot of the device's history."""
+    return bool(wanted.bias) or (wanted.repetition_penalty, wanted.presence_penalty, wanted.frequency_penalty) != (1, 0, 0)
 
 
-def refused(wanted: Wanted, vocab: int) -> str | None:
-    """Why the device does not draw such a row, or None."""
+def refused(wanted: Wanted, slot: int | None, vocab: int) -> str | None:
+    """Why the device does not draw such a row, with that slot or none, or None."""
     if vocab > MOST_VOCAB:
         return f"a vocabulary of {vocab} ids; sums of masses are exact for up to {MOST_VOCAB}"
-    if changes(wanted) and wanted.slot is None:
+    if changes(wanted) and slot is None:
         return "bias and penalties go by a slot of the device's history, and it has none"
     if wanted.logprobs is not None:
         return "log-probabilities are reported by the engine, from the whole row of logits"
     return None
 
 
-def drawing(rows: Sequence[Wanted], bucket: int, vocab: int) -> Drawing:
-    """Rows 0 … of a step in a bucket of ``bucket`` rows; the rest draw nothing. Raises ValueError where there are more.
+def drawing(rows: Sequence[Wanted], slots: Sequence[int | None], bucket: int, vocab: int) -> Drawing:
+    """Rows 0 … of a step, with their slots of the device's history, in a bucket of ``bucket`` rows; the rest draw nothing. Raises
+    ValueError where there are more.
 
-    The tokens of rows that are left have to be added to their history by the engine (`History.begin`), should they have one."""
+    The tokens of rows that are left have to be added to their history anew (`History.begin`), should they have one."""
     if len(rows) > bucket:
         raise ValueError(f"{len(rows)} rows are more than the bucket's {bucket}")
     settings = np.zeros((len(FIELDS), bucket), np.int64)
@@ -93,10 +70,10 @@ def drawing(rows: Sequence[Wanted], bucket: int, vocab: int) -> Drawing:
     named["slot"][:] = -1
     masks = np.zeros((bucket, -(-vocab // 32)), np.int32) if any(wanted.mask is not None for wanted in rows) else None
     left: dict[int, str] = {}
-    for row, wanted in enumerate(rows):
-        why = refused(wanted, vocab)
-        if why is None and changes(wanted) and wanted.slot in named["slot"]:
-            why = f"another row of the step has slot {wanted.slot}, whose history one token at a time is noted in"
+    for row, (wanted, slot) in enumerate(zip(rows, slots, strict=True)):
+        why = refused(wanted, slot, vocab)
+        if why is None and changes(wanted) and slot in named["slot"]:
+            why = f"another row of the step has slot {slot}, whose history one token at a time is noted in"
         if why is not None:
             left[row] = why
             continue
@@ -104,8 +81,8 @@ def drawing(rows: Sequence[Wanted], bucket: int, vocab: int) -> Drawing:
         if masks is not None and wanted.mask is not None:
             named["masked"][row] = 1
             masks[row] = wanted.mask.view(np.int32)
-        if wanted.slot is not None and changes(wanted):
-            named["slot"][row] = wanted.slot
+        if slot is not None and changes(wanted):
+            named["slot"][row] = slot
             penalties = (wanted.repetition_penalty, wanted.presence_penalty, wanted.frequency_penalty)
             for name, penalty in zip(("repetition", "presence", "frequency"), penalties):
                 reals[name][row] = penalty

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hasten.backends.cuda.drawer import DeviceDrawer, DeviceLogits
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, pieces
 from hasten.backends.cuda.kernels.cache import PAGE, move_pages
+from hasten.backends.cuda.kernels.sampling import feed
 from hasten.backends.cuda.limits import limits
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
@@ -40,6 +42,7 @@ class CudaSession:
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
         self.room = Room.of(program, LARGEST, on.device)
         self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
+        self.drawer = DeviceDrawer(on)
         self._scoring, self._playing = threading.Lock(), threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
         self._vocab = None if embed is None else program.params[embed.weight][0]
@@ -72,29 +75,33 @@ class CudaSession:
                     for x, kept in zip(pool.tensors, self._outside.pop((move.group, move.place)), strict=True):
                         x[:, move.target].copy_(kept)
 
-    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
-        """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``. Raises ConfigError for
-        tokens and positions that are out of range; nothing is changed then."""
-        return self._play("logits", batch, pages)
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> DeviceLogits:
+        """Logits float32 [R, vocab] of the rows asked for, on the device until the next step; what the batch's sequences keep goes to their
+        ``pages``. Nothing is waited for. A token of −2 − i is the one that row i of the ``drawer``'s last draw gives.
+
+        Raises ConfigError for tokens and positions that are out of range; nothing is changed then."""
+        return DeviceLogits(self._play("logits", batch, pages))
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``."""
-        return self._play("hidden", batch, pages)
+        return DeviceLogits(self._play("hidden", batch, pages)).numpy()
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
         pages = first_pages(self.program, batch, PAGE, self.pages)
         with self._scoring:
-            return self.run(batch, pages)
+            return self.run(batch, pages).numpy()
 
     @torch.inference_mode()
-    def _play(self, what: str, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+    def _play(self, what: str, batch: Batch, pages: Sequence[PageLists]) -> Tensor:
         self._check(batch)
         parts = pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS)
         with self._playing:
             players = [self._player(what, Bucket.of(part)) for part, _ in parts]  # all are there before one plays
-            made = [player.play(part, its) for player, (part, its) in zip(players, parts, strict=True)]
-        return made[0] if len(made) == 1 else np.concatenate(made)
+            if len(parts) == 1:
+                return players[0].play(*parts[0], self.drawer.drawn)
+            # Players share the memory of their results.
+            return torch.cat([player.play(*part, self.drawer.drawn).clone() for player, part in zip(players, parts, strict=True)])
 
     def _player(self, what: str, bucket: Bucket) -> "_Player":
         if (what, bucket) not in self._tapes:
@@ -106,8 +113,10 @@ class CudaSession:
     def _check(self, batch: Batch) -> None:
         if not batch.tokens.size:
             return
-        if self._vocab is not None and not 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < self._vocab:
-            wrong = batch.tokens[(batch.tokens < 0) | (batch.tokens >= self._vocab)][0]
+        drawn = (batch.tokens < -1) & (batch.tokens >= -1 - len(self.drawer.drawn))
+        known = batch.tokens[~drawn]
+        if self._vocab is not None and known.size and not 0 <= int(known.min()) <= int(known.max()) < self._vocab:
+            wrong = known[(known < 0) | (known >= self._vocab)][0]
             raise ConfigError(f"token id {wrong} is outside the vocabulary; accepted are 0 to {self._vocab - 1}")
         if int(batch.positions.max()) >= (most := self.program.context):
             raise ConfigError(f"position {int(batch.positions.max())} is beyond the context of {most} tokens; shorten the input")
@@ -130,11 +139,13 @@ class _Player:
             tape.play()
         self._graph = graph
 
-    def play(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
-        """One step: the rows asked for."""
+    def play(self, batch: Batch, pages: Sequence[PageLists], drawn: Tensor) -> Tensor:
+        """One step: the rows asked for, until the next of any player that shares their memory. Tokens below −1 are taken from ``drawn``."""
         self.tape.inputs.fill(batch, pages)
+        if batch.tokens.size and int(batch.tokens.min()) < -1:
+            feed(self.tape.inputs.tokens, drawn)
         if self._graph is None:
             self.tape.play()
         else:
             self._graph.replay()
-        return self.result[: len(batch.rows)].to("cpu", torch.float32, copy=True).numpy()
+        return self.result[: len(batch.rows)]

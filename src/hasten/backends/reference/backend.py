@@ -15,7 +15,19 @@ from hasten.base import hardware
 from hasten.base.errors import ConfigError
 from hasten.formats.cache import cache_format
 from hasten.model import Model
-from hasten.program import Batch, Formats, Move, PageLists, Precision, Program, hidden_states, linear_formats, lower, page_counts
+from hasten.program import (
+    Batch,
+    Formats,
+    HostLogits,
+    Move,
+    PageLists,
+    Precision,
+    Program,
+    hidden_states,
+    linear_formats,
+    lower,
+    page_counts,
+)
 
 PAGE = 16  # tokens
 ELEMENT_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -94,6 +106,8 @@ class ReferenceSession:
     page = PAGE
     threads = None
     """Torch has its own."""
+    drawer = None
+    """The engine draws."""
 
     def __init__(self, program: Program, weights: dict[str, Tensor], cache_bytes: int) -> None:
         self.program, self.weights = program, weights
@@ -106,9 +120,9 @@ class ReferenceSession:
         self._kept.carry_out(moves)
 
     @torch.inference_mode()
-    def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
+    def run(self, batch: Batch, pages: Sequence[PageLists]) -> HostLogits:
         """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``."""
-        return self._play(self.program, batch, pages)
+        return HostLogits(self._play(self.program, batch, pages))
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:

@@ -106,6 +106,20 @@ def sample(
     )
 
 
+def feed(tokens: Tensor, drawn: Tensor) -> None:
+    """tokens int32 [T]: −2 − i becomes drawn[i]; all others stay. ``drawn`` int32 [R] is what `sample` gave."""
+    _feed[(triton.cdiv(len(tokens), 128),)](tokens, drawn, len(tokens), len(drawn), 128, num_warps=1)
+
+
+@triton.jit
+def _feed(tokens: tensor, drawn: tensor, count: tensor, rows: tensor, BLOCK: constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + at, mask=at < count, other=0)
+    row = -2 - token
+    due = (row >= 0) & (row < rows)
+    tl.store(tokens + at, tl.load(drawn + row, mask=due, other=0), mask=due)
+
+
 @triton.jit
 def _logits(
     settings: tensor, logits: tensor, masks: tensor, seen: tensor, biases: tensor, rows: tensor, row: tensor, id: tensor, vocab: tensor,

@@ -1,0 +1,247 @@
+"""Steps planned and begun before the tokens of the ones before are known: the same outputs, whatever ends or fails meanwhile."""
+
+import numpy as np
+import pytest
+
+from hasten import LLM, SamplingParams, load
+from hasten.backends.cpu import CpuBackend
+from hasten.engine import llm as llm_module
+from hasten.engine.batching import Continuous, Static
+from hasten.engine.engine import Engine
+from hasten.engine.grammar import Grammar
+from hasten.engine.plan import Settings
+from hasten.engine.sampling import BeamSearch
+from hasten.program import HostLogits
+from tests.engine.stream import LaterSession
+from tests.engine.test_engine import Faulty, finish, page_bytes, request
+
+MODEL = load("code-8m")
+RANDOM = np.random.default_rng(3)
+WARM = {"temperature": 1.0, "seed": 4}
+PLAIN = [
+    {"max_tokens": 17}, {"max_tokens": 1}, {"max_tokens": 2, **WARM}, {"max_tokens": 30, **WARM, "top_p": 0.9, "top_k": 40},
+    {"max_tokens": 25, **WARM, "repetition_penalty": 1.4, "frequency_penalty": 0.6}, {"max_tokens": 20, "presence_penalty": 1.5},
+    {"max_tokens": 22, "logit_bias": {5: 4.0, 300: 100.0}, **WARM}, {"max_tokens": 40, **WARM, "stop": ["e", "\n\n"]},
+    {"max_tokens": 30, "stop_token_ids": list(range(0, 8000, 8)), **WARM, "min_tokens": 9}, {"max_tokens": 13, **WARM, "echo": True},
+]  # fmt: skip
+HOSTED = [
+    {"max_tokens": 9, **WARM, "logprobs": 2}, {"max_tokens": 7, "prompt_logprobs": 1}, {"max_tokens": 12, **WARM, "n": 3},
+    {"max_tokens": 8, **WARM, "best_of": 3, "n": 2}, {"max_tokens": 10, "beam": BeamSearch(width=3), "n": 2},
+    {"max_tokens": 14, **WARM, "grammar": Grammar("regex", "(x[0-9]y[a-c]){3}")},
+]  # fmt: skip
+
+
+def prompts_of(count):
+    return [RANDOM.integers(0, MODEL.spec.vocab, int(length)).tolist() for length in RANDOM.integers(1, 60, count)]
+
+
+def later_llm(monkeypatch, **settings):
+    """An LLM whose sessions do their work later, and those sessions."""
+    made, plainly = [], llm_module.open_session
+
+    def opened(*arguments):
+        made.append(LaterSession(plainly(*arguments)))
+        return made[-1]
+
+    monkeypatch.setattr(llm_module, "open_session", opened)
+    llm = LLM(MODEL, backend="cpu", context=256, **settings)
+    llm.engine()
+    monkeypatch.undo()
+    return llm, made[0]
+
+
+ROOMS = {
+    "plenty": lambda: {"max_sequences": 8},
+    "chunks": lambda: {"scheduling": Settings(12, Continuous(6))},
+    "short of pages": lambda: {
+        "scheduling": Settings(64, Continuous(12), output_share=0.0), "cache_bytes": page_bytes(MODEL, 20),
+        "swap_bytes": page_bytes(MODEL, 9),
+    },
+    "static": lambda: {"scheduling": Settings(64, Static(6))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("room", list(ROOMS))
+@pytest.mark.parametrize("asked", [PLAIN, [*PLAIN, *HOSTED]], ids=["plain", "hosted"])
+def test_outputs_are_those_of_one_step_after_the_other(room, asked, monkeypatch):
+    params = [SamplingParams(**each) for each in asked]
+    prompts = prompts_of(len(params))
+    expected = LLM(MODEL, backend="cpu", context=256, **ROOMS[room]()).generate(prompts, params)
+    llm, session = later_llm(monkeypatch, **ROOMS[room]())
+    assert llm.generate(prompts, params) == expected
+    assert all(one.error is None for one in expected)
+    engine = llm.engine()
+    assert [pool.available for pool in engine.cache.pools] == [pool.pages for pool in engine.cache.pools]
+    assert session.drawer.draws > 100
+    assert session.overlapped > (session.steps // 2 if asked is PLAIN else 5), (session.overlapped, session.steps)
+    if asked is PLAIN:
+        assert not session.fetched
+    if room == "short of pages":
+        assert engine.counters.recomputed + engine.counters.swapped > 0
+
+
+@pytest.mark.parametrize("asked", HOSTED, ids=lambda asked: [*asked][-1])
+def test_what_the_host_follows_is_waited_for(asked, monkeypatch):
+    """Each alone beside one that hangs on nothing, which is waited for no longer than the other is there."""
+    params = [SamplingParams(**asked), SamplingParams(max_tokens=30, **WARM)]
+    prompts = prompts_of(2)
+    expected = LLM(MODEL, backend="cpu", context=256).generate(prompts, params)
+    llm, session = later_llm(monkeypatch, max_sequences=8)
+    assert llm.generate(prompts, params) == expected
+    assert session.overlapped >= 30 - 14 - 2
+
+
+def test_only_rows_that_the_device_leaves_are_fetched(monkeypatch):
+    """Beside others, of which nothing is."""
+    llm, session = later_llm(monkeypatch, max_sequences=8)
+    params = [SamplingParams(max_tokens=9, **WARM), SamplingParams(max_tokens=6, logprobs=1), SamplingParams(max_tokens=9)]
+    prompts = prompts_of(3)
+    done = llm.generate(prompts, params)
+    assert session.fetched == [1] * 6
+    assert done == LLM(MODEL, backend="cpu", context=256).generate(prompts, params)
+
+
+def test_what_is_drawn_for_one_that_ended_counts_for_nobody(monkeypatch):
+    """An output ends by its text one step after its last token was fed; the row that was computed meanwhile is thrown away."""
+    llm, session = later_llm(monkeypatch, max_sequences=4)
+    params = SamplingParams(max_tokens=60, **WARM, stop=["e"])
+    prompt = prompts_of(1)
+    expected = LLM(MODEL, backend="cpu", context=256).generate(prompt, params)
+    assert expected[0].finish_reason == "stop"
+    assert llm.generate(prompt, params) == expected
+    tokens = len(expected[0].token_ids)
+    assert session.steps == tokens + 1
+    counters = llm.engine().counters
+    assert counters.computed_tokens == len(prompt[0]) + tokens - 1
+
+
+def test_an_output_of_known_length_computes_nothing_more(monkeypatch):
+    llm, session = later_llm(monkeypatch, max_sequences=4)
+    llm.generate(prompts_of(1), SamplingParams(max_tokens=20))
+    assert session.steps == 20
+    assert session.overlapped == 19
+
+
+def test_abandoned_streams_leave_nothing(monkeypatch):
+    llm, session = later_llm(monkeypatch, max_sequences=4)
+    prompts, params = prompts_of(4), SamplingParams(max_tokens=30, **WARM)
+    stream = llm.stream(prompts, params)
+    for _ in range(11):
+        next(stream)
+    stream.close()
+    engine = llm.engine()
+    assert not engine.busy
+    assert [pool.available for pool in engine.cache.pools] == [pool.pages for pool in engine.cache.pools]
+    assert llm.generate(prompts, params) == LLM(MODEL, backend="cpu", context=256).generate(prompts, params)
+
+
+# --- failures
+
+
+class Failing(LaterSession):
+    """Cannot begin its steps of these numbers; what was begun before goes on."""
+
+    def __init__(self, session, numbers):
+        super().__init__(session)
+        self.numbers, self.failures = numbers, 0
+
+    def run(self, batch, pages):
+        if self.steps + 1 in self.numbers:
+            self.numbers = self.numbers - {self.steps + 1}
+            self.failures += 1
+            raise MemoryError("no room for this step")
+        return super().run(batch, pages)
+
+
+def outputs_of(session, prompts, params):
+    engine = Engine(session, Settings(32, Continuous(4)))
+    requests = [request(i, prompt, params) for i, prompt in enumerate(prompts)]
+    for one in requests:
+        engine.submit([one], key="all")
+    chunks = finish(engine)
+    assert [pool.available for pool in engine.cache.pools] == [pool.pages for pool in engine.cache.pools]
+    return [one.output for one in requests], {chunk.index: chunk.error for chunk in chunks if chunk.error}
+
+
+def test_a_step_that_cannot_begin_is_tried_again_with_tokens_that_are_known():
+    params, prompts = SamplingParams(max_tokens=14, **WARM), prompts_of(5)
+    expected, _ = outputs_of(CpuBackend().session(MODEL, 256), prompts, params)
+    failing = Failing(CpuBackend().session(MODEL, 256), {4, 5, 11})
+    assert outputs_of(failing, prompts, params) == (expected, {})
+    assert failing.failures == 3
+    assert failing.overlapped > 5
+
+
+@pytest.mark.parametrize("fails", ["raises", "NaN"])
+def test_a_failure_is_its_own_requests(fails):
+    poison, params = 4321, SamplingParams(max_tokens=12, **WARM)
+    prompts = prompts_of(5)
+    spoilt = [[*prompt, poison, 7] if index in {1, 4} else prompt for index, prompt in enumerate(prompts)]
+    expected, _ = outputs_of(CpuBackend().session(MODEL, 256), prompts, params)
+    plainly = CpuBackend().session(MODEL, 256)
+    if fails == "raises":  # as the step is begun
+        later = LaterSession(plainly)
+        faulty = session = Faulty(later, poison, fails)
+        faulty.run = begun_faultily(later, faulty)
+    else:  # in what it computes
+        faulty = Faulty(plainly, poison, fails)
+        later = session = LaterSession(faulty)
+    found, errors = outputs_of(session, spoilt, params)
+    assert faulty.failures > 1
+    assert errors.keys() == {1, 4}
+    assert all(("poison" if fails == "raises" else "NaN") in error for error in errors.values())
+    assert [found[index] for index in (0, 2, 3)] == [expected[index] for index in (0, 2, 3)]
+    assert later.overlapped > 5
+
+
+def begun_faultily(later, faulty):
+    def run(batch, pages):
+        if (batch.tokens == faulty._poison).any():
+            faulty.failures += 1
+            raise RuntimeError("the poison token came")
+        return later.run(batch, pages)
+
+    return run
+
+
+def test_a_draw_that_cannot_begin_is_tried_alone(monkeypatch):
+    """For all of a step, then for one of its outputs, which is the only one that fails."""
+    params, prompts = SamplingParams(max_tokens=10, **WARM, frequency_penalty=0.5), prompts_of(3)
+    expected, _ = outputs_of(CpuBackend().session(MODEL, 256), prompts, params)
+    session, failed = LaterSession(CpuBackend().session(MODEL, 256)), []
+    draw = session.drawer.draw
+
+    def drawn(logits, rows, wanted):
+        if any(each.key == (1, 0) and each.position == len(prompts[1]) + 4 for each in wanted):
+            session.drawer.rows = {}
+            failed.append(len(wanted))
+            raise MemoryError("no room for these draws")
+        return draw(logits, rows, wanted)
+
+    monkeypatch.setattr(session.drawer, "draw", drawn)
+    found, errors = outputs_of(session, prompts, params)
+    assert sorted(set(failed)) == [1, 3]
+    assert errors.keys() == {1}
+    assert "no room" in errors[1]
+    assert (found[0], found[1], found[2]) == (expected[0], expected[1][:4], expected[2])
+
+
+def test_logits_of_the_host_are_rows_of_an_array():
+    values = RANDOM.normal(size=(5, 3)).astype(np.float32)
+    logits = HostLogits(values)
+    assert logits.shape == (5, 3)
+    assert logits.numpy() is values
+    for rows in ([0, 1, 2, 3, 4], [2, 3], [3, 1, 1], [], range(1, 4)):
+        assert np.array_equal(logits.numpy(rows), values[list(rows)])
+    assert np.shares_memory(logits.numpy([2, 3]), values)
+
+
+def test_requests_know_what_is_due():
+    one = request(0, [1, 2], SamplingParams(max_tokens=3, min_tokens=2, stop_token_ids=(9,)))
+    assert (one.left, one.forbidden) == (3, {9})
+    one.take(4)
+    assert (one.left, one.forbidden) == (2, {9})
+    one.due = 1
+    assert (one.left, one.forbidden) == (1, frozenset())
+    one.take(5)
+    assert (one.left, one.due, one.output) == (1, 0, [4, 5])
