@@ -24,6 +24,7 @@ def chat(
     from hasten.engine.chat import render_chat
 
     params, llm = drawing.params(), placing.open(model, 1)
+    llm.engine(llm.preparer.contexts[0])  # what cannot be opened is said before anybody has typed
     tokenizer = llm.model.text_tokenizer()
     template = tokenizer.chat_template
     if template is None:
