@@ -82,7 +82,7 @@ requests tenants quantize: $(VENV)/.tested
 # An hour of processor time for each target, guided by what runs.
 fuzz: $(VENV)/.tested
 	@$(PIP) atheris
-	@$(BIN)/python -m tests.soak fuzz
+	@$(BIN)/python -m tests.soak fuzz --ledger tests/soak/fuzzed.jsonl
 
 $(CHECKED)/.built: $(VENV)/.tested $(NATIVE)
 	@$(PIP) cmake ninja nanobind

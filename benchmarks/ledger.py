@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ def source_digest(*more: Path) -> str:
     files = {Path(_native.__file__)}
     for root in (Path(hasten.__file__).parent, *more):
         files |= set(root.rglob("*.py")) if root.is_dir() else {root}
+    return digest_of(files)
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """16 hex digits of what ``files`` hold and how they are called."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(files):
         name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name

@@ -241,7 +241,9 @@ def test_chat_remembers(monkeypatch, capsys):
 def test_chat_does_not_begin_where_its_backend_is_not(monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = main(monkeypatch, capsys, "chat", "code-8m", "--backend", "cuda", stdin="hello\n")
-    assert done.code == 2 and "cuda" in done.err and not done.out
+    assert done.code == 2
+    assert "cuda" in done.err
+    assert not done.out
 
 
 def test_chat_ends_with_its_input(hasten_main):

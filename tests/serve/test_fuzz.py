@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from benchmarks.ledger import ROOT
 from tests.soak.targets import TARGETS, Broken, Target, constraints, mutated
 
 COUNTS = {"template": 400, "grammar": 60, "schema": 90, "detokenizer": 600, "safetensors": 3000, "tools": 3000}
@@ -40,6 +41,8 @@ def test_every_target_has_a_count_and_its_inputs_do_what_they_should():
     assert COUNTS.keys() == TARGETS.keys()
     chance = random.Random(1)
     for target in TARGETS.values():
+        assert target.of
+        assert all((ROOT / "src" / "hasten" / f"{module.replace('.', '/')}.py").is_file() for module in target.of)
         assert len({mutated(target, chance) for _ in range(300)}) > 150
 
 
@@ -50,6 +53,6 @@ def test_a_fault_is_found():
         if b"</tool_call>" in data and b"[" in data and len(data) % 3 == 0:
             raise Broken("planted")
 
-    target, chance = Target(run, TARGETS["tools"].seeds, TARGETS["tools"].words), random.Random(2)
+    target, chance = Target(run, (), TARGETS["tools"].seeds, TARGETS["tools"].words), random.Random(2)
     with pytest.raises(Broken, match="planted"):
         [run(mutated(target, chance)) for _ in range(3000)]

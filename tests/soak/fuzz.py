@@ -13,15 +13,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.ledger import ROOT, Ledger
+from benchmarks.ledger import ROOT, Ledger, digest_of
 from tests.soak.determinism import Difference
-from tests.soak.targets import TARGETS
+from tests.soak.targets import TARGETS, Target
 
-SLICE_S = 300
+SLICE_S = 120
 HANG_S = 40
 MOST_BYTES = 4096
 """Of an input."""
 MOST_MB = 2048
+LEAST_REACHED = 50
+"""Edges: fewer, and what a target is about is not counted, so nothing guides."""
 
 
 def run_slice(target: str, number: int, seconds: int, seed: int) -> dict[str, Any]:
@@ -49,11 +51,20 @@ def run_slice(target: str, number: int, seconds: int, seed: int) -> dict[str, An
     runs, reached = re.findall(r"Done (\d+) runs", text), re.findall(r"cov: (\d+)", text)
     if process.returncode or not runs:
         raise Difference(f"{target}, slice {number}, exit {process.returncode}: {text[-3000:]}")
-    return {"runs": int(runs[-1]), "reached": int(reached[-1]) if reached else 0, "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
+    if not reached or int(reached[-1]) < LEAST_REACHED:
+        raise Difference(f"{target}, slice {number}: {reached[-1] if reached else 0} edges reached; what it is about is not instrumented")
+    return {"runs": int(runs[-1]), "reached": int(reached[-1]), "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
 
 
-def _fuzz_one(target: str, ledger: Ledger, digest: str, seconds: int, seed: int, ended: threading.Event) -> str:
+def _digest(target: Target) -> str:
+    """Of what it is about, and of what asks it."""
+    modules = (f"src/hasten/{module.replace('.', '/')}.py" for module in target.of)
+    return digest_of(ROOT / name for name in (*modules, "tests/soak/targets.py", "tests/soak/guided.py"))
+
+
+def _fuzz_one(target: str, ledger: Ledger, seconds: int, seed: int, ended: threading.Event) -> str:
     """Slices until their processor time is ``seconds``, or ``ended`` is set; what to tell of them. Raises Difference."""
+    digest = _digest(TARGETS[target])
     runs = reached = number = 0
     used = 0.0
     try:
@@ -70,12 +81,13 @@ def _fuzz_one(target: str, ledger: Ledger, digest: str, seconds: int, seed: int,
     return f"fuzz, {target:12}{used:>6,.0f} s of processor time{runs:>12,} inputs{reached:>8,} edges reached, 0 crashes, 0 hangs"
 
 
-def fuzz(ledger: Ledger, digest: str, seconds: int, seed: int) -> None:
-    """Every target for so many seconds of processor time, two targets beside each other where there are two cores; raises Difference."""
+def fuzz(ledger: Ledger, _digest_of_all: str, seconds: int, seed: int) -> None:
+    """Every target for so many seconds of processor time, two targets beside each other where there are two cores; raises Difference. A
+    target's slices count until what it is about changes."""
     ended = threading.Event()
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
         try:
-            for told in pool.map(lambda target: _fuzz_one(target, ledger, digest, seconds, seed, ended), TARGETS):
+            for told in pool.map(lambda target: _fuzz_one(target, ledger, seconds, seed, ended), TARGETS):
                 print(told, flush=True)
         finally:
             ended.set()

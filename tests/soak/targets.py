@@ -35,9 +35,11 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """``run`` takes any bytes. ``seeds`` are inputs to begin with, ``words`` pieces worth putting in."""
+    """``run`` takes any bytes. ``seeds`` are inputs to begin with, ``words`` pieces worth putting in; ``of`` are the modules of hasten that
+    it is about: what is known of it holds as long as they stay."""
 
     run: Callable[[bytes], None]
+    of: Sequence[str]
     seeds: Sequence[bytes]
     words: Sequence[bytes]
 
@@ -236,9 +238,11 @@ CALLS = [
     '[{"name": "g", "parameters": {}}]',
     'text <tool_call>{"name"',
 ]
+GRAMMARS = ("engine.grammar", "engine.constraint", "engine.grammar_worker")
+
 TARGETS = {
     "template": Target(
-        template,
+        template, ("engine.chat",),
         [b"\0" + PLAIN_TEMPLATE.encode(),
          b"\0{% for m in messages if m.role %}{{ m['content'] | trim ~ loop.index }}{% endfor %}",
          b"\0{% macro f(x, y=1) %}{{ x }}{% endmacro %}{% set ns = namespace(a=[]) %}{% set ns.a = ns.a + [f(2)] %}{{ ns.a | tojson }}",
@@ -247,7 +251,7 @@ TARGETS = {
          b"~", b"'", b"raise_exception", b"| indent(9)", b".format(1)", b"cycler", b"namespace", b"{% for x in y %}", b"{% endfor %}"],
     ),
     "grammar": Target(
-        grammar,
+        grammar, GRAMMARS,
         [rb"[a-c]{2,5}|(x|y)*z", "\0é+[^\\d\"]?\\w{3}".encode(), b"\0(a+)+b", b'\1start: "a" b+\nb: /[0-9]{2}/ | "(" start ")"',
          b'\1start: %json {"type": "integer"}', b"\1start: A~3\nA: /x/ & /[a-z]/\n%ignore / /"],
         [b"(", b")", b"*", b"+", b"{9}", b"{1,999}", b"[^", b"]", b"\\p{L}", b"|", b"&", b"~", b"start:", b"%json", b"%ignore", b"/",
@@ -255,7 +259,7 @@ TARGETS = {
          b"(?i)", b"(?=a)", b"\\1", b"\n"],
     ),
     "schema": Target(
-        schema,
+        schema, (*GRAMMARS, "serve.tools"),
         [b'\0{"type":"object","properties":{"a":{"type":"string","pattern":"^[^\\"]{1,4}$"}},"required":["a"],"additionalProperties":false}',
          b'\0{"anyOf":[{"const":1},{"$ref":"#/$defs/x"}],"$defs":{"x":{"type":"array","items":{"enum":["a",null]},"minItems":1}}}',
          b'\0{"type":"integer","minimum":-3,"multipleOf":2}', b'\1{"type":"object","properties":{"a":{"$ref":"#"}}}', b"\0true",
@@ -265,18 +269,18 @@ TARGETS = {
          b'"format":"date"', b'"uniqueItems":true', b'"patternProperties":', b'"maxItems":', b"null", b"NaN", b'"x-guidance":'],
     ),
     "detokenizer": Target(
-        detokenizer,
+        detokenizer, ("engine.detokenize", "model.tokenizer"),
         [bytes(range(64)), "é🙂日本語".encode() * 4, b"\x00\x01\x00\x00\x00\x01", b"\x00\xe2\x00\x80\x00\xa6" * 5, b"\x00\xf0" * 20],
         [b"\x00\x00", b"\x00\xff", b"\x00\x80", b"\x01\x00", b"\x1f\xff"],
     ),
     "safetensors": Target(
-        safetensors, _files(),
+        safetensors, ("formats.safetensors", "formats.mapped"), _files(),
         [b'"dtype":', b'"F64"', b'"BOOL"', b'"shape":[', b"-1", b"9999999999999999999", b"1e3", b'"data_offsets":[', b"{", b"}", b"[",
         b"null",
          b'"__metadata__":{', b"\\u0000", b"\xff", b" ", b",", b"0"],
     ),
     "tools": Target(
-        tools, [call.encode() for call in CALLS],
+        tools, ("serve.tools",), [call.encode() for call in CALLS],
         [b"<tool_call>", b"</tool_call>", b'{"name": "f"', b'"arguments":', b"{", b"}", b"[", b"]", b"\\ud800", b"NaN", b"1e999", b",",
         b"\x00", b"9" * 400],
     ),
