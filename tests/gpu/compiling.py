@@ -15,7 +15,7 @@ from triton.language import target_info
 from triton.runtime.jit import JITFunction
 
 from hasten.backends.cuda.drawing import FIELDS
-from hasten.backends.cuda.kernels import attention, cache, experts, linear, linear_scan, rows, sampling, scans
+from hasten.backends.cuda.kernels import attention, cache, dual_scan, experts, linear, linear_scan, rows, sampling, scans
 from hasten.backends.cuda.kernels.linear import Scratch, Tiles, default_order, default_tiles, scratch_size
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
@@ -180,18 +180,20 @@ def recurrences():
         empty(count, 5120), empty(count, 5120), empty(count, 16), empty(count, 16), wide(5120, 16), wide(5120), wide(5120),
         empty(count, 5120), state(5120, 16), step,
     )  # fmt: skip
-    scans.dual_scan(
-        empty(count, 5120), empty(count, 80), empty(count, 128), empty(count, 128), wide(80), wide(80), wide(80), empty(count, 5120),
-        state(80, 64, 128), step, heads=80, groups=1,
-    )  # fmt: skip
     scans.gated_delta_scan(
         empty(count, 2048), empty(count, 2048), empty(count, 4096), empty(count, 32), empty(count, 32), wide(32), wide(32),
         empty(count, 4096), state(32, 128, 128), step, key_heads=16, value_heads=32,
     )  # fmt: skip
-    linear_scan.linear_scan(
-        empty(count, 2048), empty(count, 1024), empty(count, 1024), empty(count, 2048), wide(count, 16), state(8, 256, 129), step,
-        heads=16, kv_heads=8,
-    )  # fmt: skip
+    for label, rows, sequences in (("decoding", 64, 64), ("prompts", 2048, 8)):
+        case, step = label, Sequences(empty(rows, dtype=I32), empty(sequences + 1, dtype=I32), empty(sequences, dtype=I32))
+        dual_scan.dual_scan(
+            empty(rows, 5120), empty(rows, 80), empty(rows, 128), empty(rows, 128), wide(80), wide(80), wide(80), empty(rows, 5120),
+            state(dual_scan.dual_numbers(80, 64, 1, 128, 2)), step, heads=80, groups=1,
+        )  # fmt: skip
+        linear_scan.linear_scan(
+            empty(rows, 2048), empty(rows, 1024), empty(rows, 1024), empty(rows, 2048), wide(rows, 16),
+            state(linear_scan.linear_numbers(8, 128, 128, 2)), step, heads=16, kv_heads=8,
+        )  # fmt: skip
 
 
 def draws():

@@ -8,6 +8,7 @@ import torch
 
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend, find_device
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, StepInputs, pieces
+from hasten.backends.cuda.kernels.chunks import CHUNK
 from hasten.backends.cuda.limits import limits
 from hasten.backends.cuda.places import lay_out
 from hasten.backends.cuda.session import NOBODY
@@ -18,7 +19,7 @@ from hasten.base.errors import ConfigError, UnsupportedError, UserError
 from hasten.checkpoint import load
 from hasten.engine.stepper import Stepper
 from hasten.families import all_families
-from hasten.program import Batch, CopyPage, Formats, Precision, SwapIn, SwapOut, first_pages, hidden_states, lower, ops
+from hasten.program import Batch, CopyPage, Formats, Precision, RecurrentGroup, SwapIn, SwapOut, first_pages, hidden_states, lower, ops
 from tests.families.oracles import make_checkpoint
 
 LENGTH = 13
@@ -80,6 +81,25 @@ def test_pages_are_copied_and_swapped(tmp_path, backend):
     session.run(Batch.of([ids[::-1][:9]], rows="none"), [[[0] for _ in groups]])
     session.carry_out([SwapIn(group, 7, 2) for group in groups])
     assert np.array_equal(session.run(tail, [[[2] for _ in groups]]), whole[9:])
+
+
+def test_a_recurrence_in_chunks_goes_on_from_anywhere(tmp_path, backend):
+    """Near the reference and the same bits when cut within chunks and across their ends, and from a copy of a state within a chunk."""
+    model, _ = model_of("mamba2", 0, tmp_path)
+    ids = np.random.default_rng(2).integers(0, model.spec.vocab, CHUNK + 9).tolist()
+    session = backend.session(model, 96, cache_bytes=1 << 24)
+    whole = session.score(Batch.of([ids]))
+    expected = ReferenceBackend().session(model, 96).score(Batch.of([ids]))
+    in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model, 96).score(Batch.of([ids]))
+    assert np.abs(whole - expected).mean() <= 1.2 * np.abs(in_bf16 - expected).mean()
+    groups, rows = range(len(session.program.states)), []
+    assert {type(group) for group in session.program.states} == {RecurrentGroup}
+    for begin, end in ((0, 11), (11, CHUNK - 1), (CHUNK - 1, CHUNK), (CHUNK, CHUNK + 1), (CHUNK + 1, len(ids))):
+        rows.append(session.run(Batch.of([ids[begin:end]], [begin]), [[[0] for _ in groups]]))
+        if end == CHUNK - 1:
+            session.carry_out([CopyPage(group, 0, 1) for group in groups])
+    assert np.array_equal(np.concatenate(rows), whole)
+    assert np.array_equal(session.run(Batch.of([ids[CHUNK - 1 :]], [CHUNK - 1]), [[[1] for _ in groups]]), whole[CHUNK - 1 :])
 
 
 def test_hidden_states(tmp_path, backend):

@@ -13,6 +13,7 @@ from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
 from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.recurrent import kept_here
 from hasten.backends.cuda.session import LARGEST, CudaSession
 from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, read
@@ -89,8 +90,8 @@ class CudaBackend:
         formats, precision = (formats or Formats()).meant_for(model.cache), Precision(model.spec.residual, "bfloat16")
         linear = linear_formats(lower(model.spec, context=context), formats, model.weights, plain="bf16")
         program = lower(model.spec, context=context, precision=precision, formats=linear, cache=cache_format(formats.cache or "bf16"))
-        states = [dataclasses.replace(group, format="float32") if isinstance(group, RecurrentGroup) else group for group in program.states]
-        return dataclasses.replace(program, states=tuple(states))  # what is carried over all tokens keeps its bits
+        states = [kept_here(program, group) if isinstance(group, RecurrentGroup) else group for group in program.states]
+        return dataclasses.replace(program, states=tuple(states))
 
     def weight_bytes(self, program: Program) -> int:
         """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
