@@ -110,11 +110,11 @@ def mixtures():
     its, tiles = weight(BF16, 1024, 2048, stacked=(64,)), Tiles(rows=64)
     op = ops.Route(logits="l", experts="e", weights="w", top_k=6, score="sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4)
     chosen, size = empty(8, 6, dtype=I32), experts.most_blocks(48, 64, 64)
-    experts.route(op, empty(8, 64, dtype=F32), chosen, empty(8, 6, dtype=F32), empty(64, dtype=F32))
+    experts.route(op, empty(8, 64, dtype=F32), chosen, empty(8, 6, dtype=F32), empty(8, dtype=I32), empty(64, dtype=F32))
     blocks = experts.Blocks(empty(size * 64, dtype=I32), empty(size, dtype=I32), empty(64, dtype=I32))
     experts.tell_apart(chosen, blocks)
     experts.expert_linear(empty(8, 2048), its, empty(8, 6, 1024), blocks, tiles)
-    experts.combine(empty(8, 6, 2048), empty(8, 6, dtype=F32), empty(8, 2048))
+    experts.combine(empty(8, 6, 2048), empty(8, 6, dtype=F32), empty(8, 2048), empty(8, dtype=I32))
 
 
 def row_ops():

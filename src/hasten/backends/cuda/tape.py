@@ -185,11 +185,13 @@ class _Compiler:
                 self._head_linear(op)
             case ops.Route():
                 correction = None if op.correction is None else self._vector(op.correction)
-                self._launch(functools.partial(experts.route, op, at[op.logits], at[op.experts], at[op.weights], correction))
+                self._launch(
+                    functools.partial(experts.route, op, at[op.logits], at[op.experts], at[op.weights], inputs.sequence, correction)
+                )
             case ops.ExpertLinear():
                 self._expert_linear(op)
             case ops.Combine():
-                self._launch(functools.partial(experts.combine, at[op.x], at[op.weights], at[op.y]))
+                self._launch(functools.partial(experts.combine, at[op.x], at[op.weights], at[op.y], inputs.sequence))
             case ops.Add():
                 self._launch(functools.partial(rows.add, at[op.a], at[op.b], at[op.y]))
             case ops.Scale():
