@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, pieces
-from hasten.backends.cuda.kernels.cache import PAGE, move_pages
+from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.limits import limits
+from hasten.backends.cuda.moving import Moving
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import ConfigError
-from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
+from hasten.program import Batch, Move, PageLists, Program, RecurrentGroup, StateLostError, first_pages, hidden_states, ops
 
 STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
 SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
@@ -39,7 +40,8 @@ class CudaSession:
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
         self._room = Room.of(program, LARGEST, on.device)
-        self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
+        self._moving = Moving([pools[group.name] for group in program.states], on.device)
+        self._recurrent = any(isinstance(group, RecurrentGroup) for group in program.states)
         self._scoring, self._playing = threading.Lock(), threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
         self._vocab = None if embed is None else program.params[embed.weight][0]
@@ -60,21 +62,13 @@ class CudaSession:
 
     @torch.inference_mode()
     def carry_out(self, moves: Sequence[Move]) -> None:
-        """Copy pages, swap them out and in, in this order."""
-        for move in moves:
-            pool = self.pools[self.program.states[move.group].name]
-            match move:
-                case CopyPage():
-                    move_pages(pool, None, torch.tensor([[move.source, move.target]], dtype=torch.int32, device=self.on.device))
-                case SwapOut():
-                    self._outside[move.group, move.place] = tuple(x[:, move.source].to("cpu", copy=True) for x in pool.tensors)
-                case SwapIn():
-                    for x, kept in zip(pool.tensors, self._outside.pop((move.group, move.place)), strict=True):
-                        x[:, move.target].copy_(kept)
+        """Copy pages, swap them out and in, in this order. Whatever is raised, no page but the targets of those moves is written."""
+        self._moving.carry_out(moves)
 
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of the rows asked for; what the batch's sequences keep goes to their ``pages``. Raises ConfigError for
-        tokens and positions that are out of range; nothing is changed then."""
+        tokens and positions that are out of range; nothing is changed then. Raises StateLostError where a model with recurrent state fails
+        once its step has begun."""
         return self._play("logits", batch, pages)
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
@@ -93,7 +87,12 @@ class CudaSession:
         parts = pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS)
         with self._playing:
             players = [self._player(what, Bucket.of(part)) for part, _ in parts]  # all are there before one plays
-            made = [player.play(part, its) for player, (part, its) in zip(players, parts, strict=True)]
+            try:
+                made = [player.play(part, its) for player, (part, its) in zip(players, parts, strict=True)]
+            except Exception as error:
+                if self._recurrent:
+                    raise StateLostError(f"{type(error).__name__}: {error}") from error
+                raise
         return made[0] if len(made) == 1 else np.concatenate(made)
 
     def _player(self, what: str, bucket: Bucket) -> "_Player":
