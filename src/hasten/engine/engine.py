@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 
-from hasten.base.errors import ConfigError, UserError
+from hasten.base.errors import ConfigError, UserError, one_line
 from hasten.cache import Cache, page_groups
 from hasten.engine.constraint import Constraints, ConstraintState
 from hasten.engine.drawing import draw, said
@@ -45,7 +45,7 @@ class Engine:
         self._clock, self._sampler = clock, Sampler(session.threads)
         self._live = Live()
         self._following = Following(constraints, self._live)
-        self._whole = True  # all pages hold what the cache says
+        self._hurt: dict[int, str] = {}  # by sequence: why its pages do not hold what the cache says
 
     @property
     def busy(self) -> bool:
@@ -99,10 +99,15 @@ class Engine:
         began = self._clock()
         plan = self.scheduler.plan(began, held, self._pace.costs)
         self.move(plan.moves)
+        step.errors.update(self._hurt)
+        self._hurt.clear()
         if not plan.entries:
-            self._wait(held, step)
+            if not step.errors:
+                self._wait(held, step)
+            self._fail_all(step)
             return step.chunks
-        draws = self._draw(self._compute(plan.entries, step), step)
+        entries = [entry for entry in plan.entries if entry.sequence not in step.errors] if step.errors else plan.entries
+        draws = self._draw(self._compute(entries, step) if entries else [], step)
         chunks, logprobs = step.chunks, step.logprobs
         for sequence, token in self.scheduler.commit(plan, draws, step.errors):
             if live.searches and live.numbers[sequence] in live.searches:
@@ -115,22 +120,26 @@ class Engine:
             if request.finish_reason is not None:
                 self.scheduler.finish(sequence)
                 live.forget(sequence)
-        for sequence, error in step.errors.items():
-            chunks += self._fail(live.numbers.get(sequence, sequence), error)
+        self._fail_all(step)
         if not plan.moves and not step.errors:
             self._pace.note_step(plan.entries, self._clock() - began)
         return chunks
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Carry out what the cache has decided; whoever computes on these pages does so before. What it raises ends the engine."""
-        if not self._whole:
-            raise RuntimeError("moving pages of the cache failed before, and what they hold is not known; make the LLM again")
-        if moves:
-            began = self._clock()
-            self._whole = False  # whose fault a failure is cannot be told, and prefixes share pages: it ends the engine, not a request
+        """Carry out what the cache has decided; whoever computes on these pages does so before. Where that fails, the next step ends the
+        requests whose pages were to be written: of all others nothing is lost."""
+        if not moves:
+            return
+        began = self._clock()
+        try:
             self.session.carry_out(moves)
-            self._whole = True
-            self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
+        except Exception as error:
+            why = f"moving pages of the cache failed ({type(error).__name__}: {one_line(str(error), 300)}); send the request again"
+            live = self._live
+            for sequence in self.scheduler.hurt(moves):
+                self._hurt.update(dict.fromkeys(live.sequences.get(live.numbers.get(sequence, sequence), ()), why))
+            return
+        self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
 
     def _compute(self, entries: Sequence[Entry], step: Step) -> Rows:
         return compute(self.session, self._sampler, self._live, entries, step)
@@ -186,6 +195,11 @@ class Engine:
         """End all requests that have a grammar."""
         for number in list(self._live.constrained):
             step.chunks += self._fail(number, error)
+
+    def _fail_all(self, step: Step) -> None:
+        """End the requests that the step had errors for."""
+        for sequence, error in step.errors.items():
+            step.chunks += self._fail(self._live.numbers.get(sequence, sequence), error)
 
     def _fail(self, number: int, error: str) -> list[Chunk]:
         """End all outputs of a request."""

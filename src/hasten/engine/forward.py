@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hasten.engine.live import Live, Step
 from hasten.engine.plan import Entry
 from hasten.engine.session import Session
-from hasten.program import Batch
+from hasten.program import Batch, StateLostError
 
 if TYPE_CHECKING:
     from hasten.engine.sampler import Sampler
@@ -23,6 +23,9 @@ def compute(session: Session, sampler: "Sampler", live: Live, entries: Sequence[
     """Logits of each entry that draws. What fails is tried again in halves, to find whose fault it is."""
     try:
         logits = session.run(batch_of(entries, live.scores), [entry.pages for entry in entries])
+    except StateLostError as error:
+        step.errors.update((entry.sequence, str(error)) for entry in entries)
+        return []
     except Exception as error:
         if len(entries) == 1:
             step.errors[entries[0].sequence] = f"{type(error).__name__}: {error}"

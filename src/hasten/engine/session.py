@@ -34,11 +34,14 @@ class Session(Protocol):
         ...
 
     def carry_out(self, moves: Sequence[Move]) -> None:
-        """Copy pages, swap them out and in, in this order."""
+        """Copy pages, swap them out and in, in this order. Whatever it raises, no page but what these moves were to write has changed."""
         ...
 
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
-        """Logits [R, vocab] of the batch's rows, in the caller's hands from then on; what is kept of sequence s goes to ``pages[s]``."""
+        """Logits [R, vocab] of the batch's rows, in the caller's hands from then on; what is kept of sequence s goes to ``pages[s]``.
+
+        Raises StateLostError where the batch cannot be played again, for recurrent states may have moved on; after any other error it
+        can."""
         ...
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
