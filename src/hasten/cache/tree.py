@@ -158,7 +158,8 @@ class PrefixTree:
                 for behind in reversed(list(self.nodes(node))):
                     for group in range(len(self._groups)):
                         self._drop(behind, group)
-                    self.prune(behind)
+                    if self.attached(behind):  # and has not gone with what was behind it
+                        self.prune(behind)
 
     def nodes(self, first: Node | None = None) -> Iterator[Node]:
         """All nodes, or ``first`` and those behind it; parents first."""

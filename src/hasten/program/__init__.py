@@ -14,6 +14,6 @@ from hasten.program.rotary import lowering_contexts
 __all__ = [
     "OPS", "Batch", "Contract", "CopyPage", "Formats", "Fused", "In", "KvGroup", "LatentGroup", "Layer", "LinearFormats", "Move", "Op",
     "Out", "PageLists", "Param", "Precision", "Products", "Program", "RecurrentGroup", "RowChain", "StateGroup", "StateLostError",
-    "StateRef", "SwapIn", "SwapOut", "Value", "first_pages", "fuse", "hidden_states", "linear_formats", "lower", "lowering_contexts", "most_seen",
-    "oldest_visible", "page_counts", "parts_of", "token_array", "unfuse",
+    "StateRef", "SwapIn", "SwapOut", "Value", "first_pages", "fuse", "hidden_states", "linear_formats", "lower", "lowering_contexts",
+    "most_seen", "oldest_visible", "page_counts", "parts_of", "token_array", "unfuse",
 ]  # fmt: skip
