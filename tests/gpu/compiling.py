@@ -143,7 +143,8 @@ def attending():
     ]:  # fmt: skip
         latent, blocks = case == "latent", attention.blocks_for(key_dim)
         kept = cache.GroupCache.of(1, 4, kv_heads, key_dim, None if latent else value_dim, form, META)
-        parts = attention.Parts.of(16, heads, value_dim, 4096, programs, META, blocks) if programs else None
+        room = empty(attention.Parts.numbers(16, heads, value_dim, 4096, blocks), dtype=F32)
+        parts = attention.Parts.of(16, heads, value_dim, 4096, programs, room, blocks) if programs else None
         attention.attend(
             empty(16, heads * key_dim), kept.layer(0), empty(16, heads * value_dim), empty(16, dtype=I32), empty(16, dtype=I32),
             empty(4, 16, dtype=I32), empty(16, 2, dtype=I32), heads=heads, scale=0.1, visible=visible, blocks=blocks, parts=parts,
@@ -184,14 +185,14 @@ def recurrences():
         empty(count, 2048), empty(count, 2048), empty(count, 4096), empty(count, 32), empty(count, 32), wide(32), wide(32),
         empty(count, 4096), state(32, 128, 128), step, key_heads=16, value_heads=32,
     )  # fmt: skip
-    for label, rows, sequences in (("decoding", 64, 64), ("prompts", 2048, 8)):
-        case, step = label, Sequences(empty(rows, dtype=I32), empty(sequences + 1, dtype=I32), empty(sequences, dtype=I32))
+    for label, count, sequences in (("decoding", 64, 64), ("prompts", 2048, 8)):
+        case, step = label, Sequences(empty(count, dtype=I32), empty(sequences + 1, dtype=I32), empty(sequences, dtype=I32))
         dual_scan.dual_scan(
-            empty(rows, 5120), empty(rows, 80), empty(rows, 128), empty(rows, 128), wide(80), wide(80), wide(80), empty(rows, 5120),
+            empty(count, 5120), empty(count, 80), empty(count, 128), empty(count, 128), wide(80), wide(80), wide(80), empty(count, 5120),
             state(dual_scan.dual_numbers(80, 64, 1, 128, 2)), step, heads=80, groups=1,
         )  # fmt: skip
         linear_scan.linear_scan(
-            empty(rows, 2048), empty(rows, 1024), empty(rows, 1024), empty(rows, 2048), wide(rows, 16),
+            empty(count, 2048), empty(count, 1024), empty(count, 1024), empty(count, 2048), wide(count, 16),
             state(linear_scan.linear_numbers(8, 128, 128, 2)), step, heads=16, kv_heads=8,
         )  # fmt: skip
 

@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.inputs import buckets
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
-from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.recurrent import kept_here
 from hasten.backends.cuda.session import LARGEST, CudaSession
-from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
+from hasten.backends.cuda.tape import Device, Pool, compile_tape, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, read
-from hasten.backends.cuda.units import units_of
-from hasten.backends.cuda.weights import DeviceWeights
+from hasten.backends.cuda.weights import DeviceWeights, Outlines
 from hasten.base import hardware, settings
 from hasten.base.errors import ConfigError, UnsupportedError, UserError
 from hasten.formats.cache import cache_format
@@ -94,7 +94,8 @@ class CudaBackend:
         return dataclasses.replace(program, states=tuple(states))
 
     def weight_bytes(self, program: Program) -> int:
-        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
+        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32, biases
+        too."""
         found: dict[tuple[str, str], float] = {}
         for op in program.ops:
             match op:
@@ -104,13 +105,19 @@ class CudaBackend:
                     found[op.weight, str(form)] = math.prod(program.params[op.weight]) * bits / 8
                 case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear() | ops.Embed():
                     found[op.weight, "bf16"] = math.prod(program.params[op.weight]) * 2
-                case _:
-                    found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params})
+            tables = isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear | ops.Embed)
+            plain = [name for name in op.params if not (tables and name == op.weight)]
+            found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in plain})
         return round(sum(found.values()))
 
     def arena_bytes(self, program: Program, tokens: int) -> int:
-        """Bytes of the values of a step, its logits left out: of the largest there is, whatever ``tokens`` are."""
-        return lay_out(program, units_of(program), LARGEST).size
+        """Bytes that steps of up to ``tokens`` take: the room that all share, which is as large as the largest there is needs it, and what
+        the tapes of all buckets that may come have besides. Logits as a host has them are left out."""
+        on = dataclasses.replace(self.on, device=torch.device("meta"))
+        room = Room.of(program, LARGEST, on.device)
+        pools, weights = {group.name: _pool(group, 1, on.device) for group in program.states}, Outlines(program.params)
+        tapes = (compile_tape(program, weights, pools, bucket, on, PAGE, room) for bucket in buckets(min(tokens, LARGEST.rows)))
+        return room.nbytes + sum(tape.nbytes for tape in tapes)
 
     def free_bytes(self) -> int:
         """Bytes of the device that weights, caches and arenas may take together."""
@@ -140,7 +147,7 @@ class CudaBackend:
             cache = sum(group.bytes_per_token() * PAGE * pages[group.name] for group in program.states)
             raise UserError(
                 f"the device's memory does not hold {model.name}: weights take {self.weight_bytes(program):,} bytes, the cache {cache:,}, "
-                f"a step {self.arena_bytes(program, 1):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
+                f"a step {self.arena_bytes(program, LARGEST.rows):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
             ) from None
         return session
 
@@ -164,7 +171,8 @@ def find_device() -> Device:
             f"backend 'cuda' needs a device of compute capability 8.0 or more; {name} has {told}: --backend cpu runs here"
         )
     directory = settings.cache_directory()
-    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory / "tuned", name))
+    tuned = Tuned(name) if directory is None else read(directory / "tuned", name)
+    return Device(torch.device("cuda", 0), capability, tuned, 2 * torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def _pool(group: StateGroup, pages: int, device: torch.device) -> Pool:

@@ -34,9 +34,11 @@ def kept_here(program: Program, group: RecurrentGroup) -> RecurrentGroup:
 
 
 def recurrent_launch(
-    op: RecurrentOp, at: Mapping[str, Tensor], state: Tensor, sequences: Sequences, weight: Callable[[str], Tensor]
-) -> Callable[[], None]:
-    """The launch of ``op``, whose layer's pages are ``state``. ``at`` has its values, ``weight`` brings one over in float32."""
+    op: RecurrentOp, at: Mapping[str, Tensor], state: Tensor, sequences: Sequences, weight: Callable[[str], Tensor],
+    empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
+) -> Callable[[], None]:  # fmt: skip
+    """The launch of ``op``, whose layer's pages are ``state``. ``at`` has its values, ``weight`` brings one over in float32, ``empty``
+    makes room on the device."""
     match op:
         case ops.CausalConv():
             bias = None if op.bias is None else weight(op.bias)
@@ -60,7 +62,7 @@ def recurrent_launch(
             )  # fmt: skip
         case ops.LinearScan():
             y = at[op.y]
-            totals = torch.empty((y.shape[0], op.heads), dtype=torch.float32, device=y.device)
+            totals = empty((y.shape[0], op.heads), torch.float32)
             return functools.partial(
                 linear_scan, at[op.q], at[op.k], at[op.v], y, totals, state, sequences, heads=op.heads, kv_heads=op.kv_heads
             )

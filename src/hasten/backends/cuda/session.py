@@ -55,6 +55,11 @@ class CudaSession:
         """What the device can do at this moment (`limits.limits`)."""
         return limits(self.on.device, arithmetic, read_bytes)
 
+    @property
+    def step_bytes(self) -> int:
+        """What steps take of the device by now: the room that all share, and what each bucket's tape has besides."""
+        return self._room.nbytes + sum(player.tape.nbytes for player in self._tapes.values())
+
     @torch.inference_mode()
     def make_ready(self) -> None:
         """Bring the weights over, which the first step would do otherwise."""

@@ -1,14 +1,48 @@
 """Weights on the device, in the layouts of its kernels: each is brought over once, whoever asks for it."""
 
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.backends.cuda.kernels.pack import PackedWeight, joined, pack
+from hasten.backends.cuda.kernels.pack import PackedWeight, joined, outline, pack
 from hasten.formats.linear import LinearFormat
 from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Array, Weights
+
+
+class TapeWeights(Protocol):
+    """What a tape asks of weights: `DeviceWeights`, or their outlines."""
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight in plain numbers of ``dtype``."""
+        ...
+
+    def linear(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """Weights that read the same rows, as one."""
+        ...
+
+
+class Outlines:
+    """Weights of the shapes that ``params`` tells, without memory: for tapes that are only counted."""
+
+    def __init__(self, params: Mapping[str, Sequence[int]]) -> None:
+        self._params = params
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """As wide and as high."""
+        return torch.empty(tuple(self._params[name]), dtype=dtype, device="meta")
+
+    def linear(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """In the layout that it would have, its scales left out."""
+        *stacked, _, size = self._params[names[0]]
+        shape = (*stacked, sum(self._params[name][-2] for name in names), size)
+        if form == "dense":
+            return PackedWeight.of_dense(torch.empty(shape, dtype=dense, device="meta"))
+        return outline(LinearFormat.parse(form), shape)
 
 
 class DeviceWeights:

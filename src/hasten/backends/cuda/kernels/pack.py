@@ -24,6 +24,7 @@ Layout = Literal["plain", "nibbles"]
 
 WIDE = 128  # plain rows are filled up to whole runs of so many inputs, the longest step of a product over groups
 
+_NIBBLES = {"int2", "int3", "int4"}
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -77,7 +78,7 @@ def pack(form: LinearFormat, stored: QuantizedLinear) -> PackedWeight:
     if stored.scales is None:
         return PackedWeight(size, "plain", _filled(_tensor(stored.q).to(_PLAIN[form.number]), WIDE))
     group = stored.group if 0 < stored.group < size else 0
-    if form.number in {"int2", "int3", "int4"}:
+    if form.number in _NIBBLES:
         span = _span(group, form)
         if stored.zeros is not None and (stored.zeros.min() < -120 or stored.zeros.max() > 119):
             raise UnsupportedError("a zero point beyond -120 to 119 takes nibbles out of a byte; round the model again, without it")
@@ -87,6 +88,18 @@ def pack(form: LinearFormat, stored: QuantizedLinear) -> PackedWeight:
     if isinstance(stored, ClusteredLinear):
         q = np.take_along_axis(stored.codebook[..., None, :], q.astype(np.int64), axis=-1)
     return PackedWeight(size, "plain", _filled(_tensor(q), WIDE), *_turned(stored, size, group, WIDE), group)
+
+
+def outline(form: LinearFormat, shape: tuple[int, ...]) -> PackedWeight:
+    """A weight [(count,) out, size] as ``pack`` lays it out, of codes without memory and no scales."""
+    size = shape[-1]
+    group = form.group if 0 < form.group < size else 0
+    if form.number in _NIBBLES:
+        span = _span(group, form)
+        codes = torch.empty((*shape[:-1], (size + -size % span) // 4), dtype=torch.int16, device="meta")
+        return PackedWeight(size, "nibbles", codes, group=group, span=span)
+    filled = (*shape[:-1], size + -size % WIDE)
+    return PackedWeight(size, "plain", torch.empty(filled, dtype=_PLAIN.get(form.number, torch.int8), device="meta"), group=group)
 
 
 def unpack(weight: PackedWeight) -> Tensor:
