@@ -60,17 +60,25 @@ def _keep(
     recent = (state + page * size + first).to(tl.pointer_type(a.dtype.element_ty), bitcast=True)
     if tl.program_id(1) == 0:
         _keep_one(a, a_stride, a_width, recent, begin, end, filled, COLUMNS, ROWS)
-    if b is not None:
+    if b is not None:  # noqa: SIM102 (known when it is compiled, and the other not)
         if tl.program_id(1) == 1:
             _keep_one(b, b_stride, b_width, recent + CHUNK * a_width, begin, end, filled, COLUMNS, ROWS)
-    if c is not None:
+    if c is not None:  # noqa: SIM102
         if tl.program_id(1) == 2:
             _keep_one(c, c_stride, c_width, recent + CHUNK * (a_width + b_width), begin, end, filled, COLUMNS, ROWS)
 
 
 @triton.jit
 def _keep_one(
-    x: tensor, stride: tensor, width: tensor, recent: tensor, begin: tensor, end: tensor, filled: tensor, COLUMNS: constexpr, ROWS: constexpr
+    x: tensor,
+    stride: tensor,
+    width: tensor,
+    recent: tensor,
+    begin: tensor,
+    end: tensor,
+    filled: tensor,
+    COLUMNS: constexpr,
+    ROWS: constexpr,
 ) -> None:
     """The last ``filled`` rows before ``end``, as far as they are of this step."""
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

@@ -10,7 +10,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from hasten.backends.cuda.kernels.chunks import CHUNK, at_slot, decayed, decays, keep, kept_numbers, number_of, product, rows_at_once, rows_of
+from hasten.backends.cuda.kernels.chunks import (
+    CHUNK,
+    at_slot,
+    decayed,
+    decays,
+    keep,
+    kept_numbers,
+    number_of,
+    product,
+    rows_at_once,
+    rows_of,
+)
 from hasten.backends.cuda.kernels.pointwise import softplus
 from hasten.backends.cuda.kernels.scans import CLEARED, check_size
 from hasten.backends.cuda.kernels.states import Sequences, clear, span

@@ -229,7 +229,9 @@ def combine(x: Tensor, weights: Tensor, y: Tensor, sequence: Tensor) -> None:
     Rows of no ``sequence`` int32 [T] become zeros: no expert has said anything of them."""
     tokens, chosen, size = x.shape
     if tokens:
-        _combine[(tokens, triton.cdiv(size, 1024))](x, weights, y, sequence, size, y.stride(0), chosen, 1024, num_warps=4, enable_fp_fusion=False)
+        _combine[(tokens, triton.cdiv(size, 1024))](
+            x, weights, y, sequence, size, y.stride(0), chosen, 1024, num_warps=4, enable_fp_fusion=False
+        )
 
 
 @triton.jit
