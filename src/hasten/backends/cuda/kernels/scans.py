@@ -145,18 +145,21 @@ def _selective_scan(
     b += first * b_stride + column
     c += first * c_stride + column
     y += first * y_stride + channel
-    for _ in range(begin, end):
-        u = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        rate = softplus(tl.load(dt, mask=inside, other=0.0).to(tl.float32) + shift)
-        into = tl.load(b, mask=real, other=0.0).to(tl.float32)
-        out = tl.load(c, mask=real, other=0.0).to(tl.float32)
-        h = tl.exp(rate[:, None] * decay) * h + (rate * u)[:, None] * into[None, :]
-        result = tl.sum(h * out[None, :], axis=1) + skip * u
-        tl.store(y, result.to(y.dtype.element_ty), mask=inside)
-        x += x_stride
+    x_row, dt_row = tl.load(x, mask=inside, other=0.0), tl.load(dt, mask=inside, other=0.0)
+    b_row, c_row = tl.load(b, mask=real, other=0.0), tl.load(c, mask=real, other=0.0)
+    for row in range(begin, end):
+        u, rate = x_row.to(tl.float32), softplus(dt_row.to(tl.float32) + shift)
+        into, out = b_row.to(tl.float32), c_row.to(tl.float32)
+        x += x_stride  # the next row is on its way while this one is computed
         dt += dt_stride
         b += b_stride
         c += c_stride
+        channels, columns = tl.where(row + 1 < end, count, 0), tl.where(row + 1 < end, STATES, 0)
+        x_row, dt_row = tl.load(x, mask=channel < channels, other=0.0), tl.load(dt, mask=channel < channels, other=0.0)
+        b_row, c_row = tl.load(b, mask=column < columns, other=0.0), tl.load(c, mask=column < columns, other=0.0)
+        h = tl.exp(rate[:, None] * decay) * h + (rate * u)[:, None] * into[None, :]
+        result = tl.sum(h * out[None, :], axis=1) + skip * u
+        tl.store(y, result.to(y.dtype.element_ty), mask=inside)
         y += y_stride
     tl.store(state, h, mask=kept)
 
@@ -209,19 +212,23 @@ def _gated_delta_scan(
     a += first * a_stride + head
     b += first * b_stride + head
     y += first * y_stride + head * VALUE_DIM + value
-    for _ in range(begin, end):
-        key = _unit(tl.load(k, mask=real, other=0.0).to(tl.float32))
-        query = _unit(tl.load(q, mask=real, other=0.0).to(tl.float32)) * scale
-        wanted = tl.load(v, mask=inside, other=0.0).to(tl.float32)
-        beta = sigmoid(tl.load(b).to(tl.float32))
-        s *= tl.exp(decay * softplus(tl.load(a).to(tl.float32) + shift))
-        change = (wanted - tl.sum(s * key[:, None], axis=0)) * beta
-        s += key[:, None] * change[None, :]
-        tl.store(y, tl.sum(s * query[:, None], axis=0).to(y.dtype.element_ty), mask=inside)
-        q += q_stride
+    q_row, k_row, v_row = tl.load(q, mask=real, other=0.0), tl.load(k, mask=real, other=0.0), tl.load(v, mask=inside, other=0.0)
+    a_row, b_row = tl.load(a), tl.load(b)
+    for row in range(begin, end):
+        key, query = _unit(k_row.to(tl.float32)), _unit(q_row.to(tl.float32)) * scale
+        wanted, beta = v_row.to(tl.float32), sigmoid(b_row.to(tl.float32))
+        s *= tl.exp(decay * softplus(a_row.to(tl.float32) + shift))
+        q += q_stride  # the next row is on its way while this one is computed
         k += k_stride
         v += v_stride
         a += a_stride
         b += b_stride
+        keys, values = tl.where(row + 1 < end, KEY_DIM, 0), tl.where(row + 1 < end, VALUE_DIM, 0)
+        q_row, k_row = tl.load(q, mask=feature < keys, other=0.0), tl.load(k, mask=feature < keys, other=0.0)
+        v_row = tl.load(v, mask=value < values, other=0.0)
+        a_row, b_row = tl.load(a, mask=row + 1 < end, other=0.0), tl.load(b, mask=row + 1 < end, other=0.0)
+        change = (wanted - tl.sum(s * key[:, None], axis=0)) * beta
+        s += key[:, None] * change[None, :]
+        tl.store(y, tl.sum(s * query[:, None], axis=0).to(y.dtype.element_ty), mask=inside)
         y += y_stride
     tl.store(state, s, mask=kept)
