@@ -105,9 +105,8 @@ class CudaBackend:
                     found[op.weight, str(form)] = math.prod(program.params[op.weight]) * bits / 8
                 case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear() | ops.Embed():
                     found[op.weight, "bf16"] = math.prod(program.params[op.weight]) * 2
-            tables = isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear | ops.Embed)
-            plain = [name for name in op.params if not (tables and name == op.weight)]
-            found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in plain})
+            matrix = op.weight if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear | ops.Embed) else None
+            found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params if name != matrix})
         return round(sum(found.values()))
 
     def arena_bytes(self, program: Program, tokens: int) -> int:

@@ -73,7 +73,7 @@ class Parts:
     @staticmethod
     def numbers(rows: int, heads: int, value_dim: int, context: int, blocks: Blocks = DEFAULT) -> int:
         """How many numbers that takes: rows · heads · parts · (value_dim + 2)."""
-        return rows * heads * triton.cdiv(context, blocks.part) * (value_dim + 2)
+        return rows * heads * -(-context // blocks.part) * (value_dim + 2)
 
 
 def tile_rows(heads: int, kv_heads: int, blocks: Blocks = DEFAULT) -> int:

@@ -37,8 +37,9 @@ def kept_numbers(widths: tuple[int, ...], row_bytes: int, chunk: int = CHUNK) ->
 def keep(sources: tuple[Tensor, ...], state: Tensor, first: int, sequences: Sequences, *, chunk: int = CHUNK, columns: int = 1024) -> None:
     """Rows of a chunk that ``sequences`` leave unfilled go to their pages of ``state`` [pages, size], from number ``first`` on: those of
     the first source [T, N] end to end, then those of the next; three sources at most, of one dtype."""
-    a, b, c = (*sources, None, None)[:3]
-    widths, strides = ([0 if x is None else size(x) for x in (a, b, c)] for size in (lambda x: x.shape[1], lambda x: x.stride(0)))
+    padded: list[Tensor | None] = [*sources, None, None]
+    a, b, c = padded[:3]
+    widths, strides = [0 if x is None else x.shape[1] for x in padded[:3]], [0 if x is None else x.stride(0) for x in padded[:3]]
     block = min(columns, triton.next_power_of_2(max(widths)))
     _keep[sequences.programs, len(sources), triton.cdiv(max(widths), block)](
         a, b, c, state, sequences.positions, sequences.offsets, sequences.states, *strides, *widths, state.stride(0), first,
