@@ -6,12 +6,12 @@ import pytest
 from hasten import LLM, SamplingParams, load
 from hasten.backends.cpu import CpuBackend
 from hasten.engine import llm as llm_module
-from hasten.engine.batching import Continuous, Static
+from hasten.engine.batching import ByPriority, Continuous, Static
 from hasten.engine.engine import Engine
 from hasten.engine.grammar import Grammar
-from hasten.engine.plan import Settings
+from hasten.engine.plan import Costs, Settings
 from hasten.engine.sampling import BeamSearch
-from hasten.program import HostLogits
+from hasten.program import HostLogits, StateLostError
 from tests.engine.stream import LaterSession
 from tests.engine.test_engine import Faulty, finish, page_bytes, request
 
@@ -138,19 +138,29 @@ def test_abandoned_streams_leave_nothing(monkeypatch):
 # --- failures
 
 
-class Failing(LaterSession):
-    """Cannot begin its steps of these numbers; what was begun before goes on."""
+class Failing:
+    """A session that cannot begin its steps of these numbers, as often as there are ``errors`` for one, nor carry out moves while it
+    ``sticks``. What was begun before goes on."""
 
-    def __init__(self, session, numbers):
-        super().__init__(session)
-        self.numbers, self.failures = numbers, 0
+    def __init__(self, session, errors):
+        self._session, self._errors = session, {step: list(each) for step, each in errors.items()}
+        self.begun, self.failures, self.sticks = 0, 0, False
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
 
     def run(self, batch, pages):
-        if self.steps + 1 in self.numbers:
-            self.numbers = self.numbers - {self.steps + 1}
+        if self._errors.get(self.begun + 1):
             self.failures += 1
-            raise MemoryError("no room for this step")
-        return super().run(batch, pages)
+            raise self._errors[self.begun + 1].pop(0)
+        self.begun += 1
+        return self._session.run(batch, pages)
+
+    def carry_out(self, moves):
+        if self.sticks and moves:
+            self.failures += 1
+            raise OSError("no")
+        self._session.carry_out(moves)
 
 
 def outputs_of(session, prompts, params):
@@ -166,10 +176,99 @@ def outputs_of(session, prompts, params):
 def test_a_step_that_cannot_begin_is_tried_again_with_tokens_that_are_known():
     params, prompts = SamplingParams(max_tokens=14, **WARM), prompts_of(5)
     expected, _ = outputs_of(CpuBackend().session(MODEL, 256), prompts, params)
-    failing = Failing(CpuBackend().session(MODEL, 256), {4, 5, 11})
+    failing = Failing(LaterSession(CpuBackend().session(MODEL, 256)), {step: [MemoryError("no room for this step")] for step in (4, 5, 11)})
     assert outputs_of(failing, prompts, params) == (expected, {})
     assert failing.failures == 3
     assert failing.overlapped > 5
+
+
+def test_a_step_that_lost_its_states_ends_whose_it_was_with_the_tokens_of_the_one_before():
+    """As where steps are done one after the other, and tried once: a state that moved on is no place to begin from again."""
+    params, prompts, errors = SamplingParams(max_tokens=14, **WARM), prompts_of(6), {6: [StateLostError("states moved on")]}
+    whole, _ = outputs_of(CpuBackend().session(MODEL, 256), prompts, params)
+    at_once = Failing(CpuBackend().session(MODEL, 256), errors)
+    later = Failing(LaterSession(CpuBackend().session(MODEL, 256)), errors)
+    expected = outputs_of(at_once, prompts, params)
+    assert outputs_of(later, prompts, params) == expected
+    assert (at_once.failures, later.failures) == (1, 1)
+    outputs, ended = expected
+    assert set(ended.values()) == {"states moved on"}
+    assert any(outputs[index] for index in ended)
+    assert 0 < len(ended) < len(prompts)
+    assert all(output == whole[index][: len(output) if index in ended else None] for index, output in enumerate(outputs))
+    assert later.overlapped > 5
+
+
+def test_nor_is_it_tried_again_where_it_was_for_another_failure():
+    """What was due is known by then, and stays."""
+    params, prompts, lost = SamplingParams(max_tokens=14, **WARM), prompts_of(4), StateLostError("states moved on")
+    expected = outputs_of(Failing(CpuBackend().session(MODEL, 256), {9: [lost]}), prompts, params)
+    session = LaterSession(CpuBackend().session(MODEL, 256))
+    failing = Failing(session, {9: [MemoryError("no room"), lost, AssertionError("a third time")]})
+    assert outputs_of(failing, prompts, params) == expected
+    assert set(expected[1].values()) == {"states moved on"}
+    assert failing.failures == 2
+    assert session.events.count(("known", 8)) == 1
+
+
+def giving_way(session, prompts, most):
+    """An engine of one place, and a request under way in it that is to give way to another in the next step; its pages go out."""
+    engine = Engine(session, Settings(64, Continuous(1), order=ByPriority(1e6), costs=Costs(1.0, 0.0)), swap_bytes=1 << 24)
+    first, second = (request(i, prompt, SamplingParams(max_tokens=count, **WARM)) for i, (prompt, count) in enumerate(zip(prompts, most)))
+    engine.submit([first], priority=0)
+    while len(first.output) < 3:
+        engine.step()
+    engine.submit([second], priority=9)
+    return engine, first, second
+
+
+UNMOVED = "moving pages of the cache failed (OSError: 'no'); send the request again"
+
+
+def test_pages_that_do_not_go_out_while_a_token_is_due_end_their_request_without_it():
+    """The step goes on with the others."""
+    prompts, most = prompts_of(2), (30, 8)
+    whole = [outputs_of(CpuBackend().session(MODEL, 256), [prompt], SamplingParams(max_tokens=9, **WARM))[0][0] for prompt in prompts]
+    failing = Failing(LaterSession(CpuBackend().session(MODEL, 256)), {})
+    engine, first, second = giving_way(failing, prompts, most)
+    assert first.due == 1
+    failing.sticks = True
+    (chunk,) = engine.step()
+    failing.sticks = False
+    assert (chunk.index, chunk.finish_reason, chunk.error, chunk.token_ids) == (0, "error", UNMOVED, ())
+    assert (failing.failures, engine.counters.swapped) == (1, 1)
+    assert first.output == whole[0][:3]
+    known, begun = failing.events.index(("known", failing.steps - 1)), failing.events.index(("run", failing.steps))
+    assert begun < known  # the token was waited for, behind the step that was begun without it
+    chunks = finish(engine)
+    assert {chunk.index for chunk in chunks} == {1}
+    assert second.output == whole[1][:8]
+    nothing_is_left(engine)
+
+
+def test_pages_that_do_not_come_back_end_nobody_whose_last_token_is_due():
+    """All that the step was to compute has failed: what the one before draws is waited for nonetheless."""
+    prompts, most = prompts_of(2), (30, 5)
+    whole = [outputs_of(CpuBackend().session(MODEL, 256), [prompt], SamplingParams(max_tokens=9, **WARM))[0][0] for prompt in prompts]
+    failing = Failing(LaterSession(CpuBackend().session(MODEL, 256)), {})
+    engine, first, second = giving_way(failing, prompts, most)
+    while second.left:
+        engine.step()
+    assert (len(second.output), second.due, second.finish_reason) == (4, 1, None)
+    failing.sticks = True
+    steps = failing.steps
+    chunks = engine.step()
+    assert failing.failures == 1
+    assert [(chunk.index, chunk.finish_reason, chunk.error) for chunk in chunks] == [(0, "error", UNMOVED), (1, "length", None)]
+    assert (first.output, second.output) == (whole[0][:4], whole[1][:5])
+    assert failing.steps == steps
+    nothing_is_left(engine)
+
+
+def nothing_is_left(engine):
+    assert not engine.busy
+    assert [pool.available for pool in engine.cache.pools] == [pool.pages for pool in engine.cache.pools]
+    assert [pool.free for pool in engine.cache.places] == [pool.pages for pool in engine.cache.places]
 
 
 @pytest.mark.parametrize("fails", ["raises", "NaN"])

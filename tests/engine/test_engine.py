@@ -125,19 +125,37 @@ class Faulty:
         bad = np.flatnonzero(batch.tokens == self._poison)
         if len(bad):
             self.failures += 1
-            if self._fails == "raises":
+            if self._fails == "raises" or (self._fails == "fetch alone" and len(batch.offsets) > 2):
                 raise RuntimeError("the poison token came")
         logits = self._session.run(batch, pages).numpy()
         owners = np.searchsorted(batch.offsets, bad, side="right") - 1
-        logits[np.isin(np.searchsorted(batch.offsets, batch.rows, side="right") - 1, owners)] = np.nan
+        spoilt = np.isin(np.searchsorted(batch.offsets, batch.rows, side="right") - 1, owners)
+        if self._fails.startswith("fetch"):
+            return Unfetched(logits, spoilt)
+        logits[spoilt] = np.nan
         return HostLogits(logits)
 
 
-@pytest.mark.parametrize("fails", ["raises", "NaN"])
-def test_a_failure_is_its_own_requests(fails):
+class Unfetched:
+    """Logits of which some rows do not come over."""
+
+    def __init__(self, values, spoilt):
+        self._values, self._spoilt, self.shape = values, spoilt, values.shape
+
+    def numpy(self, rows=None):
+        rows = range(len(self._values)) if rows is None else list(rows)
+        if self._spoilt[rows].any():
+            raise MemoryError("no room for the poison token's rows")
+        return self._values[rows]
+
+
+@pytest.mark.parametrize("scored", [None, 0], ids=["drawn", "scored"])
+@pytest.mark.parametrize("fails", ["raises", "NaN", "fetch", "fetch alone"])
+def test_a_failure_is_its_own_requests(fails, scored):
+    """Whether the step raises, its rows are wrong, or they do not come over, of a step of several or of one."""
     poison = 4321
     prompts = [SHARED[:n] for n in (3, 20, 41, 9, 30)]
-    params = SamplingParams(max_tokens=12)
+    params = SamplingParams(max_tokens=12, prompt_logprobs=scored)
 
     def outputs(session, spoilt):
         engine = Engine(session, Settings(32, Continuous(4)))
@@ -159,7 +177,7 @@ def test_a_failure_is_its_own_requests(fails):
     spoilt, errors = outputs(faulty, (1, 4))
     assert faulty.failures > 1
     assert errors.keys() == {1, 4}
-    assert all(("poison" if fails == "raises" else "NaN") in error for error in errors.values())
+    assert all(("NaN" if fails == "NaN" else "poison") in error for error in errors.values())
     assert [one.finish_reason for one in spoilt] == ["length", "error", "length", "length", "error"]
     for index in (0, 2, 3):
         assert spoilt[index].output == clean[index].output

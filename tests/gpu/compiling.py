@@ -15,7 +15,7 @@ from triton.language import target_info
 from triton.runtime.jit import JITFunction
 
 from hasten.backends.cuda.drawing import FIELDS
-from hasten.backends.cuda.kernels import attention, cache, experts, linear, linear_scan, rows, sampling, scans
+from hasten.backends.cuda.kernels import attention, cache, dual_scan, experts, linear, linear_scan, rows, sampling, scans
 from hasten.backends.cuda.kernels.linear import Scratch, Tiles, default_order, default_tiles, scratch_size
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
@@ -110,11 +110,11 @@ def mixtures():
     its, tiles = weight(BF16, 1024, 2048, stacked=(64,)), Tiles(rows=64)
     op = ops.Route(logits="l", experts="e", weights="w", top_k=6, score="sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4)
     chosen, size = empty(8, 6, dtype=I32), experts.most_blocks(48, 64, 64)
-    experts.route(op, empty(8, 64, dtype=F32), chosen, empty(8, 6, dtype=F32), empty(64, dtype=F32))
+    experts.route(op, empty(8, 64, dtype=F32), chosen, empty(8, 6, dtype=F32), empty(8, dtype=I32), empty(64, dtype=F32))
     blocks = experts.Blocks(empty(size * 64, dtype=I32), empty(size, dtype=I32), empty(64, dtype=I32))
     experts.tell_apart(chosen, blocks)
     experts.expert_linear(empty(8, 2048), its, empty(8, 6, 1024), blocks, tiles)
-    experts.combine(empty(8, 6, 2048), empty(8, 6, dtype=F32), empty(8, 2048))
+    experts.combine(empty(8, 6, 2048), empty(8, 6, dtype=F32), empty(8, 2048), empty(8, dtype=I32))
 
 
 def row_ops():
@@ -143,7 +143,8 @@ def attending():
     ]:  # fmt: skip
         latent, blocks = case == "latent", attention.blocks_for(key_dim)
         kept = cache.GroupCache.of(1, 4, kv_heads, key_dim, None if latent else value_dim, form, META)
-        parts = attention.Parts.of(16, heads, value_dim, 4096, programs, META, blocks) if programs else None
+        room = empty(attention.Parts.numbers(16, heads, value_dim, 4096, blocks), dtype=F32)
+        parts = attention.Parts.of(16, heads, value_dim, 4096, programs, room, blocks) if programs else None
         attention.attend(
             empty(16, heads * key_dim), kept.layer(0), empty(16, heads * value_dim), empty(16, dtype=I32), empty(16, dtype=I32),
             empty(4, 16, dtype=I32), empty(16, 2, dtype=I32), heads=heads, scale=0.1, visible=visible, blocks=blocks, parts=parts,
@@ -180,18 +181,20 @@ def recurrences():
         empty(count, 5120), empty(count, 5120), empty(count, 16), empty(count, 16), wide(5120, 16), wide(5120), wide(5120),
         empty(count, 5120), state(5120, 16), step,
     )  # fmt: skip
-    scans.dual_scan(
-        empty(count, 5120), empty(count, 80), empty(count, 128), empty(count, 128), wide(80), wide(80), wide(80), empty(count, 5120),
-        state(80, 64, 128), step, heads=80, groups=1,
-    )  # fmt: skip
     scans.gated_delta_scan(
         empty(count, 2048), empty(count, 2048), empty(count, 4096), empty(count, 32), empty(count, 32), wide(32), wide(32),
         empty(count, 4096), state(32, 128, 128), step, key_heads=16, value_heads=32,
     )  # fmt: skip
-    linear_scan.linear_scan(
-        empty(count, 2048), empty(count, 1024), empty(count, 1024), empty(count, 2048), wide(count, 16), state(8, 256, 129), step,
-        heads=16, kv_heads=8,
-    )  # fmt: skip
+    for label, count, sequences in (("decoding", 64, 64), ("prompts", 2048, 8)):
+        case, step = label, Sequences(empty(count, dtype=I32), empty(sequences + 1, dtype=I32), empty(sequences, dtype=I32))
+        dual_scan.dual_scan(
+            empty(count, 5120), empty(count, 80), empty(count, 128), empty(count, 128), wide(80), wide(80), wide(80), empty(count, 5120),
+            state(dual_scan.dual_numbers(80, 64, 1, 128, 2)), step, heads=80, groups=1,
+        )  # fmt: skip
+        linear_scan.linear_scan(
+            empty(count, 2048), empty(count, 1024), empty(count, 1024), empty(count, 2048), wide(count, 16),
+            state(linear_scan.linear_numbers(8, 128, 128, 2)), step, heads=16, kv_heads=8,
+        )  # fmt: skip
 
 
 def draws():

@@ -131,9 +131,9 @@ class World:
         tiles = kernels.tiles_of(sequence, each, kernels.most_tiles(count, len(self.lengths), each))
         parts = None
         if programs:
-            parts = kernels.Parts.of(count, case.heads, case.value_dim, max(self.lengths), programs, self.device, blocks)
-            for x in (parts.sums, parts.totals, parts.maxima):
-                x.fill_(float("nan"))
+            numbers = kernels.Parts.numbers(count, case.heads, case.value_dim, max(self.lengths), blocks)
+            room = torch.full((numbers,), float("nan"), device=self.device)
+            parts = kernels.Parts.of(count, case.heads, case.value_dim, max(self.lengths), programs, room, blocks)
         kernels.attend(
             q.to(self.device), self.cache, y, *(torch.from_numpy(x).to(self.device) for x in (positions, sequence, pages, tiles)),
             heads=case.heads, scale=case.scale, visible=case.visible, softcap=case.softcap,

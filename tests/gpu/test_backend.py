@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from hasten.backends.cuda import session as session_module
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend, find_device
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, StepInputs, pieces
+from hasten.backends.cuda.kernels.chunks import CHUNK
+from hasten.backends.cuda.kernels.experts import tell_apart
 from hasten.backends.cuda.limits import limits
 from hasten.backends.cuda.places import lay_out
 from hasten.backends.cuda.session import NOBODY
@@ -18,10 +21,13 @@ from hasten.base.errors import ConfigError, UnsupportedError, UserError
 from hasten.checkpoint import load
 from hasten.engine.stepper import Stepper
 from hasten.families import all_families
-from hasten.program import Batch, CopyPage, Formats, Precision, SwapIn, SwapOut, first_pages, hidden_states, lower, ops
+from hasten.program import Batch, CopyPage, Formats, Precision, RecurrentGroup, SwapIn, SwapOut, first_pages, hidden_states, lower, ops
+from tests.engine.test_recurrent import MIXERS
+from tests.engine.test_recurrent import model_of as recurrent_model
 from tests.families.oracles import make_checkpoint
 
 LENGTH = 13
+LINEAR_ATTENTION = MIXERS[-1]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,39 @@ def test_pages_are_copied_and_swapped(tmp_path, backend):
     assert np.array_equal(session.run(tail, [[[2] for _ in groups]]).numpy(), whole[9:])
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "linear attention"])
+def test_a_recurrence_in_chunks_goes_on_from_anywhere(mixer, tmp_path, backend):
+    """Near the reference and the same bits when cut within chunks and across their ends, and from a copy of a state within a chunk."""
+    model = model_of("mamba2", 0, tmp_path)[0] if mixer == "mamba2" else recurrent_model(LINEAR_ATTENTION)
+    ids = np.random.default_rng(2).integers(0, model.spec.vocab, CHUNK + 9).tolist()
+    session = backend.session(model, 96, cache_bytes=1 << 24)
+    whole = session.score(Batch.of([ids]))
+    expected = ReferenceBackend().session(model, 96).score(Batch.of([ids]))
+    in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model, 96).score(Batch.of([ids]))
+    assert np.abs(whole - expected).mean() <= 1.2 * np.abs(in_bf16 - expected).mean()
+    groups, rows = range(len(session.program.states)), []
+    assert {type(group) for group in session.program.states} == {RecurrentGroup}
+    for begin, end in ((0, 11), (11, CHUNK - 1), (CHUNK - 1, CHUNK), (CHUNK, CHUNK + 1), (CHUNK + 1, len(ids))):
+        rows.append(session.run(Batch.of([ids[begin:end]], [begin]), [[[0] for _ in groups]]).numpy())
+        if end == CHUNK - 1:
+            session.carry_out([CopyPage(group, 0, 1) for group in groups])
+    assert np.array_equal(np.concatenate(rows), whole)
+    assert np.array_equal(session.run(Batch.of([ids[CHUNK - 1 :]], [CHUNK - 1]), [[[1] for _ in groups]]).numpy(), whole[CHUNK - 1 :])
+
+
+def test_experts_read_nothing_for_rows_of_nobody(tmp_path, backend):
+    """They fill a bucket, and choose none."""
+    model, ids = model_of("mixtral", 0, tmp_path)
+    session, batch = backend.session(model, 32), Batch.of([ids[:5]])
+    session.run(batch, [[[0]]])
+    bucket = Bucket.of(batch)
+    told = [launch for launch in session._player("logits", bucket).tape.launches if launch.func is tell_apart]
+    assert told
+    chosen = {op.top_k for op in session.program.ops if isinstance(op, ops.Route)}
+    assert bucket.rows > 5
+    assert {int(launch.args[1].counts.sum()) for launch in told} == {5 * count for count in chosen}
+
+
 def test_hidden_states(tmp_path, backend):
     model, ids = model_of("llama", 0, tmp_path)
     session, batch = backend.session(model, 32), Batch.of([ids], rows="last")
@@ -118,7 +157,7 @@ def test_out_of_memory_while_a_tape_is_made(tmp_path, backend, monkeypatch):
 
 def test_out_of_memory_while_a_model_is_opened(tmp_path, backend, monkeypatch):
     model, _ = model_of("llama", 0, tmp_path)
-    monkeypatch.setattr(StepInputs, "__init__", injected)
+    monkeypatch.setattr(session_module, "compile_tape", injected)  # not the planner's, which takes no memory
     with pytest.raises(UserError, match=r"does not hold .*weights take [\d,]+ bytes.*--max-model-len"):
         backend.session(model, 32)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_every_kernel_compiles_and_fits(made):
     assert {each["kernel"] for each in made} == {
         "_linear", "_experts", "_route", "_count", "_place", "_combine", "_norm", "_gate", "_fixed", "_mapped", "_take",
         "_attend", "_add_parts", "_rotary_tables", "_rotate_append", "_move_pages", "_causal_conv", "_selective_scan", "_dual_scan",
-        "_gated_delta_scan", "_feature_sums", "_linear_scan",
+        "_gated_delta_scan", "_linear_scan", "_keep",
         "_rank", "_search", "_draw", "_choose", "_feed",
     }  # fmt: skip
     assert all(each["shared"] <= SHARED for each in made)
@@ -48,6 +49,18 @@ def test_few_rows_and_many_go_through_the_same_instruction(made):
         (one,), (other,) = few, many
         assert one.startswith("m64n16k"), one
         assert other == one.replace("n16", "n128")
+
+
+@pytest.mark.parametrize("kernel", ["_dual_scan", "_linear_scan"])
+def test_decoded_rows_and_prompts_of_a_recurrence_go_through_the_same_instructions(kernel, made):
+    """All on tensor cores; but for N, the rows of a tile, in which a row's own sums do not show."""
+    by_rows = {}
+    for each in made:
+        if each["kernel"] == kernel:
+            found = {re.sub(r"^m64n\d+", "m64n", part) for pair in each["products"] for part in pair if part}
+            by_rows.setdefault(each["case"], set()).update(found)
+    assert by_rows["decoding"] == by_rows["prompts"]
+    assert by_rows["decoding"]
 
 
 def test_nibbles_are_taken_apart_two_by_two(made):

@@ -22,10 +22,16 @@ def router(experts, top_k, score, **more):
     return ops.Route(logits="l", experts="e", weights="w", top_k=top_k, score=score, **{"normalize": True, "scale": 1.0, **more}), experts
 
 
-def chosen_by(op, logits, correction, dtype, device):
+def of_somebody(count, device):
+    """Sequences of rows of which none is padding."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def chosen_by(op, logits, correction, dtype, device, sequence=None):
     experts = torch.full((len(logits), op.top_k), -7, dtype=torch.int32, device=device)
     weights = empty((len(logits), op.top_k), dtype, device)
-    route(op, logits.to(device), experts, weights, None if correction is None else correction.to(device))
+    sequence = of_somebody(len(logits), device) if sequence is None else sequence.to(device)
+    route(op, logits.to(device), experts, weights, sequence, None if correction is None else correction.to(device))
     return experts.cpu(), weights
 
 
@@ -61,6 +67,22 @@ def test_what_is_not_a_number_is_chosen_and_nobody_twice(device):
     assert made[0, 0] == 4
     assert made[1].tolist() == made[2].tolist() == [0, 1, 2, 3]
     assert weights[0].isnan().all()
+
+
+@SCORES
+def test_rows_of_nobody_choose_nobody(score, device):
+    """Whatever their logits are, and the others as ever."""
+    op, _ = router(7, 3, score)
+    logits, sequence = numbers(5, 6, 7), torch.tensor([0, -1, 0, 1, -1, -1], dtype=torch.int32)
+    logits[4] = float("nan")
+    everybody, said = chosen_by(op, logits, None, torch.float32, device)
+    made, weights = chosen_by(op, logits, None, torch.float32, device, sequence)
+    real = sequence >= 0
+    assert (everybody >= 0).all()
+    assert (made[~real] == -1).all()
+    assert (weights[~real] == 0).all()
+    assert torch.equal(made[real], everybody[real])
+    assert torch.equal(weights[real], said[real])
 
 
 def told_apart(experts, count, block, device):
@@ -140,11 +162,15 @@ def test_combine(dtype, device):
     x, weights = numbers(9, 3, 4, 1100).to(dtype), numbers(10, 3, 4).abs().to(dtype)
     op = ops.Combine(x="x", weights="w", y="y")
     y = empty((3, 1100), dtype, device)
-    combine(x.to(device), weights.to(device), y)
+    combine(x.to(device), weights.to(device), y, of_somebody(3, device))
     near(y, reference([op], {"x": x, "w": weights})[0], op)
     alone = empty((1, 1100), dtype, device)
-    combine(x[1:2].to(device), weights[1:2].to(device), alone)
+    combine(x[1:2].to(device), weights[1:2].to(device), alone, of_somebody(1, device))
     assert torch.equal(alone[0], y[1])
+    x[1], beside = float("nan"), empty((3, 1100), dtype, device)  # what no expert wrote
+    combine(x.to(device), weights.to(device), beside, torch.tensor([0, -1, 0], dtype=torch.int32, device=device))
+    assert (beside[1] == 0).all()
+    assert torch.equal(beside[[0, 2]], y[[0, 2]])
 
 
 def test_no_tokens_are_no_work(monkeypatch, device):
@@ -152,6 +178,6 @@ def test_no_tokens_are_no_work(monkeypatch, device):
         monkeypatch.setattr(kernel, name, None)
     op, _ = router(4, 2, "softmax")
     nothing = torch.empty(0, 2, dtype=torch.int32)
-    route(op, torch.empty(0, 4), nothing, torch.empty(0, 2))
+    route(op, torch.empty(0, 4), nothing, torch.empty(0, 2), of_somebody(0, "cpu"))
     tell_apart(nothing, Blocks(nothing.flatten(), nothing.flatten(), torch.empty(4, dtype=torch.int32)))
-    combine(torch.empty(0, 2, 8), torch.empty(0, 2), torch.empty(0, 8))
+    combine(torch.empty(0, 2, 8), torch.empty(0, 2), torch.empty(0, 8), of_somebody(0, "cpu"))

@@ -118,6 +118,7 @@ class Simulation:
 
     def __init__(self, seed: int) -> None:
         self.random = rng = random.Random(seed)
+        self.faults = random.Random(seed)  # of its own, so that nothing else goes otherwise for it
         self.page = rng.choice((2, 3, 4))
         slots = rng.randint(1, 6)
         step_tokens = slots + rng.choice((0, 1, 5, 20))
@@ -207,8 +208,12 @@ class Simulation:
         plan = self.scheduler.plan(self.now, held, None if math.isinf(self.settings.stretch) else self.pace.costs)
         self.pace.note_step(plan.entries, self.random.random() + self.token_s * sum(len(entry.tokens) for entry in plan.entries))
         self._check_plan(plan, held)
-        self.backend.run(plan, {entry.sequence: self._hashes(entry) for entry in plan.entries})
-        return plan, {entry.sequence for entry in plan.entries if self.random.random() < 0.002}
+        played, hurt = plan, set[int]()
+        if plan.moves and self.faults.random() < 0.2:
+            played, hurt = self._half_moved(plan)
+        self._fail(hurt)  # before anything of theirs is computed or learned
+        self.backend.run(played, {entry.sequence: self._hashes(entry) for entry in played.entries})
+        return plan, hurt | {entry.sequence for entry in plan.entries if self.random.random() < 0.002}
 
     def _run(self, plan: StepPlan, failed: set[int]) -> None:
         draws: dict[int, list[tuple[int, int]]] = {}
@@ -218,6 +223,21 @@ class Simulation:
             if entry.draws and entry.sequence in client.known and entry.sequence not in failed:
                 draws[entry.sequence] = self._draw(client, entry.sequence)
         self._take(plan, draws, failed)
+
+    def _half_moved(self, plan: StepPlan) -> tuple[StepPlan, set[int]]:
+        """What is left of a plan some of whose moves failed, and the sequences that fail for it."""
+        done = tuple(move for move in plan.moves if self.faults.random() < 0.5)
+        for move in plan.moves:
+            if not isinstance(move, SwapOut):
+                self.backend.stored[move.group][move.target] = [0] * self.page
+        jobs = {self.of[sequence].job.id for sequence in self.scheduler.hurt(plan.moves)}
+        self.note("pages not moved")
+        left = tuple(entry for entry in plan.entries if self.of[entry.sequence].job.id not in jobs)
+        hurt = {sequence for sequence, client in self.of.items() if client.job.id in jobs}
+        for move in plan.moves:
+            if isinstance(move, SwapOut) and move not in done:
+                self.backend.places[move.group][move.place] = [0] * self.page
+        return dataclasses.replace(plan, moves=done, entries=left), hurt
 
     def _hashes(self, entry: Entry) -> list[int]:
         client = self.of[entry.sequence]

@@ -13,7 +13,7 @@ SEEDS, PARTS = 10_000, 16
 AHEAD = 3_000
 FIRED = (
     "ended", "aborts", "failures", "never fits", "hit_tokens", "padding_tokens", "recomputed", "swapped", "swaps in", "forks",
-    "shared_steps", "evicted", "held", "timed alone",
+    "shared_steps", "evicted", "held", "timed alone", "pages not moved",
 )  # fmt: skip
 
 
@@ -114,8 +114,20 @@ def lost_token(monkeypatch):
     monkeypatch.setattr(Cache, "fork", short)
 
 
+def unmoved_unnoticed(monkeypatch):
+    """Who was to have the pages that were not moved goes on."""
+    monkeypatch.setattr(Cache, "hurt", lambda cache, sequence, lost: False)
+
+
+def unmoved_found(monkeypatch):
+    """Snapshots that were not taken are found as prefixes."""
+    monkeypatch.setattr(PrefixTree, "forget", lambda tree, pages: None)
+
+
 @pytest.mark.row("leaked pages", "every page counted after every step")
-@pytest.mark.parametrize("plant", [leak, starvation, copy_forgotten, tenants_mixed, window_too_short, lost_token])
+@pytest.mark.parametrize(
+    "plant", [leak, starvation, copy_forgotten, tenants_mixed, window_too_short, lost_token, unmoved_unnoticed, unmoved_found]
+)
 def test_a_planted_fault_is_found(monkeypatch, plant):
     plant(monkeypatch)
     found = []

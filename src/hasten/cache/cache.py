@@ -1,6 +1,7 @@
 """Cache: decides which page holds what. It touches no memory; what must be copied it says as moves, for a backend to carry out."""
 
-from collections.abc import Hashable, Sequence
+import dataclasses
+from collections.abc import Collection, Hashable, Iterable, Sequence
 
 from hasten.cache.groups import PageGroup, StatePages, TokenPages
 from hasten.cache.pool import PagePool
@@ -30,6 +31,14 @@ class SequencePages:
         return not self.room and not self.length
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """What does not hold what the cache says: ``pages`` and ``places``, each (group, number)."""
+
+    pages: frozenset[tuple[int, int]]
+    places: frozenset[tuple[int, int]]
+
+
 class Cache:
     """Pages of ``page`` tokens for the sequences of one Program. ``places`` is how many pages can be swapped out, by group (none unless
     given). With ``prefixes``, what a sequence leaves behind is found again by any that begins with the same tokens.
@@ -55,6 +64,18 @@ class Cache:
         """What is to be carried out before the next step, in order; told once."""
         moves, self._moves = tuple(self._moves), []
         return moves
+
+    def lose(self, moves: Sequence[Move]) -> Lost:
+        """``moves`` were not carried out, or not all of them: no prefix is found any more where one was to write."""
+        pages = frozenset((move.group, move.target) for move in moves if not isinstance(move, SwapOut))
+        if self.tree is not None:
+            self.tree.forget(pages)
+        return Lost(pages, frozenset((move.group, move.place) for move in moves if isinstance(move, SwapOut)))
+
+    def hurt(self, sequence: SequencePages, lost: Lost) -> bool:
+        """Does the sequence have anything of what is ``lost``?"""
+        tables = (table[gone:] for table, gone in zip(sequence.tables, sequence.gone))
+        return _any_of(tables, lost.pages) or _any_of(sequence.places or (), lost.places)
 
     # --- room
 
@@ -285,3 +306,7 @@ class Cache:
         """Which part of the tokens that the sequences' pages would hold is empty: the waste of paging."""
         room = sum(sequence.room for sequence in sequences)
         return 1 - sum(sequence.length for sequence in sequences) / room if room else 0.0
+
+
+def _any_of(tables: Iterable[Sequence[int]], lost: Collection[tuple[int, int]]) -> bool:
+    return any((group, page) in lost for group, table in enumerate(tables) for page in table)

@@ -11,7 +11,7 @@ without them."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 from hasten.cache.groups import PageGroup, StatePages, TokenPages
 from hasten.cache.pool import PagePool
@@ -151,9 +151,19 @@ class PrefixTree:
             del parent.children[node.tokens]
             node = parent
 
-    def nodes(self) -> Iterator[Node]:
-        """All nodes, parents first."""
-        stack = list(self._roots.values())
+    def forget(self, pages: Collection[tuple[int, int]]) -> None:
+        """Remove every node that holds one of ``pages``, (group, page), and all behind it."""
+        for node in list(self.nodes()):
+            if self.attached(node) and any(each in pages for each in enumerate(node.pages)):
+                for behind in reversed(list(self.nodes(node))):
+                    for group in range(len(self._groups)):
+                        self._drop(behind, group)
+                    if self.attached(behind):  # and has not gone with what was behind it
+                        self.prune(behind)
+
+    def nodes(self, first: Node | None = None) -> Iterator[Node]:
+        """All nodes, or ``first`` and those behind it; parents first."""
+        stack = list(self._roots.values()) if first is None else [first]
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())

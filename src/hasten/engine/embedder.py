@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hasten.base.errors import one_line
 from hasten.cache import SequencePages
 from hasten.engine.engine import Engine
-from hasten.program import Batch
+from hasten.program import Batch, StateLostError
 
 STEP_TOKENS = 128
 """Tokens of a step, at most, and no more than the context's: so long may it keep an engine from its own."""
@@ -95,12 +95,12 @@ class Embedder:
         texts = [self._texts[number] for number, _ in planned]
         starts = [text.pages.length for text in texts]
         parts = [list(text.tokens[start : start + count]) for text, start, (_, count) in zip(texts, starts, planned)]
-        self._engine.move(cache.take_moves())  # others' pages among them, so a failure is not this text's
+        self._engine.move(cache.take_moves())  # others' pages: a text shares none
         try:
             rows = session.hidden(Batch.of(parts, starts), [text.pages.tables for text in texts])
         except Exception as error:
-            if len(planned) == 1:
-                return [self._end(planned[0][0], f"{type(error).__name__}: {one_line(str(error), 300)}")]
+            if len(planned) == 1 or isinstance(error, StateLostError):
+                return [self._end(number, f"{type(error).__name__}: {one_line(str(error), 300)}") for number, _ in planned]
             return [done for one in planned for done in self._compute([one])]
         ended, at = list[Embedding](), 0
         for (number, count), text, start in zip(planned, texts, starts):

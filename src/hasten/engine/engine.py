@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from hasten.base.errors import ConfigError, UserError
+from hasten.base.errors import ConfigError, UserError, one_line
 from hasten.cache import Cache, page_groups
 from hasten.engine.constraint import Constraints, ConstraintState
 from hasten.engine.draw import Draw, TokenLogprob
 from hasten.engine.drawing import AnySampler, Drawing, awaited, begin, draw, due, said
 from hasten.engine.following import Following
-from hasten.engine.forward import Rows, compute, rows_of, run
+from hasten.engine.forward import Rows, compute, lost, rows_of, run
 from hasten.engine.live import Live, Step
 from hasten.engine.pace import Pace
 from hasten.engine.plan import Costs, Counters, Entry, Job, Settings
@@ -21,7 +21,7 @@ from hasten.engine.sampling import SamplingParams
 from hasten.engine.scheduler import Scheduler
 from hasten.engine.search import Search
 from hasten.engine.session import Session
-from hasten.program import Move
+from hasten.program import Move, StateLostError
 
 if TYPE_CHECKING:
     from hasten.engine.sampler import Due
@@ -71,7 +71,7 @@ class Engine:
         self._learned_s = -math.inf  # when they were known last
         self._live = Live()
         self._following = Following(constraints, self._live)
-        self._whole = True  # all pages hold what the cache says
+        self._hurt: dict[int, str] = {}  # by sequence: why its pages do not hold what the cache says
 
     @property
     def busy(self) -> bool:
@@ -125,11 +125,15 @@ class Engine:
         began = self._clock()
         plan = self.scheduler.plan(began, held, self._pace.costs)
         self.move(plan.moves)
-        if not plan.entries:
-            if not self._learn(step):
+        step.errors.update(self._hurt)
+        self._hurt.clear()
+        self._fail_all(step)  # before anything is learned: no token that is due is theirs any more
+        entries = [entry for entry in plan.entries if entry.sequence not in step.errors] if step.errors else plan.entries
+        if not entries:
+            if not self._learn(step) and not step.errors:
                 self._wait(held, step)
             return step.chunks
-        drawing = self._begin(plan.entries, step)
+        drawing = self._begin(entries, step)
         self._learn(step)
         tokens = due(live, drawing)
         draws = self._draw(drawing, step) if tokens is None else awaited(drawing)
@@ -140,8 +144,7 @@ class Engine:
                 self._take(sequence, token, step.logprobs.get(sequence), step)
             else:
                 self._await(sequence)
-        for sequence, error in step.errors.items():
-            step.chunks += self._fail(live.numbers.get(sequence, sequence), error)
+        self._fail_all(step)
         timed = () if plan.moves or step.errors else plan.entries
         if tokens is None:
             self._pace.note_step(timed, self._clock() - max(began, self._learned_s))
@@ -150,15 +153,20 @@ class Engine:
         return step.chunks
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Carry out what the cache has decided; whoever computes on these pages does so before. What it raises ends the engine."""
-        if not self._whole:
-            raise RuntimeError("moving pages of the cache failed before, and what they hold is not known; make the LLM again")
-        if moves:
-            began = self._clock()
-            self._whole = False  # whose fault a failure is cannot be told, and prefixes share pages: it ends the engine, not a request
+        """Carry out what the cache has decided; whoever computes on these pages does so before. Where that fails, the next step ends the
+        requests whose pages were to be written: of all others nothing is lost."""
+        if not moves:
+            return
+        began = self._clock()
+        try:
             self.session.carry_out(moves)
-            self._whole = True
-            self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
+        except Exception as error:
+            why = f"moving pages of the cache failed ({type(error).__name__}: {one_line(str(error), 300)}); send the request again"
+            live = self._live
+            for sequence in self.scheduler.hurt(moves):
+                self._hurt.update(dict.fromkeys(live.sequences.get(live.numbers.get(sequence, sequence), ()), why))
+            return
+        self._pace.note_moves(sum(self.cache.groups[move.group].page_bytes for move in moves), self._clock() - began)
 
     def _begin(self, entries: Sequence[Entry], step: Step) -> Drawing:
         return begin(self._sampler, self._live, self._compute(entries, step))
@@ -169,6 +177,8 @@ class Engine:
             return compute(self.session, self._host, live, entries, step)
         try:
             logits = run(self.session, live, entries)
+        except StateLostError as error:
+            return lost(entries, error, step)
         except Exception:  # to find whose fault it is, steps must be made of tokens that are known
             learned = self._learn(step)
             known = [each._replace(tokens=[learned.get(each.sequence, t) if t < 0 else t for t in each.tokens]) for each in entries]
@@ -269,6 +279,11 @@ class Engine:
         """End all requests that have a grammar."""
         for number in list(self._live.constrained):
             step.chunks += self._fail(number, error)
+
+    def _fail_all(self, step: Step) -> None:
+        """End the requests that the step had errors for."""
+        for sequence, error in step.errors.items():
+            step.chunks += self._fail(self._live.numbers.get(sequence, sequence), error)
 
     def _fail(self, number: int, error: str) -> list[Chunk]:
         """End all outputs of a request."""

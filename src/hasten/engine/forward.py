@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hasten.engine.live import Live, Step
 from hasten.engine.plan import Entry
 from hasten.engine.session import Session
-from hasten.program import Batch, HostLogits, Logits
+from hasten.program import Batch, HostLogits, Logits, StateLostError
 
 if TYPE_CHECKING:
     from hasten.engine.sampler import Sampler
@@ -33,13 +33,21 @@ def compute(session: Session, sampler: "Sampler", live: Live, entries: Sequence[
     """Logits of each entry that draws. What fails is tried again in halves, to find whose fault it is."""
     try:
         logits = run(session, live, entries)
+    except StateLostError as error:
+        return lost(entries, error, step)
     except Exception as error:
         if len(entries) == 1:
             step.errors[entries[0].sequence] = f"{type(error).__name__}: {error}"
-            return Rows(HostLogits(np.empty((0, 0), np.float32)), [])
+            return _nothing()
         half = len(entries) // 2
-        return _together([_on_host(compute(session, sampler, live, some, step)) for some in (entries[:half], entries[half:])])
+        return _together([_on_host(compute(session, sampler, live, some, step), step) for some in (entries[:half], entries[half:])])
     return rows_of(sampler, live, entries, logits, step)
+
+
+def lost(entries: Sequence[Entry], error: StateLostError, step: Step) -> Rows:
+    """None can go on from its pages, nor be tried again: ``error`` is every entry's."""
+    step.errors.update((entry.sequence, str(error)) for entry in entries)
+    return _nothing()
 
 
 def run(session: Session, live: Live, entries: Sequence[Entry]) -> Logits:
@@ -60,6 +68,8 @@ def rows_of(sampler: "Sampler", live: Live, entries: Sequence[Entry], logits: Lo
                 scores.take(logits.numpy(range(row, row + count)), sampler)
             except ValueError as error:
                 step.errors[entry.sequence] = str(error)
+            except Exception as error:  # rows that cannot be fetched; what was computed is not computed again
+                step.errors[entry.sequence] = f"{type(error).__name__}: {error}"
             row += count
             if entry.draws:
                 live.requests[entry.sequence].prompt_logprobs = tuple(scores.entries)
@@ -70,9 +80,18 @@ def rows_of(sampler: "Sampler", live: Live, entries: Sequence[Entry], logits: Lo
     return Rows(logits, at)
 
 
-def _on_host(rows: Rows) -> Rows:
-    """The same, for longer than until the next step."""
-    return Rows(HostLogits(rows.numpy()), [(sequence, row) for row, (sequence, _) in enumerate(rows.at)])
+def _nothing() -> Rows:
+    """Of a step that failed."""
+    return Rows(HostLogits(np.empty((0, 0), np.float32)), [])
+
+
+def _on_host(rows: Rows, step: Step) -> Rows:
+    """The same, for longer than until the next step. Whose rows cannot be fetched fails, for what was computed is not computed again."""
+    try:
+        return Rows(HostLogits(rows.numpy()), [(sequence, row) for row, (sequence, _) in enumerate(rows.at)])
+    except Exception as error:
+        step.errors.update((sequence, f"{type(error).__name__}: {error}") for sequence, _ in rows.at)
+        return _nothing()
 
 
 def _together(each: Sequence[Rows]) -> Rows:

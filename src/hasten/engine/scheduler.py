@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 
 from hasten.cache import Cache, SequencePages, TokenPages
 from hasten.engine.plan import Costs, Counters, Draws, Entry, Job, NeverFitsError, Settings, StepPlan
+from hasten.program import Move
 
 
 class _Sequence:
@@ -78,6 +79,11 @@ class Scheduler:
     def pages(self) -> list[SequencePages]:
         """Of all sequences, running or swapped out."""
         return [sequence.pages for sequence in self._sequences.values()]
+
+    def hurt(self, moves: Sequence[Move]) -> list[int]:
+        """``moves`` failed: the sequences, running or swapped out, that cannot go on from what they have. They are to be ended."""
+        lost = self.cache.lose(moves)
+        return [id for id, sequence in self._sequences.items() if self.cache.hurt(sequence.pages, lost)]
 
     def submit(self, job: Job, sequence: int, now_s: float) -> None:
         """Let ``job`` wait; its first sequence is called ``sequence``. Raises NeverFitsError for one that could not run alone."""

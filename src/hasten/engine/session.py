@@ -39,12 +39,15 @@ class Session(Protocol):
         ...
 
     def carry_out(self, moves: Sequence[Move]) -> None:
-        """Copy pages, swap them out and in, in this order."""
+        """Copy pages, swap them out and in, in this order. Whatever it raises, no page but what these moves were to write has changed."""
         ...
 
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> Logits:
         """Logits [R, vocab] of the batch's rows, where they were computed; what is kept of sequence s goes to ``pages[s]``. Where there is
-        a ``drawer``, nothing is waited for, and a token may be one that is being drawn."""
+        a ``drawer``, nothing is waited for, and a token may be one that is being drawn.
+
+        Raises StateLostError where the batch cannot be played again, for recurrent states may have moved on; after any other error it
+        can."""
         ...
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:

@@ -43,6 +43,11 @@ class SwapIn:
 
 Move = CopyPage | SwapOut | SwapIn
 
+
+class StateLostError(RuntimeError):
+    """A step failed after it had begun: recurrent states of its sequences may have moved on, so none can go on from its pages."""
+
+
 PageLists = list[list[int]]
 """One sequence's pages, group by group: those of a paged group in the order of positions, of a recurrent group the one. A page that no
 later token sees may have gone back, and any number may stand for it."""

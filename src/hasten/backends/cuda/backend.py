@@ -11,18 +11,19 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.inputs import buckets
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
 from hasten.backends.cuda.limits import DeviceRoofline, graph_seconds, measure_roofline
 from hasten.backends.cuda.op_times import OpCost, OpTime, op_names, op_times
-from hasten.backends.cuda.places import lay_out
+from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.products import Product, products_of
+from hasten.backends.cuda.recurrent import kept_here
 from hasten.backends.cuda.session import LARGEST, CudaSession
-from hasten.backends.cuda.tape import Device, Pool, unsupported_ops
+from hasten.backends.cuda.tape import Device, Pool, compile_tape, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, path_of, read, write
 from hasten.backends.cuda.tuning import ROWS, Tuning, tune
-from hasten.backends.cuda.units import units_of
-from hasten.backends.cuda.weights import DeviceWeights
+from hasten.backends.cuda.weights import DeviceWeights, Outlines
 from hasten.base import hardware, settings
 from hasten.base.errors import ConfigError, UnsupportedError, UserError
 from hasten.formats.cache import cache_format
@@ -97,9 +98,9 @@ class CudaBackend:
         try:
             for product in products_of(program):
                 choose(LINEAR, self._site(product.form, product.fed, product.out, product.size, product.dtype))
+            needed, free = self.weight_bytes(program) + self.arena_bytes(program, 1), self.free_bytes()
         except UnsupportedError as error:
             return str(error)
-        needed, free = self.weight_bytes(program) + self.arena_bytes(program, 1), self.free_bytes()
         if needed > free:
             return f"its weights and a step take {needed:,} bytes, and the device has {free:,} free"
         return self._cache_refusal(program)
@@ -117,11 +118,12 @@ class CudaBackend:
         formats, precision = (formats or Formats()).meant_for(model.cache), Precision(model.spec.residual, "bfloat16")
         linear = linear_formats(lower(model.spec, context=context), formats, model.weights, plain="bf16")
         program = lower(model.spec, context=context, precision=precision, formats=linear, cache=cache_format(formats.cache or "bf16"))
-        states = [dataclasses.replace(group, format="float32") if isinstance(group, RecurrentGroup) else group for group in program.states]
-        return dataclasses.replace(program, states=tuple(states))  # what is carried over all tokens keeps its bits
+        states = [kept_here(program, group) if isinstance(group, RecurrentGroup) else group for group in program.states]
+        return dataclasses.replace(program, states=tuple(states))
 
     def weight_bytes(self, program: Program) -> int:
-        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32."""
+        """Bytes that the weights of ``program`` take here: linear layers in their format, tables in bf16, all else in float32, biases
+        too."""
         found: dict[tuple[str, str], float] = {}
         for op in program.ops:
             match op:
@@ -131,13 +133,18 @@ class CudaBackend:
                     found[op.weight, str(form)] = math.prod(program.params[op.weight]) * bits / 8
                 case ops.Linear() | ops.HeadLinear() | ops.ExpertLinear() | ops.Embed():
                     found[op.weight, "bf16"] = math.prod(program.params[op.weight]) * 2
-                case _:
-                    found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params})
+            matrix = op.weight if isinstance(op, ops.Linear | ops.HeadLinear | ops.ExpertLinear | ops.Embed) else None
+            found.update({(name, "float32"): math.prod(program.params[name]) * 4 for name in op.params if name != matrix})
         return round(sum(found.values()))
 
     def arena_bytes(self, program: Program, tokens: int) -> int:
-        """Bytes of the values of a step, its logits left out: of the largest there is, whatever ``tokens`` are."""
-        return lay_out(program, units_of(program), LARGEST).size
+        """Bytes that steps of up to ``tokens`` take: the room that all share, which is as large as the largest there is needs it, and what
+        the tapes of all buckets that may come have besides. Logits as a host has them are left out."""
+        on = dataclasses.replace(self.on, device=torch.device("meta"))
+        room = Room.of(program, LARGEST, on.device)
+        pools, weights = {group.name: _pool(group, 1, on.device) for group in program.states}, Outlines(program.params)
+        tapes = (compile_tape(program, weights, pools, bucket, on, PAGE, room) for bucket in buckets(min(tokens, LARGEST.rows)))
+        return room.nbytes + sum(tape.nbytes for tape in tapes)
 
     def free_bytes(self) -> int:
         """Bytes of the device that weights, caches and arenas may take together."""
@@ -167,7 +174,7 @@ class CudaBackend:
             cache = sum(group.bytes_per_token() * PAGE * pages[group.name] for group in program.states)
             raise UserError(
                 f"the device's memory does not hold {model.name}: weights take {self.weight_bytes(program):,} bytes, the cache {cache:,}, "
-                f"a step {self.arena_bytes(program, 1):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
+                f"a step {self.arena_bytes(program, LARGEST.rows):,}; give --memory, a smaller --max-model-len, or weights of fewer bits"
             ) from None
         return session
 
@@ -227,7 +234,8 @@ def find_device() -> Device:
             f"backend 'cuda' needs a device of compute capability 8.0 or more; {name} has {told}: --backend cpu runs here"
         )
     directory = tuned_directory()
-    return Device(torch.device("cuda", 0), capability, Tuned(name) if directory is None else read(directory, name))
+    tuned = Tuned(name) if directory is None else read(directory, name)
+    return Device(torch.device("cuda", 0), capability, tuned, 2 * torch.cuda.get_device_properties(0).multi_processor_count)
 
 
 def tuned_directory() -> Path | None:

@@ -40,6 +40,15 @@ def bucket_rows(most: int) -> tuple[int, ...]:
     return tuple(sorted({_rounded(rows) for rows in range(1, most + 1)}))
 
 
+def buckets(tokens: int) -> tuple[Bucket, ...]:
+    """All that steps of up to ``tokens`` can meet, of which only some rows give logits: a step that gives all has another bucket."""
+    found = dict[Bucket, None]()
+    for rows in bucket_rows(tokens):
+        most = min(rows, MOST_SEQUENCES)
+        found.update(dict.fromkeys(Bucket(rows, each, each) for each in ({most, 8} if rows > 64 else {most})))
+    return tuple(found)
+
+
 def _rounded(rows: int) -> int:
     """A power of two, or one and a half."""
     power = 1 << max(0, rows - 1).bit_length()
@@ -79,6 +88,11 @@ class StepInputs:
         self.rows, self.offsets = there["rows"], there["offsets"]
         self.pages: Mapping[str, Tensor] = {group.name: there[f"pages {group.name}"] for group in groups}
         self.tiles: Mapping[int, Tensor] = {each: there[f"tiles {each}"] for each in self.per_tile}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self._there.nbytes
 
     def fill(self, batch: Batch, pages: Sequence[PageLists]) -> None:
         """Say what ``batch`` asks for, with what each of its sequences keeps; what was said before has been copied over by then."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from hasten.backends.cuda.inputs import Bucket
+from hasten.backends.cuda.kernels.attention import Parts, blocks_for
 from hasten.backends.cuda.units import units_of
 from hasten.program import Fused, Program, Value, ops
 from hasten.program.arena import Arena
 
+SPLIT_ROWS = 64  # decoding: the positions of one sequence are shared out over the device
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "int32": torch.int32,
 }  # fmt: skip
@@ -72,17 +74,28 @@ def lay_out(program: Program, units: Sequence[Fused], bucket: Bucket) -> Layout:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Room:
-    """Memory of a step that tapes share, for they play one at a time: ``values`` uint8 [bytes] and ``results`` float32 [numbers]."""
+    """Memory of a step that tapes share, for they play one at a time: ``values`` uint8 [bytes], and float32 [numbers] ``results`` and what
+    attention's ``parts`` take."""
 
     values: Tensor
     results: Tensor
+    parts: Tensor
 
     @classmethod
     def of(cls, program: Program, largest: Bucket, device: torch.device) -> "Room":
         """As much as ``program`` takes in ``largest``."""
         results = max(rows_of(program.values[name], largest) * math.prod(program.values[name].features) for name in program.outputs)
-        size = lay_out(program, units_of(program), largest).size
-        return cls(torch.empty(size, dtype=torch.uint8, device=device), torch.empty(results, dtype=torch.float32, device=device))
+        attends = [op for op in program.ops if isinstance(op, ops.Attend)]
+        split = [op for op in attends if program.context > blocks_for(op.head_dim).part]
+        rows = min(SPLIT_ROWS, largest.rows)
+        parts = (Parts.numbers(rows, op.heads, op.value_dim, program.context, blocks_for(op.head_dim)) for op in split)
+        numbers = (torch.empty(count, dtype=torch.float32, device=device) for count in (results, max(parts, default=0)))
+        return cls(torch.empty(lay_out(program, units_of(program), largest).size, dtype=torch.uint8, device=device), *numbers)
+
+    @property
+    def nbytes(self) -> int:
+        """All together."""
+        return self.values.nbytes + self.results.nbytes + self.parts.nbytes
 
 
 def view(arena: Tensor, place: Place) -> Tensor:

@@ -1,7 +1,8 @@
 """A model on a device: its weights, its pages, and a tape for every bucket of batches that came."""
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,14 +12,15 @@ from torch import Tensor
 
 from hasten.backends.cuda.drawer import DeviceDrawer, DeviceLogits
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, pieces
-from hasten.backends.cuda.kernels.cache import PAGE, move_pages
+from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.kernels.sampling import feed
 from hasten.backends.cuda.limits import limits
+from hasten.backends.cuda.moving import Moving
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
 from hasten.backends.cuda.weights import DeviceWeights
 from hasten.base.errors import ConfigError
-from hasten.program import Batch, CopyPage, Move, PageLists, Program, SwapIn, SwapOut, first_pages, hidden_states, ops
+from hasten.program import Batch, Move, PageLists, Program, RecurrentGroup, StateLostError, first_pages, hidden_states, ops
 
 STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
 SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
@@ -41,8 +43,9 @@ class CudaSession:
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
         self.room = Room.of(program, LARGEST, on.device)
-        self._outside: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # what was swapped out, by group and place
         self.drawer = DeviceDrawer(on)
+        self._moving = Moving([pools[group.name] for group in program.states], on.device)
+        self._recurrent = any(isinstance(group, RecurrentGroup) for group in program.states)
         self._scoring, self._playing = threading.Lock(), threading.Lock()
         embed = next((op for op in program.ops if isinstance(op, ops.Embed)), None)
         self._vocab = None if embed is None else program.params[embed.weight][0]
@@ -56,6 +59,11 @@ class CudaSession:
         """What the device can do at this moment (`limits.limits`)."""
         return limits(self.on.device, arithmetic, read_bytes)
 
+    @property
+    def step_bytes(self) -> int:
+        """What steps take of the device by now: the room that all share, and what each bucket's tape has besides."""
+        return self.room.nbytes + sum(player.tape.nbytes for player in self._tapes.values())
+
     @torch.inference_mode()
     def make_ready(self) -> None:
         """Bring the weights over, which the first step would do otherwise."""
@@ -63,28 +71,22 @@ class CudaSession:
 
     @torch.inference_mode()
     def carry_out(self, moves: Sequence[Move]) -> None:
-        """Copy pages, swap them out and in, in this order."""
-        for move in moves:
-            pool = self.pools[self.program.states[move.group].name]
-            match move:
-                case CopyPage():
-                    move_pages(pool, None, torch.tensor([[move.source, move.target]], dtype=torch.int32, device=self.on.device))
-                case SwapOut():
-                    self._outside[move.group, move.place] = tuple(x[:, move.source].to("cpu", copy=True) for x in pool.tensors)
-                case SwapIn():
-                    for x, kept in zip(pool.tensors, self._outside.pop((move.group, move.place)), strict=True):
-                        x[:, move.target].copy_(kept)
+        """Copy pages, swap them out and in, in this order. Whatever is raised, no page but the targets of those moves is written."""
+        self._moving.carry_out(moves)
 
     def run(self, batch: Batch, pages: Sequence[PageLists]) -> DeviceLogits:
         """Logits float32 [R, vocab] of the rows asked for, on the device until the next step; what the batch's sequences keep goes to their
         ``pages``. Nothing is waited for. A token of −2 − i is the one that row i of the ``drawer``'s last draw gives.
 
-        Raises ConfigError for tokens and positions that are out of range; nothing is changed then."""
+        Raises ConfigError for tokens and positions that are out of range; nothing is changed then. Raises StateLostError where a model with
+        recurrent state fails once its step has begun."""
         return DeviceLogits(self._play("logits", batch, pages))
 
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """Hidden states float32 [R, width] after the last norm, of the rows asked for; kept is the same as by ``run``."""
-        return DeviceLogits(self._play("hidden", batch, pages)).numpy()
+        rows = DeviceLogits(self._play("hidden", batch, pages))
+        with self._begun():
+            return rows.numpy()
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Logits float32 [R, vocab] of whole sequences, in pages from the first on: nothing that was kept in a page outlives this."""
@@ -98,10 +100,21 @@ class CudaSession:
         parts = pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS)
         with self._playing:
             players = [self._player(what, Bucket.of(part)) for part, _ in parts]  # all are there before one plays
-            if len(parts) == 1:
-                return players[0].play(*parts[0], self.drawer.drawn)
-            # Players share the memory of their results.
-            return torch.cat([player.play(*part, self.drawer.drawn).clone() for player, part in zip(players, parts, strict=True)])
+            with self._begun():
+                if len(parts) == 1:
+                    return players[0].play(*parts[0], self.drawer.drawn)
+                # Players share the memory of their results.
+                return torch.cat([player.play(*part, self.drawer.drawn).clone() for player, part in zip(players, parts, strict=True)])
+
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[None]:
+        """What fails in here fails when states may have moved on."""
+        try:
+            yield
+        except Exception as error:
+            if self._recurrent:
+                raise StateLostError(f"{type(error).__name__}: {error}") from error
+            raise
 
     def _player(self, what: str, bucket: Bucket) -> "_Player":
         if (what, bucket) not in self._tapes:

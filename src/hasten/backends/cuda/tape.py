@@ -15,12 +15,12 @@ from hasten.backends.cuda.kernels import attention, cache, experts, linear, rows
 from hasten.backends.cuda.kernels.cache import GroupCache
 from hasten.backends.cuda.kernels.pack import PackedWeight
 from hasten.backends.cuda.kernels.states import Sequences, StatePool
-from hasten.backends.cuda.places import DTYPES, Room, lay_out, rows_of, view
+from hasten.backends.cuda.places import DTYPES, SPLIT_ROWS, Room, lay_out, rows_of, view
 from hasten.backends.cuda.products import FEEDS
 from hasten.backends.cuda.recurrent import RECURRENT, RecurrentOp, recurrent_launch
 from hasten.backends.cuda.tuned import Tuned, shape_name
 from hasten.backends.cuda.units import units_of
-from hasten.backends.cuda.weights import DeviceWeights
+from hasten.backends.cuda.weights import TapeWeights
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat
 from hasten.program import Fused, Program, ops
@@ -35,7 +35,6 @@ KERNELS = (
     ops.Linear, ops.HeadLinear, ops.ExpertLinear, ops.Route, ops.Combine, ops.RmsNorm, ops.LayerNorm, ops.Add, ops.Scale, ops.Clip,
     ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend, *RECURRENT,
 )  # fmt: skip
-SPLIT_ROWS = 64  # decoding: the positions of one sequence are shared out over the device
 
 
 def unsupported_ops(program: Program) -> tuple[str, ...]:
@@ -55,29 +54,26 @@ def _refusal(op: ops.Op) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Device:
-    """What a tape is compiled for: where its tensors lie, of which compute capability, and what was measured there."""
+    """What a tape is compiled for: where its tensors lie, of which compute capability, what was measured there, and how many ``programs``
+    keep it busy."""
 
     device: torch.device
     capability: tuple[int, int]
     tuned: Tuned
-
-    @property
-    def programs(self) -> int:
-        """How many programs keep it busy."""
-        if self.device.type != "cuda":
-            return 8
-        return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+    programs: int = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tape:
     """``launches`` in order; what ``outputs`` hold afterwards is by name, [T or R, …]. ``inputs`` are filled before. ``units`` are what
-    kernels play, each with the launch that is its own; tables that several share are launched before the first."""
+    kernels play, each with the launch that is its own; tables that several share are launched before the first. ``nbytes`` are of the
+    device's memory that no other tape has: inputs and tables."""
 
     inputs: StepInputs
     launches: tuple[Launch, ...]
     outputs: Mapping[str, Tensor]
     units: tuple[tuple[Fused, Launch], ...]
+    nbytes: int
 
     def play(self) -> None:
         """One step, on the current stream. Nothing is allocated and nothing waited for, so a graph can capture it."""
@@ -86,21 +82,22 @@ class Tape:
 
 
 def compile_tape(
-    program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int, room: Room
+    program: Program, weights: TapeWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int, room: Room
 ) -> Tape:
     """The tape of ``program``, which is not fused, for batches that ``bucket`` takes. Values and results lie in
     ``room``, which tapes that play one at a time share, where it is large enough. Raises UnsupportedError naming what has no kernel."""
     if refused := unsupported_ops(program):
         raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
-    return _Compiler(program, weights, pools, bucket, device, page).compile(room)
+    return _Compiler(program, weights, pools, bucket, device, page, room).compile()
 
 
 class _Compiler:
     """One walk over the units of a Program."""
 
     def __init__(
-        self, program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int
+        self, program: Program, weights: TapeWeights, pools: Mapping[str, Pool], bucket: Bucket, device: Device, page: int, room: Room
     ) -> None:
+        self.room, self.own = room, 0  # and bytes beside it
         self.program, self.values, self.weights, self.pools, self.bucket, self.on = program, program.values, weights, pools, bucket, device
         self.units = units_of(program)
         attends = [op for op in program.ops if isinstance(op, ops.Attend)]
@@ -113,7 +110,8 @@ class _Compiler:
         self.blocks: dict[tuple[str, int], experts.Blocks] = {}  # by the value of chosen experts, and the rows of a tile
         self.scratch: linear.Scratch | None = None
 
-    def compile(self, room: Room) -> Tape:
+    def compile(self) -> Tape:
+        room = self.room
         layout = lay_out(self.program, self.units, self.bucket)
         arena = room.values if layout.size <= len(room.values) else self._empty((layout.size,), torch.uint8)
         self.at = {name: view(arena, place) for name, place in layout.places.items()}
@@ -130,13 +128,20 @@ class _Compiler:
             if len(self.launches) > before:
                 played.append((unit, self.launches[-1]))
         outputs = {name: self.at[name] for name in self.program.outputs}
-        return Tape(self.inputs, tuple(self.launches), outputs, tuple(played))
+        return Tape(self.inputs, tuple(self.launches), outputs, tuple(played), self.own + self.inputs.nbytes)
 
     def _launch(self, launch: Launch) -> None:
         self.launches.append(launch)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.on.device)
+        return self._counted(torch.empty(shape, dtype=dtype, device=self.on.device))
+
+    def _counted(self, made: Tensor) -> Tensor:
+        self.own += made.nbytes
+        return made
+
+    def _listed(self, numbers: Sequence[float]) -> Tensor:
+        return self._counted(torch.tensor(numbers, dtype=torch.float32, device=self.on.device))
 
     def _emit(self, unit: Fused) -> None:
         at, inputs = self.at, self.inputs
@@ -192,11 +197,13 @@ class _Compiler:
                 self._head_linear(op)
             case ops.Route():
                 correction = None if op.correction is None else self._vector(op.correction)
-                self._launch(functools.partial(experts.route, op, at[op.logits], at[op.experts], at[op.weights], correction))
+                self._launch(
+                    functools.partial(experts.route, op, at[op.logits], at[op.experts], at[op.weights], inputs.sequence, correction)
+                )
             case ops.ExpertLinear():
                 self._expert_linear(op)
             case ops.Combine():
-                self._launch(functools.partial(experts.combine, at[op.x], at[op.weights], at[op.y]))
+                self._launch(functools.partial(experts.combine, at[op.x], at[op.weights], at[op.y], inputs.sequence))
             case ops.Add():
                 self._launch(functools.partial(rows.add, at[op.a], at[op.b], at[op.y]))
             case ops.Scale():
@@ -230,7 +237,7 @@ class _Compiler:
         if len(parts) > 1:  # theirs lie side by side
             y = y.as_strided((y.shape[0], weight.out), (y.stride(0), 1))
         biases = [self._vector(op.bias) for op in parts if op.bias is not None]
-        bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+        bias = None if not biases else biases[0] if len(biases) == 1 else self._counted(torch.cat(biases))
         scale = None if first.scale is None else self.at[first.scale]
         self._product(tuple(op.weight for op in parts), first.weight_format, x, y, scale, bias)
 
@@ -301,7 +308,7 @@ class _Compiler:
             order, tiles = self._cut(first.weight_format, x, weight)
             needed = linear.scratch_size(x.shape[0], weight.out, order, tiles, weight.codes.shape[0] if weight.codes.dim() == 3 else 1)
             sums, arrived = max(sums, needed[0]), max(arrived, needed[1])
-        return linear.Scratch(self._empty((sums,), torch.float32), torch.zeros(arrived, dtype=torch.int32, device=self.on.device))
+        return linear.Scratch(self._empty((sums,), torch.float32), self._empty((arrived,), torch.int32).zero_())
 
     # --- norms, positions, attention
 
@@ -329,14 +336,14 @@ class _Compiler:
         if key not in self.turns:
             shape = self.bucket.rows, op.dims // 2
             tables = self._empty(shape, torch.float32), self._empty(shape, torch.float32)
-            frequencies = torch.tensor(op.frequencies, dtype=torch.float32, device=self.on.device)
+            frequencies = self._listed(op.frequencies)
             self._launch(functools.partial(cache.rotary_tables, self.inputs.positions, frequencies, *tables, magnitude=op.magnitude))
             self.turns[key] = tables
         return cache.Turn(*self.turns[key], start=op.start, interleaved=op.interleaved)
 
     def _attend(self, op: ops.Attend) -> None:
         blocks, inputs = attention.blocks_for(op.head_dim), self.inputs
-        slopes = None if op.slopes is None else torch.tensor(op.slopes, dtype=torch.float32, device=self.on.device)
+        slopes = None if op.slopes is None else self._listed(op.slopes)
         self._launch(functools.partial(
             attention.attend, self.at[op.q], self._layer(op.state), self.at[op.y], inputs.positions, inputs.sequence,
             inputs.pages[op.state.group], inputs.tiles[attention.tile_rows(op.heads, op.kv_heads, blocks)], heads=op.heads, scale=op.scale,
@@ -352,7 +359,9 @@ class _Compiler:
             side = triton.cdiv(self.on.programs, self.bucket.rows * op.kv_heads)
             few = self.bucket.rows <= SPLIT_ROWS and min(count, side) > 1
             self.parts[key] = (
-                attention.Parts.of(self.bucket.rows, op.heads, op.value_dim, self.program.context, min(count, side), self.on.device, blocks)
+                attention.Parts.of(
+                    self.bucket.rows, op.heads, op.value_dim, self.program.context, min(count, side), self.room.parts, blocks
+                )
                 if few
                 else None
             )
@@ -369,7 +378,7 @@ class _Compiler:
         if not isinstance(pool, StatePool):
             raise TypeError(f"{op.state.group} keeps no state")
         sequences = Sequences(inputs.positions, inputs.offsets, inputs.pages[op.state.group])
-        self.launches.append(recurrent_launch(op, self.at, pool.layer(op.state.slot), sequences, self._vector))
+        self.launches.append(recurrent_launch(op, self.at, pool.layer(op.state.slot), sequences, self._vector, self._empty))
 
     def _vector(self, name: str) -> Tensor:
         return self.weights.plain(name, torch.float32)

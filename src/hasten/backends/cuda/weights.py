@@ -1,11 +1,15 @@
 """Weights on the device, in the layouts of its kernels: each is brought over once, whoever asks for it."""
 
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from hasten.backends.cuda.kernels.pack import PackedWeight, compressed, is_two_of_four, joined, pack, pack_stored, stacked
+from hasten.backends.cuda.kernels.pack import PackedWeight, compressed, is_two_of_four, joined, outline, pack, pack_stored, stacked
 from hasten.backends.cuda.kernels.rounding import round_to_nearest
+from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat
 from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight
@@ -13,6 +17,53 @@ from hasten.formats.weights import Array, Weights
 
 ROUNDED_AT_ONCE = 1 << 24
 """Numbers of a dense weight that lie on the device while they are rounded: 64 MiB in float32, and some times that beside them."""
+
+
+class TapeWeights(Protocol):
+    """What a tape asks of weights: `DeviceWeights`, or their outlines."""
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight in plain numbers of ``dtype``."""
+        ...
+
+    def linear(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """Weights that read the same rows, as one."""
+        ...
+
+    def is_two_of_four(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> bool:
+        """Whether ``linear`` of these is zero in two of any four inputs."""
+        ...
+
+    def compressed(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """The same without its zeros."""
+        ...
+
+
+class Outlines:
+    """Weights of the shapes that ``params`` tells, without memory: for tapes that are only counted."""
+
+    def __init__(self, params: Mapping[str, Sequence[int]]) -> None:
+        self._params = params
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        """As wide and as high."""
+        return torch.empty(tuple(self._params[name]), dtype=dtype, device="meta")
+
+    def linear(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """In the layout that it would have, its scales left out."""
+        *stacked, _, size = self._params[names[0]]
+        shape = (*stacked, sum(self._params[name][-2] for name in names), size)
+        if form == "dense":
+            return PackedWeight.of_dense(torch.empty(shape, dtype=dense, device="meta"))
+        return outline(LinearFormat.parse(form), shape)
+
+    def is_two_of_four(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> bool:
+        """Not as far as is known here; a tape takes as much of its own for either kind."""
+        return False
+
+    def compressed(self, names: tuple[str, ...], form: str, dense: torch.dtype) -> PackedWeight:
+        """Of none is it known that it could be. Raises UnsupportedError."""
+        raise UnsupportedError(f"{', '.join(names)} are outlines, without numbers to leave out; DeviceWeights has them")
 
 
 class DeviceWeights:

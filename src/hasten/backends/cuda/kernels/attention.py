@@ -10,10 +10,10 @@ exactly: a sum does not depend on when its maximum was met. Rescaling on the way
 queries and the split over keys: Dao 2023 (arXiv:2307.08691); pages: Kwon et al. 2023 (arXiv:2309.06180)."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
@@ -62,11 +62,18 @@ class Parts:
     programs: int
 
     @staticmethod
-    def of(rows: int, heads: int, value_dim: int, context: int, programs: int, device: torch.device, blocks: Blocks = DEFAULT) -> "Parts":
-        """Room for ``rows`` rows whose sequences have ``context`` tokens at most: rows · heads · parts · (value_dim + 2) · 4 bytes."""
+    def of(rows: int, heads: int, value_dim: int, context: int, programs: int, room: Tensor, blocks: Blocks = DEFAULT) -> "Parts":
+        """For ``rows`` rows whose sequences have ``context`` tokens at most, in ``room`` float32 of ``Parts.numbers`` or more."""
         shape = (rows, heads, triton.cdiv(context, blocks.part))
-        made = [torch.empty(size, dtype=torch.float32, device=device) for size in ((*shape, value_dim), shape, shape)]
-        return Parts(made[0], made[1], made[2], programs)
+        count = math.prod(shape)
+        cuts = (0, value_dim * count, (value_dim + 1) * count, (value_dim + 2) * count)
+        sums, totals, maxima = (room[first:last] for first, last in itertools.pairwise(cuts))
+        return Parts(sums.view(*shape, value_dim), totals.view(shape), maxima.view(shape), programs)
+
+    @staticmethod
+    def numbers(rows: int, heads: int, value_dim: int, context: int, blocks: Blocks = DEFAULT) -> int:
+        """How many numbers that takes: rows · heads · parts · (value_dim + 2)."""
+        return rows * heads * -(-context // blocks.part) * (value_dim + 2)
 
 
 def tile_rows(heads: int, kv_heads: int, blocks: Blocks = DEFAULT) -> int:

@@ -288,7 +288,7 @@ def _rotate_append(
             _write(plain, values, value_scales, at, kept, VALUE_DIM, LARGEST, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _move_pages(
     here: tensor, other: tensor, moves: tensor, count: tensor, pages: tensor, others: tensor, size: tensor,
     WORDS: constexpr,

@@ -45,13 +45,17 @@ def default_expert_tiles(choices: int, experts: int) -> Tiles:
     return Tiles(rows=16) if each <= 16 else Tiles(rows=64) if each <= 64 else Tiles(out=128, rows=128, warps=8, stages=3)
 
 
-def route(op: ops.Route, logits: Tensor, experts: Tensor, weights: Tensor, correction: Tensor | None = None) -> None:
-    """Route of logits [T, E]: experts int32 [T, A] and weights [T, A], for ``op``'s attributes. What is not a number is chosen first."""
+def route(
+    op: ops.Route, logits: Tensor, experts: Tensor, weights: Tensor, sequence: Tensor, correction: Tensor | None = None
+) -> None:  # fmt: skip
+    """Route of logits [T, E]: experts int32 [T, A] and weights [T, A], for ``op``'s attributes. What is not a number is chosen first.
+
+    Rows of no ``sequence`` int32 [T] choose expert −1 with weight 0, so that no weights are read for them."""
     rows, size = logits.shape
     if rows:
         members = size // op.groups
         _route[(rows,)](
-            logits, correction, experts, weights, logits.stride(0), op.scale, members, op.groups, op.top_groups, op.top_k,
+            logits, correction, experts, weights, sequence, logits.stride(0), op.scale, members, op.groups, op.top_groups, op.top_k,
             op.score == "sigmoid", op.normalize, triton.next_power_of_2(op.groups), triton.next_power_of_2(members),
             triton.next_power_of_2(op.top_k), num_warps=1 if size <= 64 else 4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -59,12 +63,16 @@ def route(op: ops.Route, logits: Tensor, experts: Tensor, weights: Tensor, corre
 
 @triton.jit
 def _route(
-    logits: tensor, correction: tensor, experts: tensor, weights: tensor, stride: tensor, scale: tensor,
+    logits: tensor, correction: tensor, experts: tensor, weights: tensor, sequence: tensor, stride: tensor, scale: tensor,
     MEMBERS: constexpr, GROUPS: constexpr, TOP_GROUPS: constexpr, TOP_K: constexpr, SIGMOID: constexpr, NORMALIZE: constexpr,
     ALL: constexpr, WIDE: constexpr, TOP: constexpr,
 ) -> None:  # fmt: skip
     """One row, in a tile [ALL groups, WIDE members]."""
-    row = tl.program_id(0).to(tl.int64)
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, TOP)
+    if tl.load(sequence + row) < 0:
+        tl.store(experts + row * TOP_K + place, tl.full((TOP,), -1, tl.int32), mask=place < TOP_K)
+        tl.store(weights + row * TOP_K + place, tl.zeros((TOP,), weights.dtype.element_ty), mask=place < TOP_K)
+        return
     group, member = tl.arange(0, ALL)[:, None], tl.arange(0, WIDE)[None, :]
     number, inside = group * MEMBERS + member, (group < GROUPS) & (member < MEMBERS)
     score = tl.load(logits + row * stride + number, mask=inside, other=-float("inf")).to(tl.float32)
@@ -89,7 +97,7 @@ def _route(
         better = tl.sum(ahead.to(tl.int32), axis=1)
         ranking = tl.where((better < TOP_GROUPS)[:, None], ranking, lowest)
     taken = ~inside
-    place, experts_here, weights_here = tl.arange(0, TOP), tl.zeros((TOP,), tl.int32), tl.zeros((TOP,), tl.float32)
+    experts_here, weights_here = tl.zeros((TOP,), tl.int32), tl.zeros((TOP,), tl.float32)
     total = 0.0
     for a in tl.static_range(TOP_K):
         left = tl.where(taken, lowest, ranking)
@@ -215,22 +223,27 @@ def _experts(
         tl.store(y + place.to(tl.int64)[None, :] * out + o[:, None], value.to(y.dtype.element_ty), mask=(o < out)[:, None] & kept[None, :])
 
 
-def combine(x: Tensor, weights: Tensor, y: Tensor) -> None:
-    """Combine: y[T, N] = Σₐ weights[T, a] · x[T, a, N], in the order the experts were chosen; x contiguous."""
+def combine(x: Tensor, weights: Tensor, y: Tensor, sequence: Tensor) -> None:
+    """Combine: y[T, N] = Σₐ weights[T, a] · x[T, a, N], in the order the experts were chosen; x contiguous.
+
+    Rows of no ``sequence`` int32 [T] become zeros: no expert has said anything of them."""
     tokens, chosen, size = x.shape
     if tokens:
-        _combine[(tokens, triton.cdiv(size, 1024))](x, weights, y, size, y.stride(0), chosen, 1024, num_warps=4, enable_fp_fusion=False)
+        _combine[(tokens, triton.cdiv(size, 1024))](
+            x, weights, y, sequence, size, y.stride(0), chosen, 1024, num_warps=4, enable_fp_fusion=False
+        )
 
 
 @triton.jit
 def _combine(
-    x: tensor, weights: tensor, y: tensor, size: tensor, y_stride: tensor,
+    x: tensor, weights: tensor, y: tensor, sequence: tensor, size: tensor, y_stride: tensor,
     CHOSEN: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     row, feature = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total, inside = tl.zeros((BLOCK,), tl.float32), feature < size
+    said = feature < tl.where(tl.load(sequence + row) >= 0, size, 0)
     for a in tl.static_range(CHOSEN):
         weight = tl.load(weights + row * CHOSEN + a).to(tl.float32)
-        value = tl.load(x + (row * CHOSEN + a) * size + feature, mask=feature < size, other=0.0).to(tl.float32)
+        value = tl.load(x + (row * CHOSEN + a) * size + feature, mask=said, other=0.0).to(tl.float32)
         total = tl.fma(value, tl.broadcast_to(weight, (BLOCK,)), total)
-    tl.store(y + row * y_stride + feature, total.to(y.dtype.element_ty), mask=feature < size)
+    tl.store(y + row * y_stride + feature, total.to(y.dtype.element_ty), mask=inside)

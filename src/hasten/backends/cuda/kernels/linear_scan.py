@@ -1,123 +1,121 @@
-"""Linear attention as a recurrence (ops.LinearScan), in the manner of ``scans``, in two kernels: sums of features, then those of values.
+"""Linear attention (ops.LinearScan) in chunks (``chunks``): zₜ = Sᵀ·φ(qₜ) + Σⱼ≤ₜ (φ(kⱼ)·φ(qₜ))·[vⱼ, 1], with S as it was before the chunk.
 
-The sums of features, the last column of the state, divide every value: blocks of values would all have to read what one of them writes.
-So they come first, in a kernel of their own, which leaves each row's divisors for the second."""
+The last column of the state, the sums of features, divides every value: blocks of values would all have to read what one of them writes.
+So that column comes first, in a launch of its own, which leaves each row's divisors for the second."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from hasten.backends.cuda.kernels.scans import CLEARED, check_size, warps_for
+from hasten.backends.cuda.kernels.chunks import keep, kept_numbers, product, row_sums, rows_at_once, rows_of
+from hasten.backends.cuda.kernels.scans import CLEARED, check_size
 from hasten.backends.cuda.kernels.states import Sequences, clear, span
 from hasten.program.ops import FEATURE_FLOOR
+
+CHUNK = 32
+"""Positions of a chunk: what 64 take of two sides' features of 128 does not fit into a program's shared memory."""
 
 _FLOOR = constexpr(FEATURE_FLOOR)
 
 
 def linear_scan(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, totals: Tensor, state: Tensor, sequences: Sequences, *, heads: int, kv_heads: int,
-    values: int = 32,
+    values: int = 32, chunk: int = CHUNK,
 ) -> None:  # fmt: skip
-    """LinearScan of q [T, heads·head_dim], k [T, kv_heads·head_dim] and v [T, kv_heads·value_dim] into y [T, heads·value_dim].
+    """LinearScan of q [T, heads·head_dim], k [T, kv_heads·head_dim] and v [T, kv_heads·value_dim], all of one dtype, into y
+    [T, heads·value_dim]. ``totals`` float32 [T, heads] is room for what values are divided by.
 
-    The state is [kv_heads, 2·head_dim, value_dim + 1]; ``totals`` float32 [T, heads] is room for what values are divided by."""
+    A page of the state has [kv_heads, 2·head_dim, value_dim + 1] as it was where the chunk began, then of each row of the chunk k and v:
+    ``linear_numbers``."""
     dim, value_dim = q.shape[1] // heads, v.shape[1] // kv_heads
-    check_size(state, kv_heads, 2 * dim, value_dim + 1)
-    tall, block = triton.next_power_of_2(dim), min(values, triton.next_power_of_2(value_dim))
-    step = (sequences.positions, sequences.offsets, sequences.states, len(q))
-    _feature_sums[sequences.programs, kv_heads](
-        q, k, totals, state, *step, q.stride(0), k.stride(0), totals.stride(0),
-        heads // kv_heads, dim, value_dim, tall, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
-    _linear_scan[sequences.programs, kv_heads, triton.cdiv(value_dim, block)](
-        q, k, v, totals, y, state, *step, *(each.stride(0) for each in (q, k, v, totals, y)),
-        heads // kv_heads, dim, value_dim, tall, block, num_warps=warps_for(2 * tall * block), enable_fp_fusion=False,
-    )  # fmt: skip
+    check_size(state, linear_numbers(kv_heads, dim, value_dim, k.element_size(), chunk))
+    tall, most = max(16, triton.next_power_of_2(dim)), max(16, min(values, triton.next_power_of_2(value_dim)))
+    for sums, block, blocks in ((True, 16, 1), (False, most, triton.cdiv(value_dim, most))):
+        _linear_scan[sequences.programs, kv_heads, blocks](
+            q, k, v, totals, y, state, sequences.positions, sequences.offsets, sequences.states, len(q), state.stride(0),
+            *(each.stride(0) for each in (q, k, v, totals, y)), kv_heads, heads // kv_heads, dim, value_dim, chunk, tall, block,
+            rows_at_once(len(q), sequences.programs - 1, chunk), sums, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    keep((k, v), state, kv_heads * 2 * dim * (value_dim + 1), sequences, chunk=chunk)
+
+
+def linear_numbers(kv_heads: int, head_dim: int, value_dim: int, row_bytes: int, chunk: int = CHUNK) -> int:
+    """Numbers of float32 of a page of the state, with rows of ``row_bytes`` a number."""
+    return kv_heads * 2 * head_dim * (value_dim + 1) + kept_numbers((kv_heads * head_dim, kv_heads * value_dim), row_bytes, chunk)
 
 
 @triton.jit
 def _softmax(x: tensor, real: tensor) -> tensor:
-    """softmax(x) over a vector, none below the floor, where ``real``; 0 elsewhere."""
-    x = tl.exp(x - tl.max(tl.where(real, x, float("-inf")), axis=0))
+    """softmax(x) over rows [N, TALL], none below the floor, where ``real`` [N, TALL]; 0 elsewhere."""
+    x = tl.exp(x - tl.max(tl.where(real, x, float("-inf")), axis=1)[:, None])
     x = tl.where(real, x, 0.0)
-    x /= tl.sum(x, axis=0)
+    x /= row_sums(x)[:, None]
     return tl.where(real, tl.where(x < _FLOOR, _FLOOR, x), 0.0)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _feature_sums(
-    q: tensor, k: tensor, totals: tensor, state: tensor, positions: tensor, offsets: tensor, states: tensor, rows: tensor,
-    q_stride: tensor, k_stride: tensor, totals_stride: tensor,
-    RATIO: constexpr, DIM: constexpr, VALUE_DIM: constexpr, TALL: constexpr,
-) -> None:  # fmt: skip
-    """A sequence's key/value head: the sums of its features, and with every query of it their product."""
-    begin, end, page, past = span(positions, offsets, states, rows)
-    if page < 0:
-        return
-    head, feature = tl.program_id(1), tl.arange(0, TALL)
-    real = feature < DIM
-    rising = state + ((page * tl.num_programs(1) + head) * 2 * DIM + feature) * (VALUE_DIM + 1) + VALUE_DIM
-    falling = rising + DIM * (VALUE_DIM + 1)
-    rises = tl.where(past, tl.load(rising, mask=real, other=0.0), 0.0)
-    falls = tl.where(past, tl.load(falling, mask=real, other=0.0), 0.0)
-    first = begin.to(tl.int64)
-    q += first * q_stride + head * RATIO * DIM + feature
-    k += first * k_stride + head * DIM + feature
-    totals += first * totals_stride + head * RATIO
-    for _ in range(begin, end):
-        key = tl.load(k, mask=real, other=0.0).to(tl.float32)
-        rises += _softmax(key, real)
-        falls += _softmax(-key, real)
-        for i in tl.static_range(RATIO):
-            query = tl.load(q + i * DIM, mask=real, other=0.0).to(tl.float32)
-            tl.store(totals + i, tl.sum(_softmax(query, real) * rises + _softmax(-query, real) * falls, axis=0))
-        q += q_stride
-        k += k_stride
-        totals += totals_stride
-    tl.store(rising, rises, mask=real)
-    tl.store(falling, falls, mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_scan(
     q: tensor, k: tensor, v: tensor, totals: tensor, y: tensor, state: tensor, positions: tensor, offsets: tensor, states: tensor,
-    rows: tensor, q_stride: tensor, k_stride: tensor, v_stride: tensor, totals_stride: tensor, y_stride: tensor,
-    RATIO: constexpr, DIM: constexpr, VALUE_DIM: constexpr, TALL: constexpr, VALUES: constexpr,
+    rows: tensor, size: tensor, q_stride: tensor, k_stride: tensor, v_stride: tensor, totals_stride: tensor, y_stride: tensor,
+    KV_HEADS: constexpr, RATIO: constexpr, DIM: constexpr, VALUE_DIM: constexpr, CHUNK: constexpr, TALL: constexpr, VALUES: constexpr,
+    ROWS: constexpr, SUMS: constexpr,
 ) -> None:  # fmt: skip
-    """VALUES features of the values of a sequence's key/value head: [TALL, VALUES] of the rising features, as much of the falling."""
-    begin, end, page, past = span(positions, offsets, states, rows)
+    """VALUES features of the values of a sequence's key/value head, or with SUMS the sums of features: [VALUES, TALL] of the rising
+    features before a chunk and as much of the falling, then its rows, ROWS of a query head at once."""
+    begin, end, page, position = span(positions, offsets, states, rows)
     head, feature, value = tl.program_id(1), tl.arange(0, TALL), tl.program_id(2) * VALUES + tl.arange(0, VALUES)
-    real, inside = feature < DIM, value < VALUE_DIM
-    if page < 0:
+    real = feature < DIM
+    if SUMS:
+        if page < 0:
+            return
+        column, inside = value + VALUE_DIM, value < 1
+    else:
+        column, inside = value, value < VALUE_DIM
+        if page < 0:
+            for i in tl.static_range(RATIO):
+                clear(y, y_stride, begin, end, (head * RATIO + i) * VALUE_DIM + value, inside, CLEARED)
+            return
+    kept = inside[:, None] & real[None, :]
+    state += page * size
+    recent = (state + KV_HEADS * 2 * DIM * (VALUE_DIM + 1)).to(tl.pointer_type(k.dtype.element_ty), bitcast=True)
+    recent_v = recent + CHUNK * KV_HEADS * DIM
+    rising = state + (head * 2 * DIM + feature[None, :]) * (VALUE_DIM + 1) + column[:, None]
+    falling = rising + DIM * (VALUE_DIM + 1)
+    rises = tl.where(position >= CHUNK, tl.load(rising, mask=kept, other=0.0), 0.0)
+    falls = tl.where(position >= CHUNK, tl.load(falling, mask=kept, other=0.0), 0.0)
+    slot = tl.arange(0, CHUNK)
+    for start in range(begin - position % CHUNK, end, CHUNK):
+        row = start + slot
+        keys = rows_of(k, k_stride, recent, KV_HEADS * DIM, row, slot, begin, end, head * DIM + feature, real).to(tl.float32)
+        known = (row < end)[:, None] & real[None, :]
+        keys_rise, keys_fall = _softmax(keys, known), _softmax(-keys, known)
+        if SUMS:
+            vs = tl.where((row < end)[:, None] & inside[None, :], 1.0, 0.0)
+        else:
+            vs = rows_of(v, v_stride, recent_v, KV_HEADS * VALUE_DIM, row, slot, begin, end, head * VALUE_DIM + value, inside)
+        v_columns = tl.trans(vs)
         for i in tl.static_range(RATIO):
-            clear(y, y_stride, begin, end, (head * RATIO + i) * VALUE_DIM + value, inside, CLEARED)
-        return
-    kept = real[:, None] & inside[None, :]
-    wide: constexpr = VALUE_DIM + 1
-    rising = state + ((page * tl.num_programs(1) + head) * 2 * DIM + feature[:, None]) * wide + value[None, :]
-    falling = rising + DIM * wide
-    rises = tl.where(past, tl.load(rising, mask=kept, other=0.0), 0.0)
-    falls = tl.where(past, tl.load(falling, mask=kept, other=0.0), 0.0)
-    first = begin.to(tl.int64)
-    q += first * q_stride + head * RATIO * DIM + feature
-    k += first * k_stride + head * DIM + feature
-    v += first * v_stride + head * VALUE_DIM + value
-    totals += first * totals_stride + head * RATIO
-    y += first * y_stride + head * RATIO * VALUE_DIM + value
-    for _ in range(begin, end):
-        key = tl.load(k, mask=real, other=0.0).to(tl.float32)
-        added = tl.load(v, mask=inside, other=0.0).to(tl.float32)[None, :]
-        rises += _softmax(key, real)[:, None] * added
-        falls += _softmax(-key, real)[:, None] * added
-        for i in tl.static_range(RATIO):
-            query = tl.load(q + i * DIM, mask=real, other=0.0).to(tl.float32)
-            z = tl.sum(_softmax(query, real)[:, None] * rises + _softmax(-query, real)[:, None] * falls, axis=0)
-            tl.store(y + i * VALUE_DIM, (z / tl.load(totals + i)).to(y.dtype.element_ty), mask=inside)
-        q += q_stride
-        k += k_stride
-        v += v_stride
-        totals += totals_stride
-        y += y_stride
-    tl.store(rising, rises, mask=kept)
-    tl.store(falling, falls, mask=kept)
+            query_head = head * RATIO + i
+            for first in range(tl.maximum(start, begin), tl.minimum(start + CHUNK, end), ROWS):
+                asked = first + tl.arange(0, ROWS)
+                there = asked < tl.minimum(start + CHUNK, end)
+                far, wanted = asked.to(tl.int64), there[:, None] & real[None, :]
+                query = tl.load(q + far[:, None] * q_stride + query_head * DIM + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+                query_rise, query_fall = tl.trans(_softmax(query, wanted)), tl.trans(_softmax(-query, wanted))
+                earlier = (slot[:, None] <= (asked - start)[None, :]) & there[None, :]
+                shares = tl.where(earlier, product(keys_rise, query_rise) + product(keys_fall, query_fall), 0.0)
+                z = product(rises, query_rise) + product(falls, query_fall) + product(v_columns, shares)
+                given = inside[:, None] & there[None, :]
+                if SUMS:
+                    tl.store(totals + far[None, :] * totals_stride + query_head + value[:, None], z, mask=given)
+                else:
+                    z /= tl.load(totals + far * totals_stride + query_head, mask=there, other=1.0)[None, :]
+                    place = y + far[None, :] * y_stride + query_head * VALUE_DIM + value[:, None]
+                    tl.store(place, z.to(y.dtype.element_ty), mask=given)
+        if start + CHUNK <= end:
+            rises += product(v_columns, keys_rise)
+            falls += product(v_columns, keys_fall)
+    if position % CHUNK + end - begin >= CHUNK:
+        tl.store(rising, rises, mask=kept)
+        tl.store(falling, falls, mask=kept)

@@ -119,6 +119,18 @@ def pack_stored(form: LinearFormat, stored: Stored) -> PackedWeight:
     return PackedWeight(size, "nibbles", codes, *_turned(stored.scales, stored.zeros, size, group, span), group, span)
 
 
+def outline(form: LinearFormat, shape: tuple[int, ...]) -> PackedWeight:
+    """A weight [(count,) out, size] as ``pack`` lays it out, of codes without memory and no scales."""
+    size = shape[-1]
+    group = form.group if 0 < form.group < size else 0
+    if form.number in NIBBLES:
+        span = _span(group, form)
+        codes = torch.empty((*shape[:-1], (size + -size % span) // 4), dtype=torch.int16, device="meta")
+        return PackedWeight(size, "nibbles", codes, group=group, span=span)
+    filled = (*shape[:-1], size + -size % WIDE)
+    return PackedWeight(size, "plain", torch.empty(filled, dtype=PLAIN.get(form.number, torch.int8), device="meta"), group=group)
+
+
 def unpack(weight: PackedWeight) -> Tensor:
     """What a packed weight stands for, float32 [(count,) out, size]: its plain meaning, on whatever device it lies."""
     codes = weight.codes

@@ -1,8 +1,14 @@
-"""Recurrences over time, of one state a channel or head: CausalConv, SelectiveScan, DualScan, GatedDeltaScan (hasten.program.ops).
+"""Recurrences over time, row by row, of one state a channel or head: CausalConv, SelectiveScan, GatedDeltaScan (hasten.program.ops).
 
 A program takes one sequence's rows in order, through a part of its state that no other program needs: the state is read and written once
 a step, side by side, and what a row gives depends neither on the batch nor on how a prompt was cut. State and sums are float32, whatever
 the dtypes of rows and weights. Rows may have any stride; their features are contiguous, and weights altogether.
+
+Why not in chunks (``chunks``), as ``dual_scan`` and ``linear_scan``: SelectiveScan lets every state of every channel decay at its own
+rate, so what two rows share is no product of matrices. GatedDeltaScan is one behind a triangle (Yang et al. 2024, arXiv:2412.06464):
+each row's correction hangs on all corrections before it in its chunk. Kept in the page, in float32, beside the chunk's keys, they would
+give every cut the same bits, for half the state's memory more. But a decoded row would then pay for tiles of 16 rows in four products of
+the state's size, where it reads a page anyway; which of the two is the longer only a device can tell.
 
 Every function launches over ``sequences`` and takes ``state`` [pages, size], a layer of ``states.StatePool``; rows that are padding become
 zeros. ValueError is raised for a state of another size."""
@@ -53,7 +59,7 @@ def _causal_conv(
     TAPS: constexpr, ACTIVATION: constexpr, CHANNELS: constexpr, ROWS: constexpr, KEPT: constexpr,
 ) -> None:  # fmt: skip
     """CHANNELS channels of a sequence, ROWS rows at a time; KEPT is TAPS − 1, or the power of two above it."""
-    begin, end, page, past = span(positions, offsets, states, rows)
+    begin, end, page, position = span(positions, offsets, states, rows)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < count
     if page < 0:
@@ -68,7 +74,7 @@ def _causal_conv(
         kept = (row < end)[:, None] & inside[None, :]
         total = tl.zeros((ROWS, CHANNELS), tl.float32)
         for i in tl.static_range(TAPS):
-            value = _earlier(x, state, row - (TAPS - 1 - i), channel, kept, begin, past, x_stride, count, TAPS)
+            value = _earlier(x, state, row - (TAPS - 1 - i), channel, kept, begin, position > 0, x_stride, count, TAPS)
             total += value * tl.load(weight + channel * TAPS + i, mask=inside, other=0.0).to(tl.float32)[None, :]
         total += shift[None, :]
         if ACTIVATION is not None:
@@ -77,7 +83,7 @@ def _causal_conv(
     if TAPS > 1:
         slot = tl.arange(0, KEPT)
         kept = (slot < TAPS - 1)[:, None] & inside[None, :]
-        value = _earlier(x, state, end - (TAPS - 1) + slot, channel, kept, begin, past, x_stride, count, TAPS)
+        value = _earlier(x, state, end - (TAPS - 1) + slot, channel, kept, begin, position > 0, x_stride, count, TAPS)
         tl.debug_barrier()  # what another warp still reads is not written yet
         tl.store(state + slot[:, None] * count + channel[None, :], value, mask=kept)
 
@@ -121,7 +127,7 @@ def _selective_scan(
     STATES: constexpr, CHANNELS: constexpr, WIDE: constexpr,
 ) -> None:  # fmt: skip
     """CHANNELS channels of a sequence: h [CHANNELS, WIDE]."""
-    begin, end, page, past = span(positions, offsets, states, rows)
+    begin, end, page, position = span(positions, offsets, states, rows)
     channel, column = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, WIDE)
     inside, real = channel < count, column < STATES
     if page < 0:
@@ -129,7 +135,7 @@ def _selective_scan(
         return
     at, kept = channel[:, None] * STATES + column[None, :], inside[:, None] & real[None, :]
     state += page * count * STATES + at
-    h = tl.where(past, tl.load(state, mask=kept, other=0.0), 0.0)
+    h = tl.where(position > 0, tl.load(state, mask=kept, other=0.0), 0.0)
     decay = -tl.exp(tl.load(a_log + at, mask=kept, other=0.0).to(tl.float32))
     skip = tl.load(d + channel, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -139,75 +145,21 @@ def _selective_scan(
     b += first * b_stride + column
     c += first * c_stride + column
     y += first * y_stride + channel
-    for _ in range(begin, end):
-        u = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        rate = softplus(tl.load(dt, mask=inside, other=0.0).to(tl.float32) + shift)
-        into = tl.load(b, mask=real, other=0.0).to(tl.float32)
-        out = tl.load(c, mask=real, other=0.0).to(tl.float32)
+    x_row, dt_row = tl.load(x, mask=inside, other=0.0), tl.load(dt, mask=inside, other=0.0)
+    b_row, c_row = tl.load(b, mask=real, other=0.0), tl.load(c, mask=real, other=0.0)
+    for row in range(begin, end):
+        u, rate = x_row.to(tl.float32), softplus(dt_row.to(tl.float32) + shift)
+        into, out = b_row.to(tl.float32), c_row.to(tl.float32)
+        x += x_stride  # the next row is on its way while this one is computed
+        dt += dt_stride
+        b += b_stride
+        c += c_stride
+        channels, columns = tl.where(row + 1 < end, count, 0), tl.where(row + 1 < end, STATES, 0)
+        x_row, dt_row = tl.load(x, mask=channel < channels, other=0.0), tl.load(dt, mask=channel < channels, other=0.0)
+        b_row, c_row = tl.load(b, mask=column < columns, other=0.0), tl.load(c, mask=column < columns, other=0.0)
         h = tl.exp(rate[:, None] * decay) * h + (rate * u)[:, None] * into[None, :]
         result = tl.sum(h * out[None, :], axis=1) + skip * u
         tl.store(y, result.to(y.dtype.element_ty), mask=inside)
-        x += x_stride
-        dt += dt_stride
-        b += b_stride
-        c += c_stride
-        y += y_stride
-    tl.store(state, h, mask=kept)
-
-
-def dual_scan(
-    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, y: Tensor, state: Tensor, sequences: Sequences,
-    *, heads: int, groups: int, dt_min: float = 0.0, dt_max: float | None = None, features: int = 16,
-) -> None:  # fmt: skip
-    """DualScan of x [T, H·P], dt [T, H] and b, c [T, groups·states] into y [T, H·P]. a_log, d, dt_bias [H]; the state is [H, P, states]."""
-    width, size = x.shape[1] // heads, b.shape[1] // groups
-    check_size(state, heads, width, size)
-    block, wide = min(features, triton.next_power_of_2(width)), triton.next_power_of_2(size)
-    _dual_scan[sequences.programs, heads, triton.cdiv(width, block)](
-        x, dt, b, c, a_log, d, dt_bias, y, state, sequences.positions, sequences.offsets, sequences.states, len(x),
-        *(each.stride(0) for each in (x, dt, b, c, y)), dt_min, math.inf if dt_max is None else dt_max,
-        heads // groups, width, size, block, wide, num_warps=warps_for(block * wide), enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _dual_scan(
-    x: tensor, dt: tensor, b: tensor, c: tensor, a_log: tensor, d: tensor, dt_bias: tensor, y: tensor, state: tensor, positions: tensor,
-    offsets: tensor, states: tensor, rows: tensor, x_stride: tensor, dt_stride: tensor, b_stride: tensor, c_stride: tensor,
-    y_stride: tensor, least: tensor, most: tensor,
-    RATIO: constexpr, WIDTH: constexpr, STATES: constexpr, FEATURES: constexpr, WIDE: constexpr,
-) -> None:  # fmt: skip
-    """FEATURES features of a sequence's head: h [FEATURES, WIDE]."""
-    begin, end, page, past = span(positions, offsets, states, rows)
-    head, feature, column = tl.program_id(1), tl.program_id(2) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, WIDE)
-    inside, real = feature < WIDTH, column < STATES
-    if page < 0:
-        clear(y, y_stride, begin, end, head * WIDTH + feature, inside, CLEARED)
-        return
-    kept = inside[:, None] & real[None, :]
-    state += (page * tl.num_programs(1) + head) * WIDTH * STATES + feature[:, None] * STATES + column[None, :]
-    h = tl.where(past, tl.load(state, mask=kept, other=0.0), 0.0)
-    decay = -tl.exp(tl.load(a_log + head).to(tl.float32))
-    skip, shift = tl.load(d + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
-    first = begin.to(tl.int64)
-    x += first * x_stride + head * WIDTH + feature
-    dt += first * dt_stride + head
-    b += first * b_stride + head // RATIO * STATES + column
-    c += first * c_stride + head // RATIO * STATES + column
-    y += first * y_stride + head * WIDTH + feature
-    for _ in range(begin, end):
-        u = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        rate = softplus(tl.load(dt).to(tl.float32) + shift)
-        rate = tl.where(rate < least, least, tl.where(rate > most, most, rate))
-        into = tl.load(b, mask=real, other=0.0).to(tl.float32)
-        out = tl.load(c, mask=real, other=0.0).to(tl.float32)
-        h = tl.exp(rate * decay) * h + (rate * u)[:, None] * into[None, :]
-        result = tl.sum(h * out[None, :], axis=1) + skip * u
-        tl.store(y, result.to(y.dtype.element_ty), mask=inside)
-        x += x_stride
-        dt += dt_stride
-        b += b_stride
-        c += c_stride
         y += y_stride
     tl.store(state, h, mask=kept)
 
@@ -243,7 +195,7 @@ def _gated_delta_scan(
     RATIO: constexpr, KEY_DIM: constexpr, VALUE_DIM: constexpr, TALL: constexpr, VALUES: constexpr,
 ) -> None:  # fmt: skip
     """VALUES features of the values of a sequence's head: s [TALL, VALUES]."""
-    begin, end, page, past = span(positions, offsets, states, rows)
+    begin, end, page, position = span(positions, offsets, states, rows)
     head, feature, value = tl.program_id(1), tl.arange(0, TALL), tl.program_id(2) * VALUES + tl.arange(0, VALUES)
     real, inside = feature < KEY_DIM, value < VALUE_DIM
     if page < 0:
@@ -251,7 +203,7 @@ def _gated_delta_scan(
         return
     kept = real[:, None] & inside[None, :]
     state += (page * tl.num_programs(1) + head) * KEY_DIM * VALUE_DIM + feature[:, None] * VALUE_DIM + value[None, :]
-    s = tl.where(past, tl.load(state, mask=kept, other=0.0), 0.0)
+    s = tl.where(position > 0, tl.load(state, mask=kept, other=0.0), 0.0)
     decay, shift = -tl.exp(tl.load(a_log + head).to(tl.float32)), tl.load(dt_bias + head).to(tl.float32)
     first = begin.to(tl.int64)
     q += first * q_stride + head // RATIO * KEY_DIM + feature
@@ -260,19 +212,23 @@ def _gated_delta_scan(
     a += first * a_stride + head
     b += first * b_stride + head
     y += first * y_stride + head * VALUE_DIM + value
-    for _ in range(begin, end):
-        key = _unit(tl.load(k, mask=real, other=0.0).to(tl.float32))
-        query = _unit(tl.load(q, mask=real, other=0.0).to(tl.float32)) * scale
-        wanted = tl.load(v, mask=inside, other=0.0).to(tl.float32)
-        beta = sigmoid(tl.load(b).to(tl.float32))
-        s *= tl.exp(decay * softplus(tl.load(a).to(tl.float32) + shift))
-        change = (wanted - tl.sum(s * key[:, None], axis=0)) * beta
-        s += key[:, None] * change[None, :]
-        tl.store(y, tl.sum(s * query[:, None], axis=0).to(y.dtype.element_ty), mask=inside)
-        q += q_stride
+    q_row, k_row, v_row = tl.load(q, mask=real, other=0.0), tl.load(k, mask=real, other=0.0), tl.load(v, mask=inside, other=0.0)
+    a_row, b_row = tl.load(a), tl.load(b)
+    for row in range(begin, end):
+        key, query = _unit(k_row.to(tl.float32)), _unit(q_row.to(tl.float32)) * scale
+        wanted, beta = v_row.to(tl.float32), sigmoid(b_row.to(tl.float32))
+        s *= tl.exp(decay * softplus(a_row.to(tl.float32) + shift))
+        q += q_stride  # the next row is on its way while this one is computed
         k += k_stride
         v += v_stride
         a += a_stride
         b += b_stride
+        keys, values = tl.where(row + 1 < end, KEY_DIM, 0), tl.where(row + 1 < end, VALUE_DIM, 0)
+        q_row, k_row = tl.load(q, mask=feature < keys, other=0.0), tl.load(k, mask=feature < keys, other=0.0)
+        v_row = tl.load(v, mask=value < values, other=0.0)
+        a_row, b_row = tl.load(a, mask=row + 1 < end, other=0.0), tl.load(b, mask=row + 1 < end, other=0.0)
+        change = (wanted - tl.sum(s * key[:, None], axis=0)) * beta
+        s += key[:, None] * change[None, :]
+        tl.store(y, tl.sum(s * query[:, None], axis=0).to(y.dtype.element_ty), mask=inside)
         y += y_stride
     tl.store(state, s, mask=kept)

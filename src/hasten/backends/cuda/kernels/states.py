@@ -55,7 +55,7 @@ class Sequences:
 
 @triton.jit
 def span(positions: tensor, offsets: tensor, states: tensor, rows: tensor) -> tuple[tensor, tensor, tensor, tensor]:
-    """First row, the row behind the last, page (−1: the rows become zeros) and whether there is a past, of this program's sequence."""
+    """First row, the row behind the last, page (−1: the rows become zeros) and the first row's position, of this program's sequence."""
     sequence = tl.program_id(0)
     real = sequence < tl.num_programs(0) - 1
     begin = tl.load(offsets + sequence)
@@ -64,7 +64,7 @@ def span(positions: tensor, offsets: tensor, states: tensor, rows: tensor) -> tu
     held = real & (begin < end)
     page = tl.load(states + sequence, mask=held, other=-1)
     position = tl.load(positions + begin, mask=held, other=0)
-    return begin, end, page.to(tl.int64), position > 0
+    return begin, end, page.to(tl.int64), position
 
 
 @triton.jit
