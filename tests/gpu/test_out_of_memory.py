@@ -9,12 +9,14 @@ import torch
 from hasten import SamplingParams
 from hasten.backends.cuda import moving
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
+from hasten.backends.cuda.drawer import DeviceLogits
 from hasten.backends.cuda.inputs import StepInputs
 from hasten.backends.cuda.session import _Player
 from hasten.backends.cuda.tape import Tape
 from hasten.engine.batching import ByPriority, Continuous
 from hasten.engine.engine import Engine
 from hasten.engine.plan import Costs, Settings
+from hasten.program import Batch, StateLostError
 from hasten.program.pages import sequence_bytes
 from hasten.spec import Attention, Mamba2, RMSNorm
 from tests.engine.test_engine import request
@@ -164,3 +166,20 @@ def tried(calls, only):
         if not only or name.split()[-1] in only:
             first.setdefault(name, at)
     return sorted(first.values())
+
+
+@pytest.mark.parametrize(("name", "raised"), [("attention", torch.cuda.OutOfMemoryError), ("attention and states", StateLostError)])
+def test_hidden_states_that_do_not_come_over(name, raised, monkeypatch):
+    """Of a step that has been played: it cannot be played again where states moved on."""
+
+    def injected(*_):
+        raise torch.cuda.OutOfMemoryError("injected")
+
+    session = session_of(name)
+    batch, pages = Batch.of([[5, 6, 7]]), [[[0] for _ in session.program.states]]
+    expected = session.hidden(batch, pages)
+    with monkeypatch.context() as patched:
+        patched.setattr(DeviceLogits, "numpy", injected)
+        with pytest.raises(raised, match="injected"):
+            session.hidden(batch, pages)
+    assert np.array_equal(session.hidden(batch, pages), expected)

@@ -1,5 +1,6 @@
 """What the planner counts of a device against what is allocated there: tensors that are alive, whoever made them."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
 from hasten.backends.cuda.inputs import Bucket, buckets
 from hasten.backends.cuda.kernels.cache import PAGE
+from hasten.backends.cuda.kernels.linear import default_order
+from hasten.backends.cuda.products import products_of
 from hasten.backends.cuda.tape import compile_tape
+from hasten.backends.cuda.tuned import TunedLinear
 from hasten.program import Batch
 from tests.engine.test_recurrent import MIXERS
 from tests.engine.test_recurrent import model_of as recurrent_model
@@ -62,6 +66,18 @@ def test_steps_take_what_is_planned(name, tmp_path, backend):
     for bucket in buckets(4):
         session._player("logits", bucket)
     assert session.step_bytes == planned
+
+
+@pytest.mark.parametrize("kernel", ["cublas", "semi_structured"])
+def test_it_is_planned_alike_where_a_librarys_kernel_was_measured(kernel, tmp_path, backend):
+    """Whatever weights turn out to be: the scratch that Triton's would need is there in any case."""
+    program = backend.program(model_named("llama", tmp_path), 64)
+    measured = INTERPRETED.tuned
+    for each in products_of(program):
+        measured = measured.having(each.name, TunedLinear(default_order(each.weight(INTERPRETED.device)), kernel=kernel))
+    assert measured.linear
+    other = CudaBackend(dataclasses.replace(INTERPRETED, tuned=measured))
+    assert other.arena_bytes(program, 4) == backend.arena_bytes(program, 4)
 
 
 def test_parts_of_attention_are_counted(tmp_path, backend):
