@@ -41,7 +41,7 @@ struct Widened {
     std::int32_t* excess_at(int k) { return excess + (k - begin) / kNibbleUnit * rows; }
 };
 
-// The sums of one panel with a block of rows, and where its reader is, of a product that has no other way to its weights.
+// The sums of one panel with a block of rows, and the reader of a product that has no other way to its weights.
 template <class Product>
 struct PanelSums {
     alignas(64) typename Product::Sum group[kBlock][kChannels];  // of the group so far
@@ -280,7 +280,8 @@ AVX512 void play(const PackedLinear& weight, const Activations& x, int first, in
     PanelSums<Product> panels[kPanels];
     Room room;
     // Where all of some rows are widened at once, panels are read one or two at a time from end to end.
-    const int together = x.count <= kFew ? 1 : x.count <= kBlock && body.widens_at_once(x.count) ? 2 : kPanels;
+    const bool at_once = x.count <= kBlock && body.widens_at_once(x.count);
+    const int together = !at_once ? kPanels : x.count <= kFew ? 1 : 2;
     for (int panel = first; panel < last; panel += together)
         for (int row = 0; row < x.count; row += kBlock)
             body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels, room);

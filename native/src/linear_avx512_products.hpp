@@ -51,7 +51,7 @@ struct Block<std::int32_t, rows, panels> {
     __m512i at[panels][rows];
 };
 
-// A block whose sums are exact, and so may be taken in several chains, of `chains` that are added at the end: with few sums, or a product
+// A block whose sums are exact, and so may be taken in several chains that are added at the end: with few sums, or a product
 // would wait for the one before it.
 template <int rows, int panels>
 struct Chains {
@@ -78,7 +78,7 @@ struct Chains {
 // contribute to a block, with weights as PanelReader gives them, as expand() makes them (W), or, where there is nothing to decode them in,
 // as they lie (`at` is where in the panel the k begin). kExcess, of products of bytes, whose one side has no sign: what weights have too much.
 
-// body.operator()<j>(weights, line): of products with float32, for every k of `lines` lines of 64 bytes, k j of each line.
+// Products with float32: of every line of 64 bytes, Weight::widened<j> is k j of all channels.
 template <class Weight, int rows, int panels>
 AVX512_INLINE void add_floats(const std::byte* const (&tiles)[panels], int k, const float* x, Block<float, rows, panels>& total) {
     const std::byte* w[panels];

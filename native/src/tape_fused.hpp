@@ -41,7 +41,7 @@ class ChainOp final : public RowOp {
 };
 
 // Products that read the same rows. The threads share the panels of all weights, laid end to end: for few rows in pieces of some 15 µs of
-// reading, many times what taking one costs; for many in pieces of so many panels that making their rows ready is little beside them.
+// reading, many times what taking one costs; for many, at levels that widen rows for each piece, in pieces of so many panels that this is little beside them.
 class ProductsOp final : public TapeOp {
    public:
     ProductsOp(std::vector<std::unique_ptr<LinearOp>> parts, unsigned threads, std::size_t piece_bytes = 256 * 1024)
@@ -50,7 +50,8 @@ class ProductsOp final : public TapeOp {
           for_many_(panel_count(parts_), std::max(kManyPanels, panels_of_piece(parts_, piece_bytes)), threads) {}
     std::string name() const override { return joined(parts_); }
     void play(const Tape& tape, const StepInput& step, unsigned thread) const override {
-        const Pieces& pieces = row_count(parts_.front()->rows, step) > kFewRows ? for_many_ : for_few_;
+        const bool widens = tape.isa() == Isa::avx2 || tape.isa() == Isa::avx512;
+        const Pieces& pieces = widens && row_count(parts_.front()->rows, step) > kFewRows ? for_many_ : for_few_;
         pieces.take(thread, [&](std::size_t begin, std::size_t end) {
             std::size_t before = 0;
             for (const auto& part : parts_) {
@@ -71,7 +72,7 @@ class ProductsOp final : public TapeOp {
         for (const auto& part : parts) panels += static_cast<std::size_t>(part->weight->packed().panels());
         return panels;
     }
-    // Fours, which kernels with many rows take together.
+    // A multiple of four: AVX2 and tiles take so many together.
     static std::size_t panels_of_piece(const std::vector<std::unique_ptr<LinearOp>>& parts, std::size_t piece_bytes) {
         std::size_t bytes = 0;
         for (const auto& part : parts) bytes += part->weight->bytes();
