@@ -82,14 +82,14 @@ def test_limits_are_the_larger_of_two_times():
 
 @pytest.mark.parametrize("weights", NUMBERS)
 def test_latency(hasten, weights):
-    (row,) = rows_of(hasten("bench", "latency", "code-8m", "--weights", weights, *TINY[:4], "--repeats", 3, "--json"))
+    (row,) = rows_of(hasten("bench", "latency", "code-8m", "--weights", weights, *TINY, "--json"))
     assert row.keys() >= PROMISED
     assert (row["weights"], row["backend"], row["isa"]) == (weights, "cpu", _native.isa_level())
     usual = LinearFormat.parse(weights).activations[0]
     assert row["activations"] == {"f32": "float32"}.get(usual, usual)
     assert all(row[key] > 0 for key in PROMISED - {"weights", "activations", "backend", "isa"})
-    assert 0 < row["mbu"] <= 5  # tiny counts on a busy machine: a sane size, no measurement
-    assert 0 < row["mfu"] <= 5
+    assert row["mbu"] == pytest.approx(row["bytes_per_step"] / row["tpot_ms"] / 1e6 / row["read_gb_per_s"])
+    assert row["mfu"] == pytest.approx(row["prefill_operations"] / row["ttft_ms"] / 1e9 / row["peak_tops"])
     assert row["tpot_ms"] == pytest.approx(1e3 / row["decode_tokens_per_s"])
     assert row["ttft_ms"] == pytest.approx(16e3 / row["prefill_tokens_per_s"])
     assert row["tape_overhead_us"] <= row["step_overhead_us"]
@@ -133,8 +133,7 @@ def test_latency_of_the_reference(hasten):
     (row,) = rows_of(hasten("bench", "latency", "code-8m", "--backend", "reference", *TINY, "--json"))
     assert row.keys() >= PROMISED
     assert (row["backend"], row["weights"], row["activations"], row["step_overhead_us"]) == ("reference", "float32", "float32", None)
-    assert row["decode_tokens_per_s"] > 0
-    assert 0 < row["mbu"] <= 5  # tiny counts on a busy machine: a sane size, no measurement
+    assert row["mbu"] == pytest.approx(row["bytes_per_step"] / row["tpot_ms"] / 1e6 / row["read_gb_per_s"])
 
 
 def test_a_forced_level_and_one_thread(hasten):
