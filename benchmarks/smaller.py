@@ -4,7 +4,7 @@
 
 One JSON object. Losses and top-1 accuracy are of the whole held-out set; ``retained`` is top-1 over the original's, ``bytes`` and
 ``cache_bytes`` (of a sequence as long as the context) are shares of the original's, ``decode`` is tokens a second at batch 1 over the
-original's, in turn. A recipe that was interrupted goes on where it was, and one that is done is not made again until what runs changes."""
+original's, in turn, with the interval that it lies in. A recipe that was interrupted goes on where it was, and one that is done is not made again until what runs changes."""
 
 import argparse
 import json
@@ -105,12 +105,12 @@ def figures(original, made, first):
 
     second = quality(made)
     shares = {what or "all": size(made, what) / size(original, what) for what in ("", "blocks.", ".mixer.", ".feed_forward.")}
-    _, (speeds,) = measure_speeds(original, [made], SpeedTest((1,), prompt=64, new=32))
+    _, speeds = measure_speeds(original, [made], SpeedTest((1,), prompt=64, new=32))
     return {
         **second, "base_loss": first["loss"], "increase": second["loss"] / first["loss"] - 1, "base_top1": first["top1"],
         "retained": second["top1"] / first["top1"],
         "bytes": {what.strip("."): share for what, share in shares.items()}, "cache_bytes": cache(made) / cache(original),
-        "decode": speeds.rows[0]["decode"]["median"],
+        "decode": msgspec.to_builtins(speeds.rows[0].decode),
     }  # fmt: skip
 
 
