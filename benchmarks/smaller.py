@@ -4,7 +4,8 @@
 
 One JSON object. Losses and top-1 accuracy are of the whole held-out set; ``retained`` is top-1 over the original's, ``bytes`` and
 ``cache_bytes`` (of a sequence as long as the context) are shares of the original's, ``decode`` is tokens a second at batch 1 over the
-original's, in turn, with the interval that it lies in. A recipe that was interrupted goes on where it was, and one that is done is not made again until what runs changes."""
+original's, in turn, with the interval that it lies in. A recipe that was interrupted goes on where it was, and one that is done is not made
+again until what runs changes."""
 
 import argparse
 import json

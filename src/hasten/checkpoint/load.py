@@ -31,6 +31,9 @@ JSON_LIMIT = 16 << 20
 HASTEN_TYPE = "hasten"
 """The `model_type` of what only a Spec can describe."""
 
+ORIGINAL = "original_config"
+"""Under which such a config has the config of what the model was made from, so that it can become one of that family again."""
+
 
 class Sidecar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`hasten.json`: what no other file of the directory can say."""
@@ -84,9 +87,21 @@ def load_directory(directory: Path, name: str) -> Model:
         tokenizer_error=tokenizer_error,
         generation=_read_optional(directory / "generation_config.json"),
         provenance=sidecar.provenance,
-        source=None if family is None else Source(family.name, config),
+        source=_original(directory, config) if family is None else Source(family.name, config),
         cache=read_cache(quantization, stored, tensor_map),
     )
+
+
+def _original(directory: Path, config: Config) -> Source | None:
+    """What a model of hasten's own layout was made from, if a config says so; families that are not there any more say nothing."""
+    if (original := config.get(ORIGINAL)) is None:
+        return None
+    if not isinstance(original, dict):
+        raise ConfigError(f"{directory / 'config.json'}: {ORIGINAL} is {one_line(original)}; an object is needed")
+    try:
+        return Source(find_family(original.get("model_type")).name, original)
+    except UnsupportedError:
+        return None
 
 
 def load_gguf(path: Path, name: str) -> Model:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from hasten.base.errors import CheckpointError, one_line
-from hasten.checkpoint.load import HASTEN_TYPE, Sidecar
+from hasten.checkpoint.load import HASTEN_TYPE, ORIGINAL, Sidecar
 from hasten.checkpoint.quantized.cache import cache_tensors, with_cache_scheme
 from hasten.checkpoint.quantized.writing import can_say, packed_zero_points, quantization_config, stored_tensors
 from hasten.families import find_family
@@ -31,6 +31,8 @@ OWNED_FILES = (
     "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes",
 )  # fmt: skip
 """What hasten and Hugging Face layouts put beside a config.json; overwriting a directory deletes these and nothing else."""
+
+OWN = ", so it is in hasten's own layout"
 
 
 def save(model: Model, directory: Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
@@ -76,7 +78,7 @@ def unread_elsewhere(model: Model) -> str:
     """Why transformers with compressed-tensors does not load what is written of ``model``, in one line; '' where it does."""
     found = _family_layout(model)
     if isinstance(found, str):
-        return f"{found}, so it is in hasten's own layout"
+        return f"{found}{OWN}"
     for name, weight in model.weights.items():
         if isinstance(weight, QuantizedWeight) and name == "embedding.weight":
             return f"the embedding is stored in {weight.form}, and it loads only a plain one"
@@ -85,13 +87,20 @@ def unread_elsewhere(model: Model) -> str:
     return ""
 
 
+def layout_of(model: Model) -> str:
+    """The name of the family in whose layout ``model`` is written, or 'hasten'."""
+    return "hasten" if model.source is None or isinstance(_family_layout(model), str) else model.source.family
+
+
 def _layout(model: Model) -> tuple[dict[str, Any], dict[str, Weight]]:
     """The config to write, and the tensors: in the family's own layout where that can say the Spec and what is stored quantized."""
     found = _family_layout(model)
     if not isinstance(found, str):
         return found
     said = with_cache_scheme(quantization_config(model.weights, None, by_name=True), model.cache)
-    own = {"model_type": HASTEN_TYPE, "architectures": [], **({"quantization_config": said} if said else {})}
+    own: dict[str, Any] = {"model_type": HASTEN_TYPE, "architectures": [], **({"quantization_config": said} if said else {})}
+    if model.source is not None:
+        own[ORIGINAL] = dict(model.source.config)
     names = tuple(rename(name, name) for name in model.weights)
     return own, {**stored_tensors(model.weights), **cache_tensors(model.cache, names)}
 

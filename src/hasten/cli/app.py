@@ -18,6 +18,7 @@ from hasten.cli.cut import cut, share_weights
 from hasten.cli.distill import distill
 from hasten.cli.doctor import doctor
 from hasten.cli.eval import evaluate
+from hasten.cli.export import export
 from hasten.cli.generate import generate
 from hasten.cli.inspect import inspect
 from hasten.cli.prune import prune
@@ -50,6 +51,7 @@ app.command("apply")(apply)
 app.command("cut")(cut)
 app.command("share")(share_weights)
 app.command("convert")(convert)
+app.command("export")(export)
 app.command("train")(train)
 app.command("distill")(distill)
 app.add_typer(cache, name="cache")

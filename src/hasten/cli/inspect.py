@@ -71,6 +71,7 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
     """What `--json` prints."""
     import msgspec
 
+    from hasten.checkpoint import layout_of
     from hasten.formats.quantized import stored_as
     from hasten.program import RecurrentGroup, most_seen
 
@@ -85,7 +86,7 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
             seen[most_seen(group.visible)] = seen.get(most_seen(group.visible), 0) + group.bytes_per_token()
     return {
         "model": model.name,
-        "family": model.source.family if model.source else "hasten",
+        "family": layout_of(model),
         "parameters": model.weights.parameters,
         "bytes": model.weights.nbytes,
         "vocabulary": model.spec.vocab,

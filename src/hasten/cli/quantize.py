@@ -1,5 +1,6 @@
 """`hasten quantize MODEL OUT` and `hasten apply RECIPE MODEL OUT`: a smaller model, measured before it is kept."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hasten.base.errors import MissingExtraError
+from hasten.base.errors import MissingExtraError, UnsupportedError
 from hasten.cli import options
 from hasten.cli.chosen import print_chosen
 from hasten.cli.terminal import notify, reporter, visible_line
@@ -221,8 +222,13 @@ def run_recipe(name: str, recipe: Path | list[dict[str, Any]], out: Path, making
 def _facts(name: str, out: Path, steps: Sequence["Step"], loaded: "Model", made: "Made") -> dict[str, Any]:
     import msgspec
 
-    from hasten.checkpoint import unread_elsewhere
+    from hasten.checkpoint import exported, unread_elsewhere
 
+    unread = unread_elsewhere(made.model)
+    if unread:
+        with contextlib.suppress(UnsupportedError):
+            exported(made.model)
+            unread += f"; hasten export {out} writes one that it loads"
     found, timed, shrunk = made.comparison, made.timed, made.shrunk
     return {
         "model": name,
@@ -232,7 +238,7 @@ def _facts(name: str, out: Path, steps: Sequence["Step"], loaded: "Model", made:
         "base_bytes": loaded.weights.nbytes,
         "bytes": made.model.weights.nbytes,
         "left": next((dict(step.evidence["left"]) for step in reversed(made.model.provenance) if "left" in step.evidence), {}),
-        "unread_elsewhere": unread_elsewhere(made.model),
+        "unread_elsewhere": unread,
         "chosen": [dict(step.evidence) for step in made.model.provenance if "chosen" in step.evidence],
         "cache_bytes_per_token": _cache_bytes(made.model.provenance[len(loaded.provenance) :]),
         "cache": None if made.model.cache is None else made.model.cache.format,
