@@ -1,5 +1,6 @@
 """The trainer: against a loop that somebody else's model and optimizer make, and what it promises of its own."""
 
+import dataclasses
 import json
 import math
 
@@ -9,9 +10,10 @@ import torch
 import transformers
 
 from hasten import train
+from hasten.base import hardware
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import load_directory
-from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, SoftLabels, Steps, Work
+from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, SoftLabels, Steps, Work, trainer
 from hasten.train.muon import Muon, orthogonal
 
 VOCAB, STEPS = 97, 6
@@ -117,6 +119,31 @@ def test_lower_precision_learns_about_the_same(model, tmp_path):
     low = run(model, tmp_path / "low", settings(precision="bfloat16")).losses
     assert low == pytest.approx(whole, abs=0.05)
     assert low != whole
+
+
+@pytest.mark.parametrize(
+    ("features", "times_as_fast", "precision"),
+    [
+        ({"avx2"}, None, "float32"),
+        ({"avx512_bf16"}, 0.5, "float32"),
+        ({"avx512_bf16"}, 1.9, "bfloat16"),
+        ({"avx512_bf16", "amx_bf16"}, None, "bfloat16"),
+    ],
+)
+def test_lower_precision_where_it_is_faster(features, times_as_fast, precision, monkeypatch):
+    machine = hardware.detect()
+    cpu = dataclasses.replace(machine.cpu, features=frozenset(features))
+    monkeypatch.setattr(hardware, "detect", lambda: dataclasses.replace(machine, cpu=cpu))
+    seconds = iter([0.0, 1.0, 0.0, 1.0 / (times_as_fast or 1)] * 7)  # as if each of both products had taken this long
+    clock = [0.0]
+
+    def tick():
+        clock[0] += next(seconds)
+        return clock[0]
+
+    monkeypatch.setattr(trainer.time, "perf_counter", tick)
+    assert train.precision_here.__wrapped__() == precision
+    assert len(list(seconds)) == (28 if times_as_fast is None else 0)  # asked of the clock only where the processor leaves it open
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
