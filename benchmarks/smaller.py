@@ -19,6 +19,8 @@ from benchmarks.ledger import ROOT, Ledger, source_digest
 
 MODEL = "code-8m"
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
+CUT = "neurons-67"
+"""What students are before they learn: two of three feed-forward neurons, which are half of what blocks have."""
 
 
 def heal(minutes, **settings):
@@ -37,6 +39,7 @@ def recipes(minutes):
     for name, (transform, settings) in cuts.items():
         made[f"{name}-25"] = [{transform: {"share": 0.25, **settings}}]
         made[f"{name}-25-healed"] = [*made[f"{name}-25"], heal(minutes)]
+    made[CUT] = [{"cut_neurons": {"share": 0.667}}]
     for bits in ("int4-g64", "int3-g64"):
         made[f"rtn-{bits}"] = [{"rtn": {"weights": bits}}]
         made[f"gptq-{bits}"] = [{"gptq": {"weights": bits, "clip": "outputs"}}]
@@ -56,7 +59,7 @@ def recipes(minutes):
     return made
 
 
-STUDENT = "--depth 4 --rate 5e-4 --decay 0.8 --weight-decay 0"
+STUDENT = "--tokens 2048 --rate 1e-3 --decay 0.8 --weight-decay 0"
 STUDENTS = {
     "student": "", "student-labels": "--soft 0 --labels 1", "student-features": "--hidden 1 --attention 1 --attention-by relations",
     "student-online": "--online", "student-mutual": "--mutual",
@@ -78,7 +81,10 @@ def apply(name, out, minutes):
 
 def distill(name, out, minutes):
     """Make a student in ``out``."""
-    words = f"distill {MODEL} {out} {STUDENT} {STUDENTS[name]} --minutes {minutes} --eval-tokens 2000 --json".split()
+    cut = out.with_name(f"{CUT}-{source_digest()}")
+    if not (cut / "config.json").is_file():
+        apply(CUT, cut, minutes)
+    words = f"distill {MODEL} {out} --student {cut} {STUDENT} {STUDENTS[name]} --minutes {minutes} --eval-tokens 2000 --json".split()
     subprocess.run([sys.executable, "-m", "hasten.cli", *words], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -50,12 +50,12 @@ class Heal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     labels: float = 0.0
     temperature: float = 1.0
     divergence: Divergence = "forward"
-    rate: float = 5e-4
+    rate: float = 1e-3
     warmup: float = 0.05
     decay: float = 0.8
     weight_decay: float = 0.0
     adamw: bool = False
-    tokens: int = 8192
+    tokens: int = 2048
     together: int = 4096
     sequence: int | None = None
     seed: int = 0
