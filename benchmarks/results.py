@@ -1,12 +1,12 @@
 """Whether results can be used: each checkpoint inspected, served, and loaded by transformers where that can express it.
 
-    python -m benchmarks.results .evidence/smaller/*
+    python -m benchmarks.results [CHECKPOINT …]
 
-One JSON object a checkpoint. ``provenance`` is what was done to make it, as `hasten inspect` tells; ``served`` says whether a server gave
-the very tokens that the engine called directly gives; ``elsewhere`` is the root mean square of the difference between transformers' logits
-and the reference backend's, both in float32, over that of the reference's, or why transformers cannot express it; ``exported`` says whether
-`hasten export` wrote first what transformers loads. Exits with 1 where a result has no provenance, was served otherwise, or differs by more
-than 1e-3."""
+Of all that `python -m benchmarks.smaller` made, unless some are named. One JSON object a checkpoint. ``provenance`` is what was done to make
+it, as `hasten inspect` tells; ``served`` says whether a server gave the very tokens that the engine called directly gives; ``elsewhere`` is the
+root mean square of the difference between transformers' logits and the reference backend's, both in float32, over that of the reference's, or
+why transformers cannot express it; ``exported`` says whether `hasten export` wrote first what transformers loads. Exits with 1 where a result
+has no provenance, was served otherwise, or differs by more than 1e-3."""
 
 import argparse
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.ledger import ROOT
 from benchmarks.serving import serving
 from hasten.base.errors import UnsupportedError
 from hasten.checkpoint import exported, load, save, unread_elsewhere
@@ -64,11 +65,13 @@ def elsewhere(directory: Path, model: Model, work: Path) -> float | str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("checkpoints", nargs="*", type=Path)
+    made = sorted(path.parent for path in (ROOT / ".evidence" / "smaller").glob("[!.]*/config.json"))
+    checkpoints = parser.parse_args().checkpoints or made
+    if not checkpoints:
+        parser.error("nothing was made yet by python -m benchmarks.smaller; name checkpoints")
     wrong = 0
-    for directory in parser.parse_args().checkpoints:
-        if not (directory / "config.json").is_file():
-            continue
+    for directory in checkpoints:
         model, name = load(str(directory)), str(directory)
         provenance = [entry["transform"] for entry in command("inspect", name)["provenance"]]
         direct = command("generate", name, "--prompt", PROMPT, "--max-tokens", str(TOKENS), "--temperature", "0")

@@ -314,6 +314,10 @@ LEARNED = [
         )
     ),
 ]  # fmt: skip
+LEARNED += [
+    Line("F", "every result: provenance, the server's tokens those of the engine, transformers' logits where it can express it",
+         ("python -m benchmarks.results",), Passes(), PASSED)
+]  # fmt: skip
 LINES: list[Line] = [
     *DECODE, *PREFILL, *BATCHES, *SPARSE, *CONTEXTS, *START, *LOSS, *CACHED, *TESTED, *ENGINE, *BESIDE_PEERS, *TRAINING,
     *THROUGHPUT, *RESPONSES, *RECALLED, *LOADED, *COMPRESSED, *SMALLER, *LEARNED,
