@@ -2,11 +2,11 @@
 
     python -m benchmarks.results [CHECKPOINT …]
 
-Of all that `python -m benchmarks.smaller` made, unless some are named. One JSON object a checkpoint. ``provenance`` is what was done to make
-it, as `hasten inspect` tells; ``served`` says whether a server gave the very tokens that the engine called directly gives; ``elsewhere`` is the
-root mean square of the difference between transformers' logits and the reference backend's, both in float32, over that of the reference's, or
-why transformers cannot express it; ``exported`` says whether `hasten export` wrote first what transformers loads. Exits with 1 where a result
-has no provenance, was served otherwise, or differs by more than 1e-3."""
+Of all that `python -m benchmarks.smaller` made, unless some are named. One JSON object a checkpoint. ``provenance`` is what was done to
+make it, as `hasten inspect` tells; ``served`` says whether a server gave the very tokens that the engine called directly gives;
+``elsewhere`` is the root mean square of the difference between transformers' logits and the reference backend's, both in float32, over
+that of the reference's, or why transformers cannot express it; ``exported`` says whether `hasten export` wrote first what transformers
+loads. Exits with 1 where a result has no provenance, was served otherwise, or differs by more than 1e-3."""
 
 import argparse
 import json
