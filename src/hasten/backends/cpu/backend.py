@@ -141,6 +141,10 @@ class CpuSession:
         self._outside: list[dict[int, NDArray[np.uint8]]] = [{} for _ in compiled.pools]  # by group: what was swapped out, by place
         self._scoring = threading.Lock()
 
+    def settle(self) -> None:
+        """Wait until no weights are on their way to other memory or to disk, as whoever measures must."""
+        self.compiled.store.settle()
+
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in, in this order."""
         for move in moves:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.graphs import recorder_for
 from hasten.backends.cuda.inputs import buckets
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
@@ -168,7 +169,8 @@ class CudaBackend:
         pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
         try:
             pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
-            session = CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
+            weights = DeviceWeights(model.weights, self.on.device)
+            session = CudaSession(program, weights, pools, pages, self.on, recorder_for(self.on.device))
             session.make_ready()
         except torch.cuda.OutOfMemoryError:
             cache = sum(group.bytes_per_token() * PAGE * pages[group.name] for group in program.states)

@@ -68,6 +68,7 @@ def op_times(
     them that end at each of ``contexts``. Of what ``wanted`` says yes to, each once. Raises ConfigError for more rows than a step has."""
     if max(rows) > STEP_TOKENS:
         raise ConfigError(f"rows are {max(rows)}; a step on a GPU has at most {STEP_TOKENS}")
+    session.settle()  # what is captured now would share the device with what is timed
     seen = set[OpCost]()
     for count in rows:
         for found in _timed(session, count, None, lambda cost: cost not in seen and wanted(cost), clock):

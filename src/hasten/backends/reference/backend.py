@@ -114,6 +114,9 @@ class ReferenceSession:
         self.pages = page_counts(program, PAGE, cache_bytes)
         self._kept = Pages(program, PAGE)
 
+    def settle(self) -> None:
+        """Nothing is ever under way."""
+
     @torch.inference_mode()
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in, in this order."""
