@@ -153,7 +153,8 @@ class LLM:
         tokens = [min(settings.step_tokens, program.context) for program in programs]
         return [
             Load(
-                self.model.name, program, backend.weight_bytes(program), backend.arena_bytes(program, most),
+                self.model.name, program, backend.weight_bytes(program),
+                backend.arena_bytes(program, most) + backend.drawing_bytes(program, settings.batching.slots),
                 2 * settings.batching.slots + min(settings.scored_tokens, most),  # the sampler has those that are drawn from once more
                 backend.page, self._swap_bytes,
             )

@@ -83,6 +83,10 @@ class CpuBackend:
         """Bytes of the values of a step of ``tokens`` tokens, its logits left out."""
         return arena_bytes(program, min(tokens, STEP_TOKENS, program.context))
 
+    def drawing_bytes(self, program: Program, sequences: int) -> int:
+        """None besides rows of logits: the engine draws."""
+        return 0
+
     def free_bytes(self) -> int:
         """Bytes that weights, caches and arenas may take together."""
         return hardware.free_bytes()

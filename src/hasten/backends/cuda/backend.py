@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.drawer import drawing_bytes
 from hasten.backends.cuda.graphs import recorder_for
 from hasten.backends.cuda.inputs import buckets
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
@@ -20,7 +21,7 @@ from hasten.backends.cuda.op_times import OpCost, OpTime, op_names, op_times
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.recurrent import kept_here
-from hasten.backends.cuda.session import LARGEST, CudaSession
+from hasten.backends.cuda.session import HIDDEN_TOKENS, LARGEST, CudaSession
 from hasten.backends.cuda.tape import Device, Pool, compile_tape, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, path_of, read, write
 from hasten.backends.cuda.tuning import ROWS, Tuning, tune
@@ -39,6 +40,7 @@ from hasten.program import (
     Program,
     RecurrentGroup,
     StateGroup,
+    hidden_states,
     linear_formats,
     lower,
     ops,
@@ -140,12 +142,17 @@ class CudaBackend:
 
     def arena_bytes(self, program: Program, tokens: int) -> int:
         """Bytes that steps of up to ``tokens`` take: the room that all share, which is as large as the largest there is needs it, and what
-        the tapes of all buckets that may come have besides. Logits as a host has them are left out."""
+        the tapes of all buckets that may come have besides, those for hidden states too. Logits as a host has them are left out."""
         on = dataclasses.replace(self.on, device=torch.device("meta"))
         room = Room.of(program, LARGEST, on.device)
         pools, weights = {group.name: _pool(group, 1, on.device) for group in program.states}, Outlines(program.params)
-        tapes = (compile_tape(program, weights, pools, bucket, on, PAGE, room) for bucket in buckets(min(tokens, LARGEST.rows)))
-        return room.nbytes + sum(tape.nbytes for tape in tapes)
+        played = [(program, bucket) for bucket in buckets(min(tokens, LARGEST.rows))]
+        played += [(hidden_states(program), bucket) for bucket in buckets(min(HIDDEN_TOKENS, program.context))]
+        return room.nbytes + sum(compile_tape(its, weights, pools, bucket, on, PAGE, room).nbytes for its, bucket in played)
+
+    def drawing_bytes(self, program: Program, sequences: int) -> int:
+        """Bytes of the device that drawing for up to ``sequences`` at once takes besides rows of logits."""
+        return drawing_bytes(sequences, program.values["logits"].features[-1], self.on)
 
     def free_bytes(self) -> int:
         """Bytes of the device that weights, caches and arenas may take together."""

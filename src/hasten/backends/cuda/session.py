@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.backends.cuda.drawer import DeviceDrawer, DeviceLogits
 from hasten.backends.cuda.graphs import Recorder, Recordings, Replay
-from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, pieces
+from hasten.backends.cuda.inputs import MOST_SEQUENCES, SCORED_TOKENS, Bucket, pieces
 from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.kernels.sampling import feed
 from hasten.backends.cuda.limits import limits
@@ -24,7 +24,7 @@ from hasten.base.errors import ConfigError
 from hasten.program import Batch, Move, PageLists, Program, RecurrentGroup, StateLostError, first_pages, hidden_states, ops
 
 STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
-SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
+HIDDEN_TOKENS = 128  # most of one step that gives hidden states
 LARGEST = Bucket(STEP_TOKENS, MOST_SEQUENCES, SCORED_TOKENS)
 NOBODY = Batch(*(np.zeros(count, np.int32) for count in (0, 0, 1, 0)))
 
@@ -67,8 +67,9 @@ class CudaSession:
 
     @property
     def step_bytes(self) -> int:
-        """What steps take of the device by now: the room that all share, and what each bucket's tape has besides."""
-        return self.room.nbytes + sum(player.tape.nbytes for player in self._tapes.values())
+        """What steps take of the device by now: the room that all share, what each bucket's tape has besides, and what tokens are drawn
+        with."""
+        return self.room.nbytes + sum(player.tape.nbytes for player in self._tapes.values()) + self.drawer.nbytes
 
     @torch.inference_mode()
     def make_ready(self) -> None:
@@ -107,7 +108,8 @@ class CudaSession:
     @torch.inference_mode()
     def _play(self, what: str, batch: Batch, pages: Sequence[PageLists]) -> Tensor:
         self._check(batch)
-        parts = pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS)
+        most = HIDDEN_TOKENS if what == "hidden" else STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS
+        parts = pieces(batch, pages, most)
         with self._playing:
             players = [self._player(what, Bucket.of(part)) for part, _ in parts]  # all are there before one plays
             with self._begun():
