@@ -101,12 +101,16 @@ class CudaBackend:
         try:
             for product in products_of(program):
                 choose(LINEAR, self._site(product.form, product.fed, product.out, product.size, product.dtype))
-            needed, free = self.weight_bytes(program) + self.arena_bytes(program, 1), self.free_bytes()
+            needed, free = self._least_bytes(program), self.free_bytes()
         except UnsupportedError as error:
             return str(error)
         if needed > free:
             return f"its weights and a step take {needed:,} bytes, and the device has {free:,} free"
         return self._cache_refusal(program)
+
+    def _least_bytes(self, program: Program) -> int:
+        """What any session takes besides its cache: weights, and the room that all steps share."""
+        return self.weight_bytes(program) + Room.of(program, LARGEST, torch.device("meta")).nbytes
 
     def _site(self, form: LinearFormat, fed: str, out: int, size: int, dtype: torch.dtype) -> LinearSite:
         return LinearSite(form, fed, 16, out, size, dtype, invariant=True, capability=self.on.capability)
@@ -167,13 +171,17 @@ class CudaBackend:
         """The model on the device, for sequences of up to ``context`` tokens; as its weights are stored, in bf16 where that is plainly,
         unless ``formats`` says otherwise.
 
-        ``cache_bytes`` is how much its pages may take together, a quarter of the device's free memory unless given."""
+        ``cache_bytes`` is how much its pages may take together: a quarter of the device's free memory unless given, or what weights and
+        steps leave of it."""
         program = self.program(model, context, formats)
         if refused := unsupported_ops(program):
             raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
         if refusal := self._cache_refusal(program):
             raise UnsupportedError(refusal)
-        pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
+        if cache_bytes is None:
+            free = self.free_bytes()
+            cache_bytes = max(0, min(free // 4, free - self._least_bytes(program)))
+        pages = page_counts(program, PAGE, cache_bytes)
         try:
             pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
             weights = DeviceWeights(model.weights, self.on.device)
