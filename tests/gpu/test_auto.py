@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from hasten.program import Formats
 from tests.cli import main
 from tests.families.oracles import make_checkpoint
 from tests.families.transformer_xl_oracle import random_checkpoint
+from tests.gpu.conftest import SHOWN
 
 
 @pytest.fixture
@@ -36,9 +38,14 @@ def small(tmp_path):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """The interpreter as a device, whose driver shows."""
+    """The interpreter as a device, whose driver shows: for what plays nothing, on a machine with a device too."""
     monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
+
+
+def test_what_is_hidden_from_other_tests_is_shown_to_these():
+    """Unless the user hides it."""
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == SHOWN
 
 
 @pytest.mark.parametrize("formats", [None, Formats("int8"), Formats("int4", "bf16", "fp8")])
@@ -48,10 +55,13 @@ def test_the_gpu_is_taken_and_said(small, on_gpu, formats):
     assert notice.startswith(f"{small.name} runs on interpreter, compute capability 9.0")
 
 
-def test_once(small, on_gpu, monkeypatch, capsys, tmp_path):
+def test_once(small, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
     ran = main(monkeypatch, capsys, "generate", tmp_path, "--token-ids", "7,8", "-n", "2", "--json")
     assert ran.code == 0, ran.err
-    assert ran.err.count("runs on interpreter") == 1
+    assert ran.err.count(f"runs on {CudaBackend().described()}") == 1
     named = main(monkeypatch, capsys, "generate", tmp_path, "--token-ids", "7,8", "-n", "2", "--json", "--backend", "cuda")
     assert named.err == ""
     assert json.loads(named.out)["token_ids"] == json.loads(ran.out)["token_ids"]

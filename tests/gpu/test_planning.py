@@ -89,8 +89,9 @@ def test_rows_of_logits_lie_in_the_room_that_tapes_share(tmp_path, backend):
 
 
 @pytest.mark.parametrize("most", [1, 6, 8])
-def test_drawing_takes_what_is_planned(most, tmp_path, backend):
+def test_drawing_takes_what_is_planned(most, tmp_path):
     """For one row, then more, all with penalties: histories of as many slots were there beside those of half as many."""
+    backend = CudaBackend() if torch.cuda.is_available() else CudaBackend(INTERPRETED)
     program = backend.program(model_named("llama", tmp_path), 64)
     vocab, drawer = program.values["logits"].features[-1], DeviceDrawer(backend.on)
     wide = 1 << (most - 1).bit_length()
@@ -109,8 +110,7 @@ def test_drawing_takes_what_is_planned(most, tmp_path, backend):
 
 
 def test_an_llm_plans_for_drawing(tmp_path, backend, monkeypatch):
-    if backend.on is INTERPRETED:
-        monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
+    monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
     llm = LLM(model_named("llama", tmp_path), backend="cuda", context=64, max_sequences=5, cache_bytes=1)
     (load,) = llm.loads()
     logits = 4 * load.program.values["logits"].features[-1] * (2 * 5 + 64)
