@@ -14,7 +14,10 @@ from typing import Any
 import hasten.cli
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/"), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+ENVIRONMENT = {
+    "PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "/"), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8",
+    "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

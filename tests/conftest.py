@@ -13,6 +13,14 @@ if not os.path.exists("/dev/nvidiactl"):  # tests/gpu decides by torch; by then 
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_gpu():
+    """'auto' is the CPU's backend wherever tests run, in processes they start too; tests/gpu shows the device again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """What hasten keeps on disk goes to this run's directory, that of processes the tests start too."""
     os.environ["HASTEN_CACHE"] = str(tmp_path_factory.mktemp("cache"))

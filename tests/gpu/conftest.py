@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+SHOWN = os.environ.get("CUDA_VISIBLE_DEVICES")
+"""As it was before any test."""
 MISSING = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
 
 if not MISSING:
@@ -23,6 +25,16 @@ class Skipped(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path, parent):
     return Skipped.from_parent(parent, path=module_path) if MISSING else None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shown():
+    """The device, which other tests are kept from; torch looks for it again now and then."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if SHOWN is not None:
+            patched.setenv("CUDA_VISIBLE_DEVICES", SHOWN)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -11,17 +12,21 @@ import torch
 
 from hasten.backends.cuda import backend as module
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
+from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.base import hardware
 from hasten.base.errors import UnsupportedError, UserError
 from hasten.checkpoint import load
 from hasten.engine import backends
 from hasten.engine.backends import choose_backend
+from hasten.engine.llm import LLM
+from hasten.engine.sampling import SamplingParams
 from hasten.families import all_families, find_family
 from hasten.measure.speed import fit_together, require_room
 from hasten.program import Formats
 from tests.cli import main
 from tests.families.oracles import make_checkpoint
 from tests.families.transformer_xl_oracle import random_checkpoint
+from tests.gpu.conftest import SHOWN
 
 
 @pytest.fixture
@@ -33,9 +38,14 @@ def small(tmp_path):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """The interpreter as a device, whose driver shows."""
+    """The interpreter as a device, whose driver shows: for what plays nothing, on a machine with a device too."""
     monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
+
+
+def test_what_is_hidden_from_other_tests_is_shown_to_these():
+    """Unless the user hides it."""
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == SHOWN
 
 
 @pytest.mark.parametrize("formats", [None, Formats("int8"), Formats("int4", "bf16", "fp8")])
@@ -45,10 +55,13 @@ def test_the_gpu_is_taken_and_said(small, on_gpu, formats):
     assert notice.startswith(f"{small.name} runs on interpreter, compute capability 9.0")
 
 
-def test_once(small, on_gpu, monkeypatch, capsys, tmp_path):
+def test_once(small, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
     ran = main(monkeypatch, capsys, "generate", tmp_path, "--token-ids", "7,8", "-n", "2", "--json")
     assert ran.code == 0, ran.err
-    assert ran.err.count("runs on interpreter") == 1
+    assert ran.err.count(f"runs on {CudaBackend().described()}") == 1
     named = main(monkeypatch, capsys, "generate", tmp_path, "--token-ids", "7,8", "-n", "2", "--json", "--backend", "cuda")
     assert named.err == ""
     assert json.loads(named.out)["token_ids"] == json.loads(ran.out)["token_ids"]
@@ -80,6 +93,56 @@ def test_what_the_device_cannot_play_runs_on_the_cpu(small, on_gpu, monkeypatch)
     name, notice = choose_backend(small)
     assert name == "cpu"
     assert "the device has 1,000 free" in notice
+
+
+def least(model, backend):
+    """Bytes of memory in which the backend's plan of an LLM is not refused."""
+    (its,) = LLM(model, backend=backend).loads()
+    return its.weights + its.arena + its.sequence + its.scored
+
+
+def test_what_is_planned_and_not_allowed_runs_on_the_cpu(small, on_gpu):
+    """The bound that was given is told as the reason."""
+    needed, there = least(small, "cpu"), least(small, "cuda")
+    assert needed < there
+    with pytest.raises(UserError, match="are not enough"):
+        LLM(small, backend="cuda", memory=there - 1)
+    assert LLM(small, memory=there).backend == "cuda"
+    llm = LLM(small, memory=there - 1)
+    assert llm.backend == "cpu"
+    assert llm.notice.startswith(f"{small.name} does not run on the GPU: {there - 1:,} bytes of memory are not enough")
+    assert llm.notice.count("GPU") == 1
+    assert llm.memory_plan().total <= there - 1
+    assert len(llm.generate([[7, 8]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids) == 2
+    with pytest.raises(UserError, match=f"{needed - 1:,} bytes of memory are not enough"):
+        LLM(small, memory=needed - 1)
+
+
+def test_what_is_planned_and_not_free_runs_on_the_cpu(small, on_gpu, monkeypatch):
+    """Although weights and a step of few tokens would fit."""
+    (its,), cache = LLM(small, backend="cuda").loads(), 1 << 20
+    needed = its.weights + its.arena + cache
+    monkeypatch.setattr(CudaBackend, "free_bytes", lambda self: needed)
+    assert LLM(small, cache_bytes=cache).backend == "cuda"
+    monkeypatch.setattr(CudaBackend, "free_bytes", lambda self: needed - 1)
+    assert choose_backend(small)[0] == "cuda"
+    llm = LLM(small, cache_bytes=cache)
+    assert llm.backend == "cpu"
+    assert f"steps of up to 512 tokens take {needed:,}, and {needed - 1:,} are free" in llm.notice
+    assert LLM(small, backend="cuda", cache_bytes=cache).backend == "cuda"  # who names it shall have it
+
+
+def test_a_cache_that_nobody_bounds_takes_what_weights_and_steps_leave(small, monkeypatch):
+    backend = CudaBackend(INTERPRETED)
+    program = backend.program(small, 256)
+    taken = backend.session(small, 256, cache_bytes=1).room.nbytes + backend.weight_bytes(program)
+    page, whole = sum(group.bytes_per_token() * PAGE for group in program.states), -(-256 // PAGE)
+    counts = []
+    for left in (whole * page, 3 * whole * page):
+        assert left < (taken + left) // 4
+        monkeypatch.setattr(CudaBackend, "free_bytes", lambda self, left=left: taken + left)
+        counts += backend.session(small, 256).pages.values()
+    assert counts == [whole, 3 * whole]
 
 
 def test_what_neither_has_kernels_for_says_both(on_gpu, tmp_path):

@@ -172,7 +172,9 @@ def test_a_captured_step_has_the_bits_of_a_launched_one(tmp_path, backend):
     session = backend.session(model, 32)
     for batch in (Batch.of([ids[:4]]), Batch.of([ids[2:6]]), Batch.of([ids[5:8], ids[:1]])):
         player, pages = session._player("logits", Bucket.of(batch)), first_pages(session.program, batch, session.page, session.pages)
-        assert player._graph is not None
+        session.run(batch, pages)
+        session.settle()
+        assert player.replay is not None
         with torch.inference_mode():
             replayed = player.play(batch, pages, session.drawer.drawn).cpu().numpy()
             player.tape.inputs.fill(batch, pages)

@@ -12,12 +12,12 @@ from hasten.backends.cuda import backend as module
 from hasten.backends.cuda import limits as limits_module
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
 from hasten.backends.cuda.limits import graph_seconds, measure_roofline
-from hasten.backends.cuda.op_times import op_names, op_times
+from hasten.backends.cuda.op_times import _filled, _told_apart, op_names, op_times
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import SHAPES, load, random_model
 from hasten.families import all_families
 from hasten.measure import device_kernels as measured
-from hasten.program import Formats
+from hasten.program import Formats, ops
 from tests.cli import assert_refused, main
 from tests.families.oracles import make_checkpoint
 
@@ -98,6 +98,61 @@ def test_a_window_reads_no_more_than_its_tokens(tmp_path, backend):
     assert cost.operations == 2 * 2 * heads * dim * window
     assert cost.shape.endswith(f"window {window}")
     assert cost.bytes == window * config["num_key_value_heads"] * 2 * dim * 2 + 2 * heads * dim * 2
+
+
+EXPERTS = [("mixtral", None), ("deepseek_v3", Formats("int8")), ("gpt_oss", Formats("int4-g32"))]
+
+
+@pytest.mark.parametrize(("name", "formats"), EXPERTS)
+def test_experts_read_and_compute_what_is_counted_by_hand(name, formats, tmp_path, backend):
+    """As many of their weights as rows can choose, one after the other, and each row as often as it chooses."""
+    model, _ = model_of(tmp_path, name)
+    session = backend.session(model, 64, formats)
+    found, program = list(op_times(session, (9,), (), lambda cost: True, lambda device, work: 1e-3)), session.program
+    assert {"route", "expert_linear", "combine", "tell_apart"} < {each.cost.op for each in found} == set(op_names(program)) - {"attend"}
+    products = [op for op in program.ops if isinstance(op, ops.ExpertLinear)]
+    chosen = {f"{program.params[op.weight][0]} top {program.values[op.experts].features[-1]}" for op in products}
+    assert {each.cost.shape for each in found if each.cost.op in {"route", "tell_apart"}} == chosen
+    costs = {each.cost.shape: each for each in found if each.cost.op == "expert_linear"}
+    assert sum(each.copies for each in costs.values()) == len(products)
+    for op in products:
+        (count, out, size), top = program.params[op.weight], program.values[op.experts].features[-1]
+        kind = program.values[op.x].dtype
+        weight = session.weights.linear((op.weight,), op.weight_format, {"int8": torch.int8, "bfloat16": torch.bfloat16}[kind])
+        cost = costs[f"{count}x{out}x{size} top {top}"].cost
+        assert cost.operations == 2 * 9 * top * out * size
+        assert cost.arithmetic == {"int8": "int8", "bfloat16": "bf16"}[kind]
+        assert cost.format == (f"{op.weight_format} × " if formats else "bf16 × ") + cost.arithmetic
+        values = 9 * (math.prod(program.values[op.x].features) * (1 if kind == "int8" else 2) + top * out * 2 + 4 * top)
+        scales = 0 if op.scale is None else 4 * 9 * math.prod(program.values[op.scale].features)
+        assert cost.bytes == min(count, 9 * top) * weight.nbytes // count + values + scales
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_rows_choose_experts_evenly(rows, tmp_path, backend):
+    """And rows of nobody none; that is what their products are of."""
+    model, config = model_of(tmp_path, "mixtral")
+    session = backend.session(model, 64)
+    tape, top = _filled(session, rows, rows), config["num_experts_per_tok"]
+    costs = [cost for cost, _ in _told_apart(session, tape, rows)]
+    assert len(costs) == config["num_hidden_layers"]
+    for (each,) in tape.blocks.values():
+        counts = each.counts.tolist()
+        assert sum(counts) == rows * top
+        assert max(counts) - min(counts) <= 1
+        assert sorted(x for x in each.places.tolist()[: each.block * int((each.experts >= 0).sum())] if x >= 0) == [*range(rows * top)]
+    assert {cost.shape for cost in costs} == {f"{len(counts)} top {top}"}
+    linear = [launch for unit, launch in tape.units if isinstance(unit.parts[0], ops.ExpertLinear)]
+    read = {id(launch.args[3]) for launch in linear}
+    assert read == {id(each) for its in tape.blocks.values() for each in its}
+    x, weight, y, *_ = linear[0].args
+    with torch.inference_mode():
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(rows)))
+        y.fill_(float("nan"))
+        linear[0]()
+    chosen = torch.arange(rows * top, device=x.device).view(rows, top) % len(counts)
+    expected = torch.einsum("taoi,ti->tao", weight.codes[chosen, :, : weight.size].float(), x[:rows].float())
+    assert torch.allclose(y[:rows].float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_launches_are_those_of_a_step(tmp_path, backend):

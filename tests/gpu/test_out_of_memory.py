@@ -11,7 +11,7 @@ from hasten.backends.cuda import moving
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
 from hasten.backends.cuda.drawer import DeviceLogits
 from hasten.backends.cuda.inputs import StepInputs
-from hasten.backends.cuda.session import _Player
+from hasten.backends.cuda.session import CudaSession, _Player
 from hasten.backends.cuda.tape import Tape
 from hasten.engine.batching import ByPriority, Continuous
 from hasten.engine.engine import Engine
@@ -33,9 +33,10 @@ PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
 def session_of(name):
-    """Of a model whose steps move pages of every kind."""
+    """Of a model whose steps move pages of every kind, launched kernel by kernel, so that each can fail."""
     backend = CudaBackend() if torch.cuda.is_available() else CudaBackend(INTERPRETED)
-    return backend.session(MODELS[name], 64, cache_bytes=6 * sequence_bytes(backend.program(MODELS[name], 64), 16))
+    session = backend.session(MODELS[name], 64, cache_bytes=6 * sequence_bytes(backend.program(MODELS[name], 64), 16))
+    return CudaSession(session.program, session.weights, session.pools, session.pages, session.on, None)
 
 
 class Trips:

@@ -3,17 +3,22 @@
 import dataclasses
 import gc
 
+import numpy as np
 import pytest
 import torch
 
+from hasten.backends.cuda import backend as module
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
-from hasten.backends.cuda.inputs import Bucket, buckets
+from hasten.backends.cuda.drawer import DeviceDrawer, DeviceLogits
+from hasten.backends.cuda.inputs import SCORED_TOKENS, Bucket, buckets
 from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.kernels.linear import default_order
 from hasten.backends.cuda.products import products_of
+from hasten.backends.cuda.session import HIDDEN_TOKENS, STEP_TOKENS
 from hasten.backends.cuda.tape import compile_tape
 from hasten.backends.cuda.tuned import TunedLinear
-from hasten.program import Batch
+from hasten.engine import LLM
+from hasten.program import Batch, Wanted
 from tests.engine.test_recurrent import MIXERS
 from tests.engine.test_recurrent import model_of as recurrent_model
 from tests.gpu.test_backend import model_of
@@ -58,14 +63,58 @@ def test_a_tape_has_what_it_says(name, tmp_path, backend):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_steps_take_what_is_planned(name, tmp_path, backend):
-    """Once every bucket came, to the byte; before that less."""
+    """Once every bucket came, of hidden states too, to the byte; before that less."""
     model = model_named(name, tmp_path)
     session = backend.session(model, 64)
-    planned = backend.arena_bytes(session.program, 4)
-    assert session.step_bytes < planned
-    for bucket in buckets(4):
-        session._player("logits", bucket)
+    planned = backend.arena_bytes(session.program, 96)
+    for what, most in (("logits", 96), ("hidden", 64)):
+        assert session.step_bytes < planned
+        for bucket in buckets(most):
+            session._player(what, bucket)
     assert session.step_bytes == planned
+
+
+def test_rows_of_logits_lie_in_the_room_that_tapes_share(tmp_path, backend):
+    """However many are asked for: a step of many tokens gives no more than SCORED_TOKENS of them."""
+    session = backend.session(model_named("llama", tmp_path), 64)
+    room = session.room.results
+    assert room.numel() == SCORED_TOKENS * session.program.values["logits"].features[-1]
+    found = {bucket.wanted for bucket in buckets(STEP_TOKENS)}
+    assert max(found) == SCORED_TOKENS
+    for bucket in (Bucket(96, 8, 96), Bucket(1024, 8, SCORED_TOKENS), Bucket(STEP_TOKENS, 256, SCORED_TOKENS)):
+        assert bucket in buckets(STEP_TOKENS)
+        tape = compile_tape(session.program, session.weights, session.pools, bucket, session.on, PAGE, session.room)
+        assert tape.outputs["logits"].data_ptr() == room.data_ptr()
+        assert tape.outputs["logits"].shape[0] == bucket.wanted
+
+
+@pytest.mark.parametrize("most", [1, 6, 8])
+def test_drawing_takes_what_is_planned(most, tmp_path):
+    """For one row, then more, all with penalties: histories of as many slots were there beside those of half as many."""
+    backend = CudaBackend() if torch.cuda.is_available() else CudaBackend(INTERPRETED)
+    program = backend.program(model_named("llama", tmp_path), 64)
+    vocab, drawer = program.values["logits"].features[-1], DeviceDrawer(backend.on)
+    wide = 1 << (most - 1).bit_length()
+    for rows in range(1, most + 1):
+        logits = DeviceLogits(torch.randn(rows, vocab, generator=torch.Generator().manual_seed(rows)).to(backend.on.device))
+        wanted = [Wanted(key=(rows, row), seed=row, position=2, frequency_penalty=0.5, prompt=(1, 2)) for row in range(rows)]
+        assert not drawer.draw(logits, range(rows), wanted).left
+    assert len(drawer._history.words) == wide
+    before = wide // 2 * (4 * vocab + 8 * 1024)
+    assert backend.drawing_bytes(program, most) == drawer.nbytes + before
+    kept = {
+        x.untyped_storage().data_ptr()
+        for x in (drawer._history.words, drawer._history.biases, *(x for each in drawer._scratch.values() for x in each._all))
+    }
+    assert drawer.nbytes == sum(size for begin, size in alive().items() if begin in kept)
+
+
+def test_an_llm_plans_for_drawing(tmp_path, backend, monkeypatch):
+    monkeypatch.setattr(module, "find_device", lambda: INTERPRETED)
+    llm = LLM(model_named("llama", tmp_path), backend="cuda", context=64, max_sequences=5, cache_bytes=1)
+    (load,) = llm.loads()
+    logits = 4 * load.program.values["logits"].features[-1] * (2 * 5 + 64)
+    assert llm.memory_plan().arena == backend.arena_bytes(load.program, 64) + backend.drawing_bytes(load.program, 5) + logits
 
 
 @pytest.mark.parametrize("kernel", ["cublas", "semi_structured"])
@@ -103,9 +152,37 @@ def test_parts_of_attention_are_counted(tmp_path, backend):
 
 
 def test_buckets_are_those_that_batches_come_to():
-    met = {Bucket.of(Batch.of([[1] * 4] * count, rows="last")) for count in range(1, 60)}
-    met |= {Bucket.of(Batch.of([[1] * count], rows="last")) for count in range(1, 200)}
-    assert met <= set(buckets(256))
+    """Whichever rows of them are asked for."""
+    met = set()
+    for rows in ("last", "all", "none"):
+        met |= {Bucket.of(Batch.of([[1] * 4] * count, rows=rows)) for count in range(1, 60)}
+        met |= {Bucket.of(Batch.of([[1] * count], rows=rows)) for count in range(1, 257)}
+    some = Batch.of([[1] * 700] * 3, rows="none")
+    for count in (8, 9, SCORED_TOKENS):
+        met.add(
+            Bucket.of(Batch(some.tokens[:2000], some.positions[:2000], np.minimum(some.offsets, 2000), np.arange(count, dtype=np.int32)))
+        )
+    assert met <= set(buckets(STEP_TOKENS))
+    assert len(met) == 23
+
+
+def test_parts_that_are_played_are_of_buckets_that_are_planned(tmp_path, backend, monkeypatch):
+    """As a session cuts what it is asked."""
+    session, met = backend.session(model_named("llama", tmp_path), 1100, cache_bytes=1 << 22), []
+
+    class Met:
+        def play(self, batch, *_):
+            return torch.zeros(len(batch.rows), 3)
+
+    monkeypatch.setattr(session, "_player", lambda what, bucket: met.append((what, bucket)) or Met())
+    for rows in ("last", "all"):
+        batch = Batch.of([[1] * 1100, [2] * 600, *[[3]] * 300], rows=rows)
+        pages = [[[0]] for _ in range(302)]
+        for what in ("logits", "hidden"):
+            assert len(session._play(what, batch, pages)) == len(batch.rows)
+    assert len(met) > 30
+    assert {bucket for what, bucket in met if what == "logits"} <= set(buckets(STEP_TOKENS))
+    assert {bucket for what, bucket in met if what == "hidden"} <= set(buckets(HIDDEN_TOKENS))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "mamba2"])

@@ -9,6 +9,7 @@ import pytest
 import hasten
 from hasten.base import hardware
 from hasten.base.errors import UserError
+from tests.cli import ENVIRONMENT
 
 GIB = 1 << 30
 MEMINFO = """\
@@ -179,3 +180,13 @@ def test_a_gpu_shows_by_its_drivers_file(tree, file, there):
     assert hardware.may_have_gpu(root, {"CUDA_VISIBLE_DEVICES": "1"}) == there
     for hidden in ("", "-1"):
         assert not hardware.may_have_gpu(root, {"CUDA_VISIBLE_DEVICES": hidden})
+
+
+def test_tests_see_no_gpu(tmp_path):
+    """Whatever the machine has, so that 'auto' is the CPU's backend in them, and in processes they start; those in tests/gpu look for
+    themselves."""
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert hardware.may_have_gpu(tmp_path, {})
+    assert not hardware.may_have_gpu(tmp_path)
+    assert not hardware.may_have_gpu(tmp_path, ENVIRONMENT)

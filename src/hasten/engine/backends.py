@@ -14,6 +14,8 @@ from hasten.program import Batch, Formats
 
 AUTO = "auto"
 """The backend that is best for a model on this machine."""
+DEVICE = "cuda"
+"""The one that 'auto' takes where it can."""
 
 
 class Scorer(Protocol):
@@ -24,10 +26,11 @@ class Scorer(Protocol):
         ...
 
 
-def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = None) -> tuple[str, str]:
+def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = None, unfit: str = "") -> tuple[str, str]:
     """The backend to take, and what to tell the user about it ('' where there is nothing to tell).
 
-    'auto' takes the GPU where there is one that can play it, else the native backend where that has every kernel, else the reference.
+    'auto' takes the GPU where there is one that can play it, unless ``unfit`` says why it is not to; else the native backend where that
+    has every kernel, else the reference.
     Torch is imported only where a GPU's driver shows. Raises UnsupportedError for an unknown name, or for a weight format that would need
     the native backend where it cannot run."""
     if backend != AUTO:
@@ -35,9 +38,9 @@ def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = 
         return backend, ""
     notices = []
     if hardware.may_have_gpu() and all(importlib.util.find_spec(name) for name in ("torch", "triton")):
-        device = load_backend("cuda")
-        if not (why := device.hindrance(model, formats)):
-            return "cuda", f"{model.name} runs on {device.described()}"
+        device = load_backend(DEVICE)
+        if not (why := unfit or device.hindrance(model, formats)):
+            return DEVICE, f"{model.name} runs on {device.described()}"
         notices = [f"{model.name} does not run on the GPU: {why}"]
     missing = load_backend("cpu").refusals(model)
     if not missing:

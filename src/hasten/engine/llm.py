@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hasten.base.errors import ConfigError, one_line
+from hasten.base.errors import ConfigError, UserError, one_line
 from hasten.checkpoint import load
 from hasten.engine.answer import Completion
-from hasten.engine.backends import AUTO, choose_backend, find_loaded, open_session
+from hasten.engine.backends import AUTO, DEVICE, choose_backend, find_loaded, open_session
 from hasten.engine.batching import Continuous
 from hasten.engine.constraint import Constraints
 from hasten.engine.engine import Engine
@@ -32,12 +32,12 @@ class LLM:
     """Completes prompts. ``model`` is whatever `hasten.load` takes, or a loaded Model.
 
     At most ``max_sequences`` run together; the next prompt joins as soon as one ends, unless ``scheduling`` says otherwise. ``context``
-    bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, and ``notice`` says what a
-    user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the cache holds; the backend's own unless
-    given. ``memory`` bounds the bytes of all, ``cache_bytes`` those of the cache alone, and ``swap_bytes`` is how much more those may take
-    outside it who must wait: none unless given, for here that is the same memory, and as a part of the cache it makes nobody wait.
-    `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is computed only from where it differs from
-    what the cache still holds of the same tenant."""
+    bounds prompt and output (the model's own unless given). ``backend`` is chosen for the model unless given, a GPU where what is planned
+    fits there, and ``notice`` says what a user should know of the choice; ``formats`` is how linear layers are stored and fed, and what the
+    cache holds; the backend's own unless given. ``memory`` bounds the bytes of all, ``cache_bytes`` those of the cache alone, and
+    ``swap_bytes`` is how much more those may take outside it who must wait: none unless given, for here that is the same memory, and as a
+    part of the cache it makes nobody wait. `memory_plan` says what they come to before anything is loaded. With ``prefixes`` a prompt is
+    computed only from where it differs from what the cache still holds of the same tenant."""
 
     def __init__(
         self,
@@ -69,6 +69,10 @@ class LLM:
         if cache is not None:
             cache_format(cache)  # a wrong name is told at once, not with the first prompt
         self.preparer = Preparer(self.model, context=self.context, slots=self.scheduling.batching.slots, cache=cache)
+        self._loads: list[Load] | None = None
+        if backend == AUTO and self.backend == DEVICE and (unfit := self._unfit()):
+            self.backend, self.notice = choose_backend(self.model, backend, formats, unfit)
+            self._loads = None
         self._plans: dict[int, MemoryPlan] = {}
         self._engines: dict[int, Engine] = {}
         if memory is not None:
@@ -146,14 +150,33 @@ class LLM:
         """Was it given bytes of its own?"""
         return self._memory is not None or self._cache_bytes is not None
 
+    def _unfit(self) -> str:
+        """Why its engines do not fit into the backend's free memory, in words; '' where they do."""
+        loads, free = self.loads(), find_loaded(self.backend, self.model).free_bytes()
+        try:
+            plan = added(plan_memory(loads, memory=self._memory, free=free))
+        except UserError as error:
+            return str(error)
+        cache = plan.cache if self._cache_bytes is None else len(loads) * self._cache_bytes
+        if (needed := plan.weights + plan.arena + cache) <= free:
+            return ""
+        steps = f"steps of up to {self.scheduling.step_tokens:,} tokens"
+        return f"weights of {plan.weights:,} bytes, a cache of {cache:,} and {steps} take {needed:,}, and {free:,} are free"
+
     def loads(self) -> list[Load]:
         """What each of its engines puts into memory, for a planner."""
+        if self._loads is None:
+            self._loads = self._made_loads()
+        return self._loads
+
+    def _made_loads(self) -> list[Load]:
         backend, settings = find_loaded(self.backend, self.model), self.scheduling
         programs = [backend.program(self.model, context, self._formats) for context in self.preparer.contexts]
         tokens = [min(settings.step_tokens, program.context) for program in programs]
         return [
             Load(
-                self.model.name, program, backend.weight_bytes(program), backend.arena_bytes(program, most),
+                self.model.name, program, backend.weight_bytes(program),
+                backend.arena_bytes(program, most) + backend.drawing_bytes(program, settings.batching.slots),
                 2 * settings.batching.slots + min(settings.scored_tokens, most),  # the sampler has those that are drawn from once more
                 backend.page, self._swap_bytes,
             )

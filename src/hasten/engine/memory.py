@@ -31,8 +31,9 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
-    """What is to lie in memory: ``program``, its ``weights`` and the ``values`` of a step in bytes, its cache in pages of ``page`` tokens,
-    and ``outside`` bytes for those swapped out of it. A step asks for ``rows`` rows of logits at most; ``name`` is what errors call it."""
+    """What is to lie in memory: ``program``, its ``weights`` and the ``values`` of a step in bytes, with what its tokens are drawn by, its
+    cache in pages of ``page`` tokens, and ``outside`` bytes for those swapped out of it. A step asks for ``rows`` rows of logits at most;
+    ``name`` is what errors call it."""
 
     name: str
     program: Program

@@ -50,6 +50,10 @@ class Session(Protocol):
         can."""
         ...
 
+    def settle(self) -> None:
+        """Wait until nothing that would make later steps faster is under way in the background, as whoever measures must."""
+        ...
+
     def hidden(self, batch: Batch, pages: Sequence[PageLists]) -> NDArray[np.float32]:
         """The same, but hidden states [R, width] after the last norm (`hasten.program.hidden_states`)."""
         ...

@@ -174,8 +174,7 @@ def open_runner(
     else:
         session = open_session(model, backend, context, formats)
     open_s = time.perf_counter() - began
-    if isinstance(session, CpuSession):
-        session.compiled.store.settle()
+    session.settle()
     program: Program = unfuse(session.program)
     found = format_names(program)
     for what, wanted, got in (("activations", activations, found[1]), ("cache", cache, found[2])):
@@ -216,7 +215,7 @@ def check_context(model: Model, context: int) -> None:
 
 class Trial:
     """A case on a runner that nothing else uses meanwhile, ready to be timed again and again: the first of its tokens have been played to
-    warm up. Prompts are seeded random ids."""
+    warm up, on a device all of them, which compiles and captures by the size of a step. Prompts are seeded random ids."""
 
     def __init__(self, runner: Runner, case: Case) -> None:
         vocab = runner.program.values["logits"].features[-1]
@@ -232,6 +231,9 @@ class Trial:
         for start, stop in ((0, short), (short, short + 1)):
             warm = Batch.of([each[start:stop] for each in ids], [start] * case.batch, rows="last")
             _, state = self._session.step(warm, state)
+        if isinstance(runner.session, KnowsItsLimits):
+            self.time()
+        runner.session.settle()
 
     def time(self) -> tuple[float, float, Sequences]:
         """Seconds from the prompts to the logits of all sequences, seconds of one more token of each, and the sequences."""

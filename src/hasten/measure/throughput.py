@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hasten.backends.cpu import CpuSession
 from hasten.base.errors import ConfigError, UserError
 from hasten.engine import LLM, SamplingParams
 from hasten.engine.batching import Batching, Continuous, Dynamic, Static
 from hasten.engine.plan import Settings
+from hasten.measure.roofline import KnowsItsLimits
 from hasten.model import Model
 from hasten.program import Formats
 
@@ -160,16 +160,25 @@ def open_llm(
     )  # fmt: skip
 
 
+def _rehearse(llm: LLM, workload: Workload) -> None:
+    """Steps of the same sizes; what is kept of its prompts is of no use to others."""
+    others = dataclasses.replace(workload, seed=workload.seed + 1).prompts(llm.model.spec.vocab)
+    for _ in llm.stream(others, [SamplingParams(max_tokens=length, ignore_eos=True) for length in workload.lengths()]):
+        pass
+
+
 def run_workload(
     llm: LLM, workload: Workload, batching: str, prefix_cache: bool, told: Callable[[int], None] = lambda _: None
 ) -> Throughput:
-    """Run all requests once, after a short one to warm up. ``told`` hears of each token."""
+    """Run all requests once, after a short one to warm up; on a device after all of them with other ids, for it compiles and captures by
+    the size of a step. ``told`` hears of each token."""
     prompts, lengths = workload.prompts(llm.model.spec.vocab), workload.lengths()
     engine = llm.engine()
     for _ in llm.stream([prompts[0][-1:]], SamplingParams(max_tokens=2, ignore_eos=True)):
         pass
-    if isinstance(engine.session, CpuSession):
-        engine.session.compiled.store.settle()  # else the first run would share the memory with what moves its weights
+    if isinstance(engine.session, KnowsItsLimits):
+        _rehearse(llm, workload)
+    engine.session.settle()  # else the first steps would share the machine with what makes later ones faster
     before, waste, held = dataclasses.asdict(engine.counters), list[float](), list[float]()
     steps, rows = list[tuple[int, float]](), 0
     first: dict[int, float] = {}

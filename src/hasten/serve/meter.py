@@ -90,6 +90,10 @@ class Meter:
         """The session's."""
         return self._session.drawer
 
+    def settle(self) -> None:
+        """Wait until nothing is under way in the background."""
+        self._session.settle()
+
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in."""
         self._session.carry_out(moves)

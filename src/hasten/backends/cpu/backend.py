@@ -83,6 +83,10 @@ class CpuBackend:
         """Bytes of the values of a step of ``tokens`` tokens, its logits left out."""
         return arena_bytes(program, min(tokens, STEP_TOKENS, program.context))
 
+    def drawing_bytes(self, program: Program, sequences: int) -> int:
+        """None besides rows of logits: the engine draws."""
+        return 0
+
     def free_bytes(self) -> int:
         """Bytes that weights, caches and arenas may take together."""
         return hardware.free_bytes()
@@ -140,6 +144,10 @@ class CpuSession:
         self.vocab = program.values["logits"].features[-1]
         self._outside: list[dict[int, NDArray[np.uint8]]] = [{} for _ in compiled.pools]  # by group: what was swapped out, by place
         self._scoring = threading.Lock()
+
+    def settle(self) -> None:
+        """Wait until no weights are on their way to other memory or to disk, as whoever measures must."""
+        self.compiled.store.settle()
 
     def carry_out(self, moves: Sequence[Move]) -> None:
         """Copy pages, swap them out and in, in this order."""

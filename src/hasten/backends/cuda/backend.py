@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from hasten.backends.cuda.candidates import LINEAR, LinearSite, choose
+from hasten.backends.cuda.drawer import drawing_bytes
+from hasten.backends.cuda.graphs import recorder_for
 from hasten.backends.cuda.inputs import buckets
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
@@ -19,7 +21,7 @@ from hasten.backends.cuda.op_times import OpCost, OpTime, op_names, op_times
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.recurrent import kept_here
-from hasten.backends.cuda.session import LARGEST, CudaSession
+from hasten.backends.cuda.session import HIDDEN_TOKENS, LARGEST, CudaSession
 from hasten.backends.cuda.tape import Device, Pool, compile_tape, unsupported_ops
 from hasten.backends.cuda.tuned import Tuned, path_of, read, write
 from hasten.backends.cuda.tuning import ROWS, Tuning, tune
@@ -38,6 +40,7 @@ from hasten.program import (
     Program,
     RecurrentGroup,
     StateGroup,
+    hidden_states,
     linear_formats,
     lower,
     ops,
@@ -98,12 +101,16 @@ class CudaBackend:
         try:
             for product in products_of(program):
                 choose(LINEAR, self._site(product.form, product.fed, product.out, product.size, product.dtype))
-            needed, free = self.weight_bytes(program) + self.arena_bytes(program, 1), self.free_bytes()
+            needed, free = self._least_bytes(program), self.free_bytes()
         except UnsupportedError as error:
             return str(error)
         if needed > free:
             return f"its weights and a step take {needed:,} bytes, and the device has {free:,} free"
         return self._cache_refusal(program)
+
+    def _least_bytes(self, program: Program) -> int:
+        """What any session takes besides its cache: weights, and the room that all steps share."""
+        return self.weight_bytes(program) + Room.of(program, LARGEST, torch.device("meta")).nbytes
 
     def _site(self, form: LinearFormat, fed: str, out: int, size: int, dtype: torch.dtype) -> LinearSite:
         return LinearSite(form, fed, 16, out, size, dtype, invariant=True, capability=self.on.capability)
@@ -139,12 +146,17 @@ class CudaBackend:
 
     def arena_bytes(self, program: Program, tokens: int) -> int:
         """Bytes that steps of up to ``tokens`` take: the room that all share, which is as large as the largest there is needs it, and what
-        the tapes of all buckets that may come have besides. Logits as a host has them are left out."""
+        the tapes of all buckets that may come have besides, those for hidden states too. Logits as a host has them are left out."""
         on = dataclasses.replace(self.on, device=torch.device("meta"))
         room = Room.of(program, LARGEST, on.device)
         pools, weights = {group.name: _pool(group, 1, on.device) for group in program.states}, Outlines(program.params)
-        tapes = (compile_tape(program, weights, pools, bucket, on, PAGE, room) for bucket in buckets(min(tokens, LARGEST.rows)))
-        return room.nbytes + sum(tape.nbytes for tape in tapes)
+        played = [(program, bucket) for bucket in buckets(min(tokens, LARGEST.rows))]
+        played += [(hidden_states(program), bucket) for bucket in buckets(min(HIDDEN_TOKENS, program.context))]
+        return room.nbytes + sum(compile_tape(its, weights, pools, bucket, on, PAGE, room).nbytes for its, bucket in played)
+
+    def drawing_bytes(self, program: Program, sequences: int) -> int:
+        """Bytes of the device that drawing for up to ``sequences`` at once takes besides rows of logits."""
+        return drawing_bytes(sequences, program.values["logits"].features[-1], self.on)
 
     def free_bytes(self) -> int:
         """Bytes of the device that weights, caches and arenas may take together."""
@@ -159,16 +171,21 @@ class CudaBackend:
         """The model on the device, for sequences of up to ``context`` tokens; as its weights are stored, in bf16 where that is plainly,
         unless ``formats`` says otherwise.
 
-        ``cache_bytes`` is how much its pages may take together, a quarter of the device's free memory unless given."""
+        ``cache_bytes`` is how much its pages may take together: a quarter of the device's free memory unless given, or what weights and
+        steps leave of it."""
         program = self.program(model, context, formats)
         if refused := unsupported_ops(program):
             raise UnsupportedError(f"the cuda backend has no kernel for {', '.join(refused)}; use backend 'reference'")
         if refusal := self._cache_refusal(program):
             raise UnsupportedError(refusal)
-        pages = page_counts(program, PAGE, self.free_bytes() // 4 if cache_bytes is None else cache_bytes)
+        if cache_bytes is None:
+            free = self.free_bytes()
+            cache_bytes = max(0, min(free // 4, free - self._least_bytes(program)))
+        pages = page_counts(program, PAGE, cache_bytes)
         try:
             pools = {group.name: _pool(group, pages[group.name], self.on.device) for group in program.states}
-            session = CudaSession(program, DeviceWeights(model.weights, self.on.device), pools, pages, self.on)
+            weights = DeviceWeights(model.weights, self.on.device)
+            session = CudaSession(program, weights, pools, pages, self.on, recorder_for(self.on.device))
             session.make_ready()
         except torch.cuda.OutOfMemoryError:
             cache = sum(group.bytes_per_token() * PAGE * pages[group.name] for group in program.states)

@@ -72,7 +72,13 @@ class DeviceDrawer:
         self.drawn = torch.empty(0, dtype=torch.int32, device=on.device)
         self._kept: dict[Hashable, _Kept] = {}
         self._history: History | None = None
-        self._scratch: dict[tuple[int, int], Scratch] = {}
+        self._scratch: dict[int, Scratch] = {}  # by the rows that there is room for
+
+    @property
+    def nbytes(self) -> int:
+        """What drawing keeps on the device by now."""
+        history = 0 if self._history is None else self._history.nbytes
+        return history + sum(each.nbytes for each in self._scratch.values())
 
     @torch.inference_mode()
     def draw(self, logits: Logits, rows: Sequence[int], wanted: Sequence[Wanted]) -> DeviceDrawn:
@@ -100,12 +106,11 @@ class DeviceDrawer:
         device, words = self._on.device, -(-vocab // 32)
         masks_there = torch.empty((rows, words), dtype=torch.int32, device=device) if masks is None else self._over(masks)
         tokens = torch.empty(rows, dtype=torch.int32, device=device)
-        parts = default_parts(1 << (rows - 1).bit_length(), vocab, self._on.programs)
-        if (rows, parts) not in self._scratch:
-            self._scratch[rows, parts] = Scratch.of(rows, parts, device)
-        sample(
-            values.float(), masks_there, self._over(settings), tokens, self._scratch[rows, parts], self._history, top_k=top_k, top_p=top_p
-        )
+        most = _rounded(rows)
+        if most not in self._scratch:
+            self._scratch[most] = _scratch(most, vocab, self._on, device)
+        scratch = self._scratch[most].first(rows)
+        sample(values.float(), masks_there, self._over(settings), tokens, scratch, self._history, top_k=top_k, top_p=top_p)
         return tokens
 
     def _over(self, array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
@@ -154,8 +159,25 @@ class DeviceDrawer:
         before = self._history
         if before is not None and len(before.words) >= slots:
             return before
-        wider = History.of(1 << (slots - 1).bit_length(), vocab, self._on.device)
+        wider = History.of(_rounded(slots), vocab, self._on.device)
         if before is not None:
             for old, new in ((before.words, wider.words), (before.biases, wider.biases)):
                 new[: len(old)].copy_(old)
         return wider
+
+
+def drawing_bytes(rows: int, vocab: int, on: Device) -> int:
+    """What drawing for up to ``rows`` rows at once keeps on the device at its most: all of them with penalties, whose histories are copied
+    over as they come to be twice as many. What a single draw takes is less than a row of logits for each of its rows."""
+    meta, sizes = torch.device("meta"), [1 << power for power in range(_rounded(rows).bit_length())]
+    histories = sum(History.of(size, vocab, meta).nbytes for size in sizes[-2:])
+    return histories + sum(_scratch(size, vocab, on, meta).nbytes for size in sizes)
+
+
+def _rounded(rows: int) -> int:
+    """The power of two that takes so many."""
+    return 1 << (rows - 1).bit_length()
+
+
+def _scratch(rows: int, vocab: int, on: Device, device: torch.device) -> Scratch:
+    return Scratch.of(rows, default_parts(rows, vocab, on.programs), device)

@@ -14,6 +14,7 @@ from hasten.program import Batch, PageLists, RecurrentGroup, StateGroup
 
 Int32 = NDArray[np.int32]
 MOST_SEQUENCES = 256  # of one step
+SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -32,7 +33,7 @@ class Bucket:
         most = min(rows, MOST_SEQUENCES)
         if rows > 64 and sequences <= 8:  # a prompt or two: most programs of a wide grid would have nothing to do
             most = 8
-        return cls(rows, most, most if len(batch.rows) <= most else rows)
+        return cls(rows, most, next(each for each in (most, min(rows, SCORED_TOKENS), rows) if each >= len(batch.rows)))
 
 
 def bucket_rows(most: int) -> tuple[int, ...]:
@@ -41,11 +42,12 @@ def bucket_rows(most: int) -> tuple[int, ...]:
 
 
 def buckets(tokens: int) -> tuple[Bucket, ...]:
-    """All that steps of up to ``tokens`` can meet, of which only some rows give logits: a step that gives all has another bucket."""
+    """All that steps of up to ``tokens`` can meet, of which up to SCORED_TOKENS rows give logits, or one a sequence."""
     found = dict[Bucket, None]()
     for rows in bucket_rows(tokens):
-        most = min(rows, MOST_SEQUENCES)
-        found.update(dict.fromkeys(Bucket(rows, each, each) for each in ({most, 8} if rows > 64 else {most})))
+        most, scored = min(rows, MOST_SEQUENCES), min(rows, SCORED_TOKENS)
+        few = ((8, 8), (8, scored)) if rows > 64 else ()
+        found.update(dict.fromkeys(Bucket(rows, *each) for each in ((most, scored), *few)))
     return tuple(found)
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from hasten.backends.cuda.graphs import DeviceRecorder
+
 LEAST_BYTES = 64 << 20  # of a copy: less than that stays in the cache
 SIZE = 8192  # of the square matrices that are multiplied
 _ARITHMETIC: dict[Literal["bf16", "int8", "f32"], torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "f32": torch.float32}
@@ -64,10 +66,7 @@ def graph_seconds(device: torch.device, work: Callable[[], object]) -> float:
     if device.type != "cuda":
         return seconds(device, work, 1)
     work()  # whatever is compiled is compiled before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return seconds(device, graph.replay)
+    return seconds(device, DeviceRecorder(device).record(work))
 
 
 def seconds(device: torch.device, work: Callable[[], object], repeats: int = 10) -> float:

@@ -1,6 +1,7 @@
 """Each kernel of a step alone: the launches that a tape has for it, one a layer, so that every one reads weights of its own."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 
 from hasten.backends.cuda.inputs import Bucket
 from hasten.backends.cuda.kernels.cache import PAGE
+from hasten.backends.cuda.kernels.experts import tell_apart
 from hasten.backends.cuda.places import DTYPES
 from hasten.backends.cuda.products import FEEDS
 from hasten.backends.cuda.session import STEP_TOKENS, CudaSession
@@ -21,9 +23,8 @@ from hasten.program import Batch, Fused, KvGroup, LatentGroup, Program, Recurren
 from hasten.spec import SlidingWindow
 
 Clock = Callable[[torch.device, Callable[[], object]], float]
-UNTIMED = (ops.Route, ops.ExpertLinear, ops.Combine, ops.Split)
-"""What experts do depends on what was chosen, which another layer's launch may have written over; pieces are not copied."""
-
+TELL_APART = "tell_apart"
+"""What finds the rows of each expert, once for all products of a choice."""
 _PEAKS: dict[str, Literal["bf16", "int8", "f32"]] = {"bf16": "bf16", "int8": "int8"}
 
 
@@ -57,17 +58,22 @@ class OpTime:
 
 
 def op_names(program: Program) -> tuple[str, ...]:
-    """What can be timed of ``program``, as `op_times` calls it."""
-    return tuple(dict.fromkeys(_name(unit) for unit in units_of(program) if not isinstance(unit.parts[0], UNTIMED)))
+    """What can be timed of ``program``, as `op_times` calls it; pieces of values are not copied."""
+    names = dict.fromkeys(_name(unit) for unit in units_of(program) if not isinstance(unit.parts[0], ops.Split))
+    if any(isinstance(op, ops.ExpertLinear) for op in program.ops):
+        names[TELL_APART] = None
+    return tuple(names)
 
 
 def op_times(
     session: CudaSession, rows: Sequence[int], contexts: Sequence[int], wanted: Callable[[OpCost], bool], clock: Clock
 ) -> Iterator[OpTime]:
     """Every kernel of the session's Program on each of ``rows`` rows of one sequence that begins there; attention on 1 and the most of
-    them that end at each of ``contexts``. Of what ``wanted`` says yes to, each once. Raises ConfigError for more rows than a step has."""
+    them that end at each of ``contexts``; experts as if the rows had chosen them evenly. Of what ``wanted`` says yes to, each once. Raises
+    ConfigError for more rows than a step has."""
     if max(rows) > STEP_TOKENS:
         raise ConfigError(f"rows are {max(rows)}; a step on a GPU has at most {STEP_TOKENS}")
+    session.settle()  # what is captured now would share the device with what is timed
     seen = set[OpCost]()
     for count in rows:
         for found in _timed(session, count, None, lambda cost: cost not in seen and wanted(cost), clock):
@@ -82,10 +88,13 @@ def _timed(session: CudaSession, rows: int, context: int | None, wanted: Callabl
     tape, groups = _filled(session, rows, rows if context is None else context), dict[OpCost, list[Launch]]()
     for unit, launch in tape.units:
         attends = isinstance(unit.parts[0], ops.Attend)
-        if not isinstance(unit.parts[0], UNTIMED) and attends == (context is not None):
+        if attends == (context is not None):
             groups.setdefault(_cost(session, unit, rows, context), []).append(launch)
     with torch.inference_mode():
         tape.play()
+        if context is None:
+            for cost, launch in _told_apart(session, tape, rows):
+                groups.setdefault(cost, []).append(launch)
         for cost, launches in groups.items():
             if not wanted(cost):
                 continue
@@ -110,6 +119,21 @@ def _filled(session: CudaSession, rows: int, end: int) -> Tape:
     return tape
 
 
+def _told_apart(session: CudaSession, tape: Tape, rows: int) -> Iterator[tuple[OpCost, Launch]]:
+    """What tells ``rows`` rows apart that choose experts evenly, one after the other; it has done so once. Products of experts read what it
+    wrote, wherever the values lie that experts were chosen by."""
+    for name, blocks in tape.blocks.items():
+        (chosen,) = session.program.values[name].features
+        for each in blocks:
+            count = len(each.counts)
+            choice = torch.full((tape.inputs.bucket.rows, chosen), -1, dtype=torch.int32, device=session.on.device)
+            choice[:rows] = torch.arange(rows * chosen, device=session.on.device).view(rows, chosen) % count
+            tell_apart(choice, each)
+            written = 4 * (min(rows * chosen, len(each.places)) + 2 * min(rows * chosen, count))
+            cost = OpCost(TELL_APART, "int32", f"{count} top {chosen}", rows, None, 4 * rows * chosen + written, 0, "f32")
+            yield cost, functools.partial(tell_apart, choice, each)
+
+
 def _cost(session: CudaSession, unit: Fused, rows: int, context: int | None) -> OpCost:
     program, first, main = session.program, unit.parts[0], unit.parts[-1]
     count = {"T": rows, "R": 1, "S": 1}
@@ -132,6 +156,16 @@ def _cost(session: CudaSession, unit: Fused, rows: int, context: int | None) -> 
             shape = shape if heads == 1 else f"{heads}x{shape}"
             touched += weight.nbytes
             operations = 2 * heads * weight.out * weight.size * count[program.values[first.y].rows]
+        case ops.ExpertLinear():
+            x, chosen = DTYPES[program.values[first.x].dtype], program.values[first.experts].features[-1]
+            weight = session.weights.linear((first.weight,), first.weight_format, x)
+            experts, fed = weight.codes.shape[0], FEEDS[x]
+            form = f"{fed if first.weight_format == 'dense' else first.weight_format} × {fed}"
+            shape = f"{experts}x{weight.out}x{weight.size} top {chosen}"
+            touched += min(experts, rows * chosen) * weight.nbytes // experts
+            operations = 2 * rows * chosen * weight.out * weight.size
+        case ops.Route():
+            shape = f"{program.values[first.logits].features[-1]} top {first.top_k}"
         case ops.Attend() if context is not None:
             group = program.state(first.state.group)
             window = first.visible.size if isinstance(first.visible, SlidingWindow) else context

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hasten.backends.cuda.drawer import DeviceDrawer, DeviceLogits
-from hasten.backends.cuda.inputs import MOST_SEQUENCES, Bucket, pieces
+from hasten.backends.cuda.graphs import Recorder, Recordings, Replay
+from hasten.backends.cuda.inputs import MOST_SEQUENCES, SCORED_TOKENS, Bucket, pieces
 from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.kernels.sampling import feed
 from hasten.backends.cuda.limits import limits
@@ -23,7 +24,7 @@ from hasten.base.errors import ConfigError
 from hasten.program import Batch, Move, PageLists, Program, RecurrentGroup, StateLostError, first_pages, hidden_states, ops
 
 STEP_TOKENS = 2048  # most tokens of one step; longer batches are played in several
-SCORED_TOKENS = 256  # most of one step that gives logits of every row: a vocabulary is wide
+HIDDEN_TOKENS = 128  # most of one step that gives hidden states
 LARGEST = Bucket(STEP_TOKENS, MOST_SEQUENCES, SCORED_TOKENS)
 NOBODY = Batch(*(np.zeros(count, np.int32) for count in (0, 0, 1, 0)))
 
@@ -32,16 +33,21 @@ class CudaSession:
     """One Program with its weights, and ``pools`` of pages of ``page`` tokens, of which ``pages`` says how many there are by state group.
     Which of them holds what is the caller's business.
 
-    The first batch of a bucket waits until its kernels are compiled and captured into a graph, which every batch then replays."""
+    The first batch of a bucket waits until its kernels are compiled, and is launched kernel by kernel, as are those behind it until the
+    ``recorder`` has made one thing of all launches, in the background; from then on that is replayed. Without one it stays as it is."""
 
     page = PAGE
     threads = None
     """Sampling has none of its own here."""
 
-    def __init__(self, program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], pages: Mapping[str, int], on: Device) -> None:
+    def __init__(
+        self, program: Program, weights: DeviceWeights, pools: Mapping[str, Pool], pages: Mapping[str, int], on: Device,
+        recorder: Recorder | None,
+    ) -> None:  # fmt: skip
         self.program, self.weights, self.pools, self.pages, self.on = program, weights, pools, pages, on
         self.isa = f"sm_{on.capability[0]}{on.capability[1]}"
         self._tapes: dict[tuple[str, Bucket], _Player] = {}
+        self._recordings = Recordings(recorder)
         self.room = Room.of(program, LARGEST, on.device)
         self.drawer = DeviceDrawer(on)
         self._moving = Moving([pools[group.name] for group in program.states], on.device)
@@ -61,13 +67,18 @@ class CudaSession:
 
     @property
     def step_bytes(self) -> int:
-        """What steps take of the device by now: the room that all share, and what each bucket's tape has besides."""
-        return self.room.nbytes + sum(player.tape.nbytes for player in self._tapes.values())
+        """What steps take of the device by now: the room that all share, what each bucket's tape has besides, and what tokens are drawn
+        with."""
+        return self.room.nbytes + sum(player.tape.nbytes for player in self._tapes.values()) + self.drawer.nbytes
 
     @torch.inference_mode()
     def make_ready(self) -> None:
         """Bring the weights over, which the first step would do otherwise."""
         self._player("logits", Bucket(1, 1, 1))
+
+    def settle(self) -> None:
+        """Wait until every step that came can be replayed, as whoever measures must, or waits for the device as a whole."""
+        self._recordings.settle()
 
     @torch.inference_mode()
     def carry_out(self, moves: Sequence[Move]) -> None:
@@ -97,14 +108,20 @@ class CudaSession:
     @torch.inference_mode()
     def _play(self, what: str, batch: Batch, pages: Sequence[PageLists]) -> Tensor:
         self._check(batch)
-        parts = pieces(batch, pages, STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS)
+        most = HIDDEN_TOKENS if what == "hidden" else STEP_TOKENS if len(batch.rows) <= SCORED_TOKENS else SCORED_TOKENS
+        parts = pieces(batch, pages, most)
         with self._playing:
             players = [self._player(what, Bucket.of(part)) for part, _ in parts]  # all are there before one plays
             with self._begun():
                 if len(parts) == 1:
-                    return players[0].play(*parts[0], self.drawer.drawn)
+                    return self._step(players[0], *parts[0])
                 # Players share the memory of their results.
-                return torch.cat([player.play(*part, self.drawer.drawn).clone() for player, part in zip(players, parts, strict=True)])
+                return torch.cat([self._step(player, *part).clone() for player, part in zip(players, parts, strict=True)])
+
+    def _step(self, player: "_Player", batch: Batch, pages: Sequence[PageLists]) -> Tensor:
+        rows = player.play(batch, pages, self.drawer.drawn)
+        self._recordings.add(player)  # once it has played: what never comes is not captured either
+        return rows
 
     @contextlib.contextmanager
     def _begun(self) -> Iterator[None]:
@@ -136,29 +153,26 @@ class CudaSession:
 
 
 class _Player:
-    """A tape that is ready: all that it launches has been compiled, and on a device captured into a graph, before a batch is played.
+    """A tape that is ready: all that it launches on a device has been compiled before a batch is played. ``replay``, once it is there,
+    launches all of it at once.
 
     So a step happens whole or, where nothing of it began, not at all: recurrent state that had moved on halfway could not be had back."""
 
     def __init__(self, tape: Tape, result: Tensor) -> None:
         self.tape, self.result = tape, result
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if not result.is_cuda:
-            return
-        tape.inputs.fill(NOBODY, ())
-        tape.play()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            tape.play()
-        self._graph = graph
+        self.replay: Replay | None = None  # set by another thread
+        if result.is_cuda:
+            tape.inputs.fill(NOBODY, ())
+            self.launch()
+
+    def launch(self) -> None:
+        """Launch kernel after kernel."""
+        self.tape.play()
 
     def play(self, batch: Batch, pages: Sequence[PageLists], drawn: Tensor) -> Tensor:
         """One step: the rows asked for, until the next of any player that shares their memory. Tokens below −1 are taken from ``drawn``."""
         self.tape.inputs.fill(batch, pages)
         if batch.tokens.size and int(batch.tokens.min()) < -1:
             feed(self.tape.inputs.tokens, drawn)
-        if self._graph is None:
-            self.tape.play()
-        else:
-            self._graph.replay()
+        (self.replay or self.launch)()
         return self.result[: len(batch.rows)]

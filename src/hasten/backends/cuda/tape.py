@@ -66,13 +66,15 @@ class Device:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tape:
     """``launches`` in order; what ``outputs`` hold afterwards is by name, [T or R, …]. ``inputs`` are filled before. ``units`` are what
-    kernels play, each with the launch that is its own; tables that several share are launched before the first. ``nbytes`` are of the
-    device's memory that no other tape has: inputs and tables."""
+    kernels play, each with the launch that is its own; tables that several share are launched before the first. ``blocks`` are those of
+    products of experts, by the value that says who was chosen. ``nbytes`` are of the device's memory that no other tape has: inputs and
+    tables."""
 
     inputs: StepInputs
     launches: tuple[Launch, ...]
     outputs: Mapping[str, Tensor]
     units: tuple[tuple[Fused, Launch], ...]
+    blocks: Mapping[str, tuple[experts.Blocks, ...]]
     nbytes: int
 
     def play(self) -> None:
@@ -128,7 +130,8 @@ class _Compiler:
             if len(self.launches) > before:
                 played.append((unit, self.launches[-1]))
         outputs = {name: self.at[name] for name in self.program.outputs}
-        return Tape(self.inputs, tuple(self.launches), outputs, tuple(played), self.own + self.inputs.nbytes)
+        blocks = {chosen: tuple(its for (name, _), its in self.blocks.items() if name == chosen) for chosen, _ in self.blocks}
+        return Tape(self.inputs, tuple(self.launches), outputs, tuple(played), blocks, self.own + self.inputs.nbytes)
 
     def _launch(self, launch: Launch) -> None:
         self.launches.append(launch)

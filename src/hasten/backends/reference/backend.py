@@ -73,6 +73,10 @@ class ReferenceBackend:
             live -= sum(sizes[name] for name in {*op.inputs, *op.outputs} if last[name] == index)
         return most
 
+    def drawing_bytes(self, program: Program, sequences: int) -> int:
+        """None besides rows of logits: the engine draws."""
+        return 0
+
     def free_bytes(self) -> int:
         """Bytes that weights, caches and arenas may take together."""
         if torch.device(self.device).type == "cuda":
@@ -113,6 +117,9 @@ class ReferenceSession:
         self.program, self.weights = program, weights
         self.pages = page_counts(program, PAGE, cache_bytes)
         self._kept = Pages(program, PAGE)
+
+    def settle(self) -> None:
+        """Nothing is ever under way."""
 
     @torch.inference_mode()
     def carry_out(self, moves: Sequence[Move]) -> None:

@@ -33,6 +33,11 @@ class History:
         biases = torch.empty(slots, MOST_BIASES.value, dtype=torch.float64, device=device)
         return cls(torch.empty(slots, vocab, dtype=torch.int32, device=device), biases)
 
+    @property
+    def nbytes(self) -> int:
+        """Both together."""
+        return self.words.nbytes + self.biases.nbytes
+
     def begin(self, slot: int, prompt: Sequence[int], output: Sequence[int] = (), bias: Sequence[tuple[int, float]] = ()) -> None:
         """Give ``slot`` to a request with those tokens so far. Not while a step that draws for the slot runs.
 

@@ -56,6 +56,19 @@ class Scratch:
         sums = ((rows, 2, digits, values), (rows, 2, digits, 2), (rows, 2, parts, values))
         return cls(ranks, scores, ids, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in sums))
 
+    def first(self, rows: int) -> Self:
+        """Of these, for so many rows."""
+        return type(self)(*(each[:rows] for each in self._all))
+
+    @property
+    def nbytes(self) -> int:
+        """All together."""
+        return sum(each.nbytes for each in self._all)
+
+    @property
+    def _all(self) -> tuple[Tensor, ...]:
+        return self.ranks, self.scores, self.ids, self.totals, self.states, self.ties
+
 
 def default_parts(rows: int, vocab: int, programs: int = 264) -> int:
     """Programs that share a row: of about ``programs`` in all (two a multiprocessor of an H200), each with a thousand ids or more."""
