@@ -4,13 +4,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 
 from hasten.backends.cuda.inputs import Bucket
 from hasten.backends.cuda.kernels.cache import PAGE
+from hasten.backends.cuda.limits import Arithmetic
 from hasten.backends.cuda.places import DTYPES
 from hasten.backends.cuda.products import FEEDS
 from hasten.backends.cuda.session import STEP_TOKENS, CudaSession
@@ -24,7 +24,7 @@ Clock = Callable[[torch.device, Callable[[], object]], float]
 UNTIMED = (ops.Route, ops.ExpertLinear, ops.Combine, ops.Split)
 """What experts do depends on what was chosen, which another layer's launch may have written over; pieces are not copied."""
 
-_PEAKS: dict[str, Literal["bf16", "int8", "f32"]] = {"bf16": "bf16", "int8": "int8"}
+_PEAKS: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "fp8": "fp8"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class OpCost:
     context: int | None
     bytes: int
     operations: int
-    arithmetic: Literal["bf16", "int8", "f32"]
+    arithmetic: Arithmetic
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
