@@ -1,5 +1,6 @@
 """`hasten bench roofline|ops --backend cuda`: what is counted, and what is said where there is no device. Times are made up."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -162,10 +163,13 @@ def test_roofline(interpreted, monkeypatch, capsys):
     ran = main(monkeypatch, capsys, "bench", "roofline", "--backend", "cuda", "--bytes", 64 << 20, "--repeats", 1, "--json")
     facts = json.loads(ran.out)
     assert (facts["device"], facts["isa"], facts["copied_bytes"]) == ("interpreter", "sm_90", 64 << 20)
-    assert min(facts["copy_gb_per_s"], facts["bf16_tflops"], facts["int8_tops"], facts["f32_tflops"]) > 0
+    assert min(facts["copy_gb_per_s"], facts["bf16_tflops"], facts["int8_tops"], facts["fp8_tflops"], facts["f32_tflops"]) > 0
     told = main(monkeypatch, capsys, "bench", "roofline", "--backend", "cuda", "--bytes", 1, "--repeats", 1).out
     assert told.startswith("device    interpreter, sm_90\n")
     assert "64 MiB read and written" in told
+    assert "\nfp8       " in told
+    monkeypatch.setattr(module, "find_device", lambda: dataclasses.replace(INTERPRETED, capability=(8, 6)))
+    assert "\nfp8       none\n" in main(monkeypatch, capsys, "bench", "roofline", "--backend", "cuda", "--bytes", 1, "--repeats", 1).out
 
 
 def test_ops(interpreted, monkeypatch, capsys, tmp_path):

@@ -211,7 +211,7 @@ def test_activations_in_fp8_give_way_to_bf16_where_there_are_no_kernels():
     for asked in (Formats("fp8", "fp8"), Formats(activations="fp8"), Formats("int8", "fp8")):
         with pytest.raises(UnsupportedError, match=r"activations fp8 have no kernels here: --backend cuda .* --backend reference plays"):
             CpuBackend().session(model, 64, asked)
-    with pytest.raises(UnsupportedError, match="activations fp8 do not go with weights in int8; accepted are int8, bf16"):
+    with pytest.raises(UnsupportedError, match="activations 'fp8' do not go with weights in int8; accepted are int8, bf16"):
         ReferenceBackend().program(model, 64, Formats("int8", "fp8"))
     rounded, plain = (ReferenceBackend().session(model, 64, each).score(Batch.of([IDS])) for each in (None, Formats(activations="bf16")))
     assert 1e-3 < relative(rounded, plain) < 0.1
