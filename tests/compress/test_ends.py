@@ -59,6 +59,17 @@ def test_a_head_that_is_the_embedding_is_rounded_with_it(form, tied, tmp_path):
     assert "embedding" not in " ".join(made.provenance[-1].evidence["left"])
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations", "head", "fed"),
+    [("int8", "int8", "fp8", "bf16"), ("fp8", "fp8", "int8", "bf16"), ("fp8", "fp8", "fp8", "fp8"), ("int8", "int8", "int4", "int8")],
+)
+def test_a_head_is_fed_what_the_others_are_or_bf16(weights, activations, head, fed, tied, tmp_path):
+    made = through(tied, {**FEW, "weights": weights, "activations": activations, "head": head}, tmp_path)
+    found = {name: weight.activations for name, weight in made.weights.items() if isinstance(weight, QuantizedWeight)}
+    assert found.pop("embedding.weight") == fed
+    assert set(found.values()) == {activations}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_left_is_told_with_its_bytes(kind, tmp_path):
     model = small(kind)

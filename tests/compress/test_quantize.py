@@ -61,6 +61,17 @@ def test_every_method_writes_what_loads_and_is_smaller(method, weights, share, t
     assert found.base_loss == facts["base_loss"]
 
 
+def test_activations_in_fp8_are_written_as_what_they_are(tmp_path, hasten):
+    asked = ["--method", "rtn", "--weights", "fp8", "--activations", "fp8", "--skip", "blocks.[1-7].*"]
+    done = hasten("quantize", "code-8m", tmp_path / "out", *asked, *QUICK)
+    assert done.code == 0, done.err
+    (group,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    inputs = group["input_activations"]
+    assert (inputs["type"], inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == ("float", 8, "token", True)
+    stored = [weight for weight in load(tmp_path / "out").weights.values() if isinstance(weight, QuantizedWeight)]
+    assert [(str(weight.form), weight.activations) for weight in stored] == 7 * [("fp8", "fp8")]
+
+
 def test_a_recipe_is_applied(tmp_path, hasten):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("- rtn: {weights: int8, layers: ['blocks.*.mixer.*']}\n- gptq: {weights: int4-g64, layers: ['blocks.0.feed*']}\n")

@@ -129,10 +129,13 @@ def test_formats_are_timed_in_turn_where_all_fit_in_memory(hasten, monkeypatch):
     assert order[2] == order[3]
 
 
-def test_latency_of_the_reference(hasten):
-    (row,) = rows_of(hasten("bench", "latency", "code-8m", "--backend", "reference", *TINY, "--json"))
+@pytest.mark.parametrize(
+    ("asked", "played"), [((), ("float32", "float32")), (("--weights", "fp8", "--activations", "fp8"), ("fp8", "fp8"))]
+)
+def test_latency_of_the_reference(asked, played, hasten):
+    (row,) = rows_of(hasten("bench", "latency", "code-8m", "--backend", "reference", *asked, *TINY, "--json"))
     assert row.keys() >= PROMISED
-    assert (row["backend"], row["weights"], row["activations"], row["step_overhead_us"]) == ("reference", "float32", "float32", None)
+    assert (row["backend"], row["weights"], row["activations"], row["step_overhead_us"]) == ("reference", *played, None)
     assert row["mbu"] == pytest.approx(row["bytes_per_step"] / row["tpot_ms"] / 1e6 / row["read_gb_per_s"])
 
 
@@ -151,6 +154,7 @@ def test_a_forced_level_and_one_thread(hasten):
         (("--prompt", "99999"), ("code-8m accepts up to",)),
         (("--weights", "bf16,int9"), ("int9", "accepted are")),
         (("--weights", "int8", "--activations", "bf32"), ("bf32", "accepted")),
+        (("--weights", "fp8", "--activations", "fp8", "--backend", "cpu"), ("fp8 have no kernels here", "--backend cuda", "reference")),
         (("--cache", "int1"), ("int1", "accepted")),
         (("--backend", "tpu"), ("tpu",)),
         (("--isa", "sse9"), ("sse9", "accepted")),

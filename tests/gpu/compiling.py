@@ -26,7 +26,7 @@ TYPES = {
     torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
     torch.int64: "i64", torch.float64: "fp64",
 }  # fmt: skip
-BF16, F32, I8, I32 = torch.bfloat16, torch.float32, torch.int8, torch.int32
+BF16, F32, F8, I8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.int32
 META = torch.device("meta")
 H200 = GPUTarget("cuda", 90, 32)
 case = ""
@@ -65,6 +65,8 @@ def compiled(self, *arguments, grid, warmup, **named):
         "products": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m\S+)|(mma\.sync\S+)", made.asm["ptx"]))),
         "nibbles": made.asm["ptx"].count("lop3.b32 t"),
         "fused": len(re.findall(r"fma\.rn\.f64|div\.(?:full|approx)", made.asm["ptx"])),
+        "added": len(re.findall(r"add\.(?:rn\.)?f32", made.asm["ptx"])),
+        "narrowed": len(re.findall(r"cvt\.rn\.satfinite\.e4m3x2\.f32", made.asm["ptx"])),
         "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4|cp\.async\.cg", made.asm["ptx"])),
     }  # fmt: skip
     print(json.dumps(said), flush=True)
@@ -87,16 +89,17 @@ def weight(codes, out=4096, size=4096, group=0, stacked=(), zeros=False):
 def products():
     """Every kind of code and of rows, for decoding and for prompts."""
     global case
-    for label, codes, group, fed in [
-        ("bf16", BF16, 0, BF16), ("int8 × int8", I8, 0, I8), ("int4 × bf16", torch.int16, 128, BF16),
+    for label, codes, group, fed, size in [
+        ("bf16", BF16, 0, BF16, 4096), ("int8 × int8", I8, 0, I8, 4096), ("int4 × bf16", torch.int16, 128, BF16, 4096),
+        ("fp8 × fp8", F8, 0, F8, 4096), ("fp8 × fp8 of 4000", F8, 0, F8, 4000),
     ]:  # fmt: skip
-        its = weight(codes, group=group, zeros=label == "int4 × bf16")
+        its = weight(codes, size=size, group=group, zeros=label == "int4 × bf16")
         order = default_order(its)
         for count in (1, 4096):
             case = f"{label}, {count} rows"
             tiles = default_tiles(count, order)
             sums, counters = scratch_size(count, its.out, order, tiles)
-            scale = empty(count, 1, dtype=F32) if fed == I8 else None
+            scale = empty(count, 1, dtype=F32) if fed in {I8, F8} else None
             linear.linear(
                 empty(count, its.size, dtype=fed), its, empty(count, its.out), scale=scale, bias=empty(its.out),
                 scratch=Scratch(empty(sums, dtype=F32), empty(counters, dtype=I32)),
@@ -120,15 +123,16 @@ def mixtures():
 def row_ops():
     """Row-wise kernels, fused as far as they go."""
     global case
-    case = "rows"
-    to = rows.Rounded(empty(8, 4096, dtype=I8), empty(8, 1, dtype=F32))
     x, narrow = empty(8, 4096, dtype=F32), empty(8, 4096)
-    rows.norm(x, empty(4096), BF16, eps=1e-5, group=4096, y=narrow, quantized=to, branch=narrow, added=x)
+    for label, kind in (("rows to fp8", F8), ("rows", I8)):
+        case = label
+        to = rows.Rounded(empty(8, 4096, dtype=kind), empty(8, 1, dtype=F32))
+        rows.norm(x, empty(4096), BF16, eps=1e-5, group=4096, y=narrow, quantized=to, branch=narrow, added=x)
+        rows.gate(narrow, narrow, "gelu", BF16, quantized=to)
+        rows.quantize_rows(narrow, to)
     rows.norm(narrow, empty(128), BF16, eps=1e-5, group=128, y=narrow, bias=empty(128), centred=True)
     for kind in ("silu", "gelu_tanh", ClampedSwiglu(alpha=1.7, limit=7.0)):
         rows.gate(narrow, narrow, kind, BF16, y=narrow)
-    rows.gate(narrow, narrow, "gelu", BF16, quantized=to)
-    rows.quantize_rows(narrow, to)
     rows.quantize_fixed(narrow, to, 0.1)
     rows.soft_cap(x, x, 30.0)
     rows.add(x, narrow, x)

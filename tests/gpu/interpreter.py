@@ -1,9 +1,10 @@
-"""What Triton's interpreter does with bfloat16 and with block products, put right, so that kernels are tested as they stand.
+"""What Triton's interpreter does with bfloat16, fp8 and block products, put right, so that kernels are tested as they stand.
 
 It keeps bfloat16 as integers of 16 bits, takes them for integers in a block product and where whole numbers are cast, and cuts float32
-off where a device rounds to nearest even. And it hands products to numpy, whose sums of floats depend on how many columns there are; a
-device's do not: an element of a tile is summed over K in one order, whatever the tile's other sizes. Of what a kernel sums in which
-order only such a product can tell.
+off where a device rounds to nearest even. Float32 on its way to fp8 it rounds half away from zero, and below the least exponent wrongly;
+fp8 in a block product it takes for float16, without NaN. And it hands products to numpy, whose sums of floats depend on how many
+columns there are; a device's do not: an element of a tile is summed over K in one order, whatever the tile's other sizes. Of what a
+kernel sums in which order only such a product can tell.
 
 It also puts its own functions into the language anew wherever a kernel calls another function, which takes longer than most functions;
 here it does so where they are not there."""
@@ -21,6 +22,7 @@ def put_right(monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "__call__", called)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", product)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", casting(InterpreterBuilder.cast_impl))
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", narrowing(InterpreterBuilder.create_fp_to_fp))
 
 
 def product(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -52,6 +54,20 @@ def casting(cast_impl):
     return cast
 
 
+def narrowing(create_fp_to_fp):
+    """InterpreterBuilder.create_fp_to_fp, but of float32 to fp8 to nearest even."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def narrow(self, source, kind, rounding):
+        if (source.dtype.scalar, kind.scalar) != (tl.float32, tl.float8e4nv):
+            return create_fp_to_fp(self, source, kind, rounding)
+        with np.errstate(invalid="ignore"):
+            return TensorHandle(source.data.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), tl.float8e4nv)
+
+    return narrow
+
+
 def called(self, *args, **kwargs):
     """In place of InterpretedFunction.__call__: a function called by a kernel."""
     from triton.language.core import is_builtin
@@ -76,4 +92,6 @@ def _numbers(handle):
 
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    if handle.dtype.scalar == tl.float8e4nv:
+        return handle.data.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     return handle.data

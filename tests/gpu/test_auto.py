@@ -48,7 +48,7 @@ def test_what_is_hidden_from_other_tests_is_shown_to_these():
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == SHOWN
 
 
-@pytest.mark.parametrize("formats", [None, Formats("int8"), Formats("int4", "bf16", "fp8")])
+@pytest.mark.parametrize("formats", [None, Formats("int8"), Formats("int4", "bf16", "fp8"), Formats("fp8", "fp8")])
 def test_the_gpu_is_taken_and_said(small, on_gpu, formats):
     name, notice = choose_backend(small, formats=formats)
     assert name == "cuda"
@@ -85,7 +85,9 @@ def test_what_the_device_cannot_play_runs_on_the_cpu(small, on_gpu, monkeypatch)
     old = dataclasses.replace(INTERPRETED, capability=(8, 6))
     monkeypatch.setattr(module, "find_device", lambda: old)
     assert choose_backend(small)[0] == "cuda"
-    for formats, said in ((Formats("fp8"), "8.9 for fp8"), (Formats(cache="fp8"), "keeps no fp8 cache")):
+    for formats, said in (
+        (Formats("fp8"), "8.9 for fp8"), (Formats("fp8", "fp8"), "8.9 for fp8"), (Formats(cache="fp8"), "keeps no fp8 cache"),
+    ):  # fmt: skip
         name, notice = choose_backend(small, formats=formats)
         assert name == "cpu"
         assert said in notice

@@ -41,26 +41,29 @@ def model_of(name, index, directory):
     return load(directory), np.random.default_rng(index).integers(0, config["vocab_size"], LENGTH).tolist()
 
 
-SOME = [("llama", 0, None), ("qwen2", 0, "int8"), ("gpt2", 0, None), ("bloom", 1, "int4-g32"), ("mamba", 0, None)]
+SOME = [
+    ("llama", 0, None, None), ("qwen2", 0, "int8", None), ("gpt2", 0, None, None), ("bloom", 1, "int4-g32", None), ("mamba", 0, None, None),
+    ("mixtral", 0, "fp8", "fp8"),
+]  # fmt: skip
 """In the interpreter, which takes seconds for each; on a device all there are."""
 EVERY = [
-    (family.name, index, weights)
+    (family.name, index, weights, activations)
     for family in all_families()
     for index, example in enumerate(family.examples)
     if not unsupported_ops(lower(family.spec(example)))
-    for weights in ((None, "int8", "int4-g32") if index == 0 else (None,))
+    for weights, activations in (((None, None), ("int8", None), ("int4-g32", None), ("fp8", "fp8")) if index == 0 else ((None, None),))
 ]
 
 
-@pytest.mark.parametrize(("name", "index", "weights"), EVERY if torch.cuda.is_available() else SOME)
-def test_logits(name, index, weights, tmp_path, backend):
+@pytest.mark.parametrize(("name", "index", "weights", "activations"), EVERY if torch.cuda.is_available() else SOME)
+def test_logits(name, index, weights, activations, tmp_path, backend):
     """Near the reference, and the same bits in pieces beside another sequence."""
-    model, ids = model_of(name, index, tmp_path)
+    (model, ids), formats = model_of(name, index, tmp_path), Formats(weights, activations)
     assert backend.refusals(model) == ()
-    session = backend.session(model, 32, Formats(weights))
+    session = backend.session(model, 32, formats)
     whole = session.score(Batch.of([ids]))
-    expected = ReferenceBackend().session(model, 32, Formats(weights)).score(Batch.of([ids]))
-    in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model, 32, Formats(weights)).score(Batch.of([ids]))
+    expected = ReferenceBackend().session(model, 32, formats).score(Batch.of([ids]))
+    in_bf16 = ReferenceBackend(precision=Precision(compute="bfloat16")).session(model, 32, formats).score(Batch.of([ids]))
     assert np.abs(whole - expected).mean() <= 1.2 * np.abs(in_bf16 - expected).mean()
     stepper = Stepper(session)
     logits, state = stepper.step(Batch.of([ids[3:5], ids[:7]]), stepper.start(2))
@@ -208,20 +211,23 @@ def test_doctor_is_told_of_every_kind_of_product():
     told = CudaBackend(INTERPRETED).kernels()
     assert told["int4 × int8"].startswith("triton; not cublas: reads dense weights alone")
     assert "batch" in told["bf16 × bf16"]
-    assert len(told) == 6
+    assert len(told) == 7
+    assert told["fp8 × fp8"].startswith("triton; not cublas: ")
+    assert "not scaled_mm: is cut by its library, so a row's bits would depend on its batch" in told["fp8 × fp8"]
     old = CudaBackend(dataclasses.replace(INTERPRETED, capability=(8, 6))).kernels()
-    assert old["fp8 × bf16"].startswith("none: ")
-    assert "8.9" in old["fp8 × bf16"]
+    for product in ("fp8 × bf16", "fp8 × fp8"):
+        assert old[product].startswith("none: ")
+        assert "8.9" in old[product]
 
 
 # --- what a tape is made of
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "gpt_oss", "falcon", "mpt"])
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
-def test_units_play_every_op_once_and_hide_what_nobody_else_reads(name, weights, tmp_path):
+@pytest.mark.parametrize(("weights", "activations"), [("bf16", None), ("int8", None), ("fp8", "fp8")])
+def test_units_play_every_op_once_and_hide_what_nobody_else_reads(name, weights, activations, tmp_path):
     model, _ = model_of(name, 0, tmp_path)
-    program = CudaBackend(INTERPRETED).program(model, 32, Formats(weights))
+    program = CudaBackend(INTERPRETED).program(model, 32, Formats(weights, activations))
     units = units_of(program)
     assert sorted(map(repr, (part for unit in units for part in unit.parts))) == sorted(map(repr, program.ops))
     written, hidden = set(program.inputs), {name for unit in units for name, _ in unit.inner}
@@ -229,9 +235,10 @@ def test_units_play_every_op_once_and_hide_what_nobody_else_reads(name, weights,
         assert set(unit.inputs) <= written
         written |= set(unit.outputs)
     assert not hidden & {*program.outputs, *(name for unit in units for name in unit.inputs)}
-    if weights == "int8":
+    if weights != "bf16":
         assert hidden
-        assert any(isinstance(unit.parts[-1], ops.QuantizeRows) and len(unit.parts) > 1 for unit in units)
+        rounding = ops.QuantizeRows if weights == "int8" else ops.QuantizeFp8
+        assert any(isinstance(unit.parts[-1], rounding) and len(unit.parts) > 1 for unit in units)
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3", "falcon", "phi3"])

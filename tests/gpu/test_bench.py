@@ -1,5 +1,6 @@
 """`hasten bench roofline|ops --backend cuda`: what is counted, and what is said where there is no device. Times are made up."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -74,6 +75,11 @@ def test_what_a_product_reads_and_computes_is_counted_by_hand(tmp_path, backend)
     _, found = timed(backend, model, (5,), (20,), Formats("int8"))
     fed = {each.cost.format for each in found if each.cost.op == "linear" and f"{width}" in each.cost.shape}
     assert "int8 × int8" in fed
+    _, found = timed(backend, model, (5,), (20,), Formats("fp8", "fp8"))
+    (up,) = (each.cost for each in found if each.cost.shape == f"{2 * inner}x{width}")
+    assert (up.format, up.arithmetic) == ("fp8 × fp8", "fp8")
+    assert 2 * inner * width + 5 * width <= up.bytes <= 2 * inner * (128 * math.ceil(width / 128) + 4) + 5 * (width + 4) + 5 * 2 * inner * 2
+    assert "rms_norm+quantize_fp8" in {each.cost.op for each in found} | {each.cost.op.removeprefix("add+") for each in found}
 
 
 def test_what_attention_reads_and_computes_is_counted_by_hand(tmp_path, backend):
@@ -182,11 +188,14 @@ def test_a_devices_roofline(monkeypatch):
     """Twice the bytes copied and a product's operations over made times."""
     device, asked = torch.device("cpu"), []
     monkeypatch.setattr(limits_module, "seconds", lambda device, work, repeats: asked.append(repeats) or work() is None or 0.5)
-    found = measure_roofline(device, "made", "sm_90", 100 << 20, 3)
-    assert asked == [3] * 4
+    found = measure_roofline(device, "made", (9, 0), 100 << 20, 3)
+    assert asked == [3] * 5
+    assert found.isa == "sm_90"
     assert found.copied_bytes == 100 << 20
     assert found.copy_gb_per_s == pytest.approx(2 * (100 << 20) / 0.5 / 1e9)
-    assert {found.bf16_tflops, found.int8_tops, found.f32_tflops} == {2 * 256**3 / 0.5 / 1e12}
+    assert {found.bf16_tflops, found.int8_tops, found.fp8_tflops, found.f32_tflops} == {2 * 256**3 / 0.5 / 1e12}
+    older = measure_roofline(device, "made", (8, 6), 100 << 20, 3)
+    assert (older.isa, older.fp8_tflops, older.bf16_tflops) == ("sm_86", None, found.bf16_tflops)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on a device")
@@ -209,10 +218,13 @@ def test_roofline(interpreted, monkeypatch, capsys):
     ran = main(monkeypatch, capsys, "bench", "roofline", "--backend", "cuda", "--bytes", 64 << 20, "--repeats", 1, "--json")
     facts = json.loads(ran.out)
     assert (facts["device"], facts["isa"], facts["copied_bytes"]) == ("interpreter", "sm_90", 64 << 20)
-    assert min(facts["copy_gb_per_s"], facts["bf16_tflops"], facts["int8_tops"], facts["f32_tflops"]) > 0
+    assert min(facts["copy_gb_per_s"], facts["bf16_tflops"], facts["int8_tops"], facts["fp8_tflops"], facts["f32_tflops"]) > 0
     told = main(monkeypatch, capsys, "bench", "roofline", "--backend", "cuda", "--bytes", 1, "--repeats", 1).out
     assert told.startswith("device    interpreter, sm_90\n")
     assert "64 MiB read and written" in told
+    assert "\nfp8       " in told
+    monkeypatch.setattr(module, "find_device", lambda: dataclasses.replace(INTERPRETED, capability=(8, 6)))
+    assert "\nfp8       none\n" in main(monkeypatch, capsys, "bench", "roofline", "--backend", "cuda", "--bytes", 1, "--repeats", 1).out
 
 
 def test_ops(interpreted, monkeypatch, capsys, tmp_path):

@@ -19,7 +19,7 @@ from hasten.backends.cuda.candidates import (
     semi_structured,
 )  # fmt: skip
 from hasten.backends.cuda.kernels.linear import Order, Tiles, default_order, default_tiles, linear
-from hasten.backends.cuda.kernels.pack import PackedWeight, compressed, is_two_of_four, pack, unpack
+from hasten.backends.cuda.kernels.pack import PackedWeight, Stored, compressed, is_two_of_four, pack, pack_stored, unpack
 from hasten.backends.cuda.tuned import Tuned, TunedLinear, path_of, read, shape_name, write
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.formats.linear import LinearFormat
@@ -63,6 +63,8 @@ def test_why_not_the_library(where, said):
         (site("int4", fed="f32"), "multiplied with int8 or bf16, not f32"),
         (site("bf16", capability=(7, 5)), "8.0 for bfloat16; this one has 7.5"),
         (site("fp8", capability=(8, 6)), "8.9 for fp8"),
+        (site("fp8", fed="fp8", capability=(8, 6)), "8.9 for fp8"),
+        (site("int8", fed="fp8"), "multiplied with int8 or bf16, not fp8"),
         (site("int8", fed="int8", size=140_000), "32 bits"),
     ],
 )
@@ -85,22 +87,18 @@ def test_the_first_that_does_not_refuse():
         choose((), SITE)
 
 
+(SCALED_MM,) = (each for each in LINEAR if each.name == "scaled_mm")
 FP8 = {"name": "fp8", "fed": "fp8", "measured": "scaled_mm"}
 SPARSE = {"name": "bf16-sparse", "measured": "semi_structured", "two_of_four": True}
 
 
 @pytest.mark.parametrize(("given", "launch"), [({"measured": "cublas"}, cublas), (FP8, scaled_mm), (SPARSE, semi_structured)])
 def test_a_librarys_kernel_is_chosen_where_it_was_measured(given, launch):
-    """And nowhere else: the same site without the measurement takes Triton's, or says that there is nothing."""
+    """And nowhere else: the same site without the measurement takes Triton's."""
     assert choose(LINEAR, site(**given)).candidate.launch is launch
-    without = site(**{**given, "measured": "triton"})
-    if given is FP8:
-        with pytest.raises(UnsupportedError, match="nothing measured on this device"):
-            choose(LINEAR, without)
-    else:
-        choice = choose(LINEAR, without)
-        assert choice.candidate.launch is linear
-        assert any("nothing measured on this device" in why for _, why in choice.refused)
+    choice = choose(LINEAR, site(**{**given, "measured": "triton"}))
+    assert choice.candidate.launch is linear
+    assert any("nothing measured on this device" in why for _, why in choice.refused)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,8 @@ def test_why_not_what_was_measured(given, said):
 
 
 def test_no_product_of_a_program_goes_through_a_library_unasked():
-    for name, fed in itertools.product(["bf16", "f32", "fp8", "int8", "int4", "bf16-sparse", "int4-sparse"], ["bf16", "f32", "int8"]):
+    names = ["bf16", "f32", "fp8", "int8", "int4", "bf16-sparse", "int4-sparse"]
+    for name, fed in itertools.product(names, ["bf16", "f32", "int8", "fp8"]):
         for rows, pattern in itertools.product([1, 4096], [False, True]):
             where = site(name, fed=fed, rows=rows, two_of_four=pattern)
             refused = [each.name for each in LINEAR if each.refuses(where) is not None]
@@ -171,6 +170,31 @@ def test_fp8_rows_and_fp8_weights(device):
         scaled_mm(x, weight, y[:, 4:52])
     with pytest.raises(ValueError, match="without a bias"):
         scaled_mm(x, weight, y[:, 4:52], scale=scale, bias=torch.zeros(48, device=device))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 77])
+@pytest.mark.parametrize(("out", "size"), [(48, 64), (16, 16), (40, 64), (48, 40), (48, 200), (48, 208)])
+def test_what_is_not_refused_is_as_torch_asks(rows, out, size):
+    """Of tensors without memory torch checks layouts, sizes and scales as it does on a device: what it raises for was refused."""
+    x, weight, scale = fp8_product(torch.device("cpu"), rows, size, out)
+    y = torch.empty((rows, out), dtype=torch.bfloat16, device="meta")
+    if SCALED_MM.refuses(site(**{**FP8, "out": out, "size": size})) is None:
+        scaled_mm(x.to("meta"), weight.to("meta"), y, scale=scale.to("meta"))
+    else:
+        with pytest.raises(RuntimeError, match="divisible by 16"):
+            scaled_mm(x.to("meta"), weight.to("meta"), y, scale=scale.to("meta"))
+
+
+def test_scales_in_rows_of_their_own_are_what_torch_takes(device):
+    """Planted: a scale for every row in its place, and for every channel in its, exact powers of two; no other has those products."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 products take compute capability 8.9")
+    codes = torch.eye(32, 64).to(torch.float8_e4m3fn)
+    weight = pack_stored(LinearFormat.parse("fp8"), Stored(codes.to(device), 2.0 ** torch.arange(32.0, device=device)[:, None], None, 64))
+    x, scale = torch.ones(3, 64).to(torch.float8_e4m3fn).to(device), torch.tensor([[1.0], [2.0], [0.5]], device=device)
+    y = torch.full((3, 32), float("nan"), dtype=torch.bfloat16, device=device)
+    scaled_mm(x, weight, y, scale=scale)
+    assert torch.equal(y.float(), scale * 2.0 ** torch.arange(32.0, device=device))
 
 
 def two_of_four(seed, out, size):

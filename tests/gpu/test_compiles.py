@@ -44,7 +44,7 @@ def test_few_rows_and_many_go_through_the_same_instruction(made):
         if each["kernel"] == "_linear":
             label, rows = each["case"].split(", ")
             by_format.setdefault(label, {})[rows] = {part for pair in each["products"] for part in pair if part}
-    assert len(by_format) == 3
+    assert len(by_format) == 5
     for few, many in (found.values() for found in by_format.values()):
         (one,), (other,) = few, many
         assert one.startswith("m64n16k"), one
@@ -65,8 +65,19 @@ def test_decoded_rows_and_prompts_of_a_recurrence_go_through_the_same_instructio
 
 def test_nibbles_are_taken_apart_two_by_two(made):
     assert {each["case"].split(",")[0]: bool(each["nibbles"]) for each in made if each["kernel"] == "_linear"} == {
-        "bf16": False, "int8 × int8": False, "int4 × bf16": True,
+        "bf16": False, "int8 × int8": False, "int4 × bf16": True, "fp8 × fp8": False, "fp8 × fp8 of 4000": False,
     }  # fmt: skip
+
+
+def test_fp8_is_multiplied_as_it_is_and_summed_in_float32(made):
+    """Hopper adds products of fp8 to sums of few bits, so those of every step go on to float32: as many more additions as a tile has sums
+    in a lane, wherever steps are summed. Rows are rounded by the device's own conversion, and only where they become fp8."""
+    by_case = {each["case"]: each for each in made if each["kernel"] == "_linear"}
+    fp8, bf16 = (by_case[f"{label}, 4096 rows"] for label in ("fp8 × fp8", "bf16"))
+    assert {part for pair in fp8["products"] for part in pair if part} == {"m64n128k32.f32.e4m3.e4m3"}
+    assert fp8["added"] - bf16["added"] == 2 * 128 * 128 // (32 * fp8["warps"])
+    rounding = [each for each in made if each["narrowed"] and each["case"].startswith("rows")]
+    assert [(each["case"], each["kernel"]) for each in rounding] == [("rows to fp8", kernel) for kernel in ("_norm", "_gate", "_gate")]
 
 
 def test_attention_goes_through_wgmma(made):

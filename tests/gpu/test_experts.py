@@ -127,8 +127,11 @@ def test_as_many_blocks_as_can_ever_be_needed(device):
 
 @pytest.mark.parametrize(
     ("name", "fed", "shared"),
-    [("bf16", "bf16", True), ("bf16", "bf16", False), ("int8", "int8", False), ("int4-g64-zp", "int8", True), ("fp8", "bf16", False)],
-)
+    [
+        ("bf16", "bf16", True), ("bf16", "bf16", False), ("int8", "int8", False), ("int4-g64-zp", "int8", True), ("fp8", "bf16", False),
+        ("fp8", "fp8", True),
+    ],
+)  # fmt: skip
 def test_expert_linear(name, fed, shared, device):
     """Against float64, and to the bit what the expert's own linear layer gives the row."""
     form, tokens, chosen, count, size, out = LinearFormat.parse(name), 9, 2, 4, 150, 70

@@ -18,7 +18,7 @@ from hasten.backends.cuda.session import HIDDEN_TOKENS, STEP_TOKENS
 from hasten.backends.cuda.tape import compile_tape
 from hasten.backends.cuda.tuned import TunedLinear
 from hasten.engine import LLM
-from hasten.program import Batch, Wanted
+from hasten.program import Batch, Formats, Wanted
 from tests.engine.test_recurrent import MIXERS
 from tests.engine.test_recurrent import model_of as recurrent_model
 from tests.gpu.test_backend import model_of
@@ -44,9 +44,9 @@ def backend():
     return CudaBackend(INTERPRETED)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_tape_has_what_it_says(name, tmp_path, backend):
-    session = backend.session(model_named(name, tmp_path), 64)
+@pytest.mark.parametrize(("name", "formats"), [*((name, None) for name in FAMILIES), ("llama", Formats("fp8", "fp8"))])
+def test_a_tape_has_what_it_says(name, formats, tmp_path, backend):
+    session = backend.session(model_named(name, tmp_path), 64, formats)
 
     def compiled(bucket):
         return compile_tape(session.program, session.weights, session.pools, bucket, session.on, PAGE, session.room)
@@ -61,11 +61,10 @@ def test_a_tape_has_what_it_says(name, tmp_path, backend):
         assert tape.nbytes > 0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_steps_take_what_is_planned(name, tmp_path, backend):
+@pytest.mark.parametrize(("name", "formats"), [*((name, None) for name in FAMILIES), ("llama", Formats("fp8", "fp8"))])
+def test_steps_take_what_is_planned(name, formats, tmp_path, backend):
     """Once every bucket came, of hidden states too, to the byte; before that less."""
-    model = model_named(name, tmp_path)
-    session = backend.session(model, 64)
+    session = backend.session(model_named(name, tmp_path), 64, formats)
     planned = backend.arena_bytes(session.program, 96)
     for what, most in (("logits", 96), ("hidden", 64)):
         assert session.step_bytes < planned
@@ -117,10 +116,10 @@ def test_an_llm_plans_for_drawing(tmp_path, backend, monkeypatch):
     assert llm.memory_plan().arena == backend.arena_bytes(load.program, 64) + backend.drawing_bytes(load.program, 5) + logits
 
 
-@pytest.mark.parametrize("kernel", ["cublas", "semi_structured"])
-def test_it_is_planned_alike_where_a_librarys_kernel_was_measured(kernel, tmp_path, backend):
+@pytest.mark.parametrize(("kernel", "formats"), [("cublas", None), ("semi_structured", None), ("scaled_mm", Formats("fp8", "fp8"))])
+def test_it_is_planned_alike_where_a_librarys_kernel_was_measured(kernel, formats, tmp_path, backend):
     """Whatever weights turn out to be: the scratch that Triton's would need is there in any case."""
-    program = backend.program(model_named("llama", tmp_path), 64)
+    program = backend.program(model_named("llama", tmp_path), 64, formats)
     measured = INTERPRETED.tuned
     for each in products_of(program):
         measured = measured.having(each.name, TunedLinear(default_order(each.weight(INTERPRETED.device)), kernel=kernel))

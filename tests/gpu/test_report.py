@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from hasten.backends.cuda import backend
+from hasten.backends.cuda import backend, session
+from hasten.backends.cuda.limits import limits
 from hasten.checkpoint import load
 from hasten.families import all_families
 from hasten.measure.latency import Case, open_runner
@@ -21,10 +22,14 @@ def small(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-def test_latency_beside_the_devices_limits(small):
-    runner = open_runner(load(small), [Case(1, 2, 1)], backend="cuda", weights="int8", activations="bf16")
+@pytest.mark.parametrize(("weights", "activations"), [("int8", "bf16"), ("fp8", "fp8")])
+def test_latency_beside_the_devices_limits(weights, activations, small, monkeypatch):
+    asked = set()
+    monkeypatch.setattr(session, "limits", lambda device, arithmetic, read: asked.add(arithmetic) or limits(device, arithmetic, read))
+    runner = open_runner(load(small), [Case(1, 2, 1)], backend="cuda", weights=weights, activations=activations)
     found = gpu.latency(runner, 1, 2, 1, repeats=1)
-    assert (found.backend, found.isa, found.weights, found.activations, found.cache) == ("cuda", "sm_90", "int8", "bf16", "bf16")
+    assert (found.backend, found.isa, found.weights, found.activations, found.cache) == ("cuda", "sm_90", weights, activations, "bf16")
+    assert asked == {activations}
     assert found.bytes_per_step > 1000
     assert 0 < found.mbu < 1
     assert 0 < found.mfu < 1

@@ -3,6 +3,7 @@
 import itertools
 from typing import get_args
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
@@ -39,13 +40,16 @@ def reference(listed, inputs, weights=None, batch=None):
     return [outputs[name] for name in wide[-1].outputs]
 
 
+kinds = pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+
+
 def empty(shape, dtype, device):
     """Memory that holds what no kernel should leave: NaN, or −128."""
     return torch.full(shape, -128 if dtype == torch.int8 else float("nan"), dtype=dtype, device=device)
 
 
-def room(shape, device):
-    return Rounded(empty(shape, torch.int8, device), empty((*shape[:-1], 1), torch.float32, device))
+def room(shape, device, kind=torch.int8):
+    return Rounded(empty(shape, kind, device), empty((*shape[:-1], 1), torch.float32, device))
 
 
 def near(y, expected, op):
@@ -56,11 +60,18 @@ def near(y, expected, op):
 
 
 def exactly_rounded(x, quantized):
-    """QuantizeRows of the very numbers in x, to the bit."""
-    scale = x.float().abs().amax(dim=-1, keepdim=True) / 127
+    """QuantizeRows, or QuantizeFp8, of the very numbers in x, to the bit."""
+    fp8 = quantized.q.dtype == torch.float8_e4m3fn
+    scale = x.float().abs().amax(dim=-1, keepdim=True) / (448 if fp8 else 127)
     scale = torch.where(scale == 0, 1.0, scale)
     assert torch.equal(quantized.scale.cpu(), scale)
-    assert torch.equal(quantized.q.cpu(), torch.round(x.float() / scale).to(torch.int8))
+    ratio = (x.float() / scale).numpy()
+    expected = ratio.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn) if fp8 else np.rint(ratio).astype(np.int8)
+    np.testing.assert_array_equal(codes(quantized), expected.view(np.uint8))
+
+
+def codes(quantized):
+    return quantized.q.cpu().view(torch.uint8).numpy()
 
 
 # --- norms
@@ -101,12 +112,13 @@ def test_norm(op, full, dtype, device):
     near(y, reference([op], {"x": x}, {name: each.cpu() for name, each in weights.items()})[0], op)
 
 
+@kinds
 @pytest.mark.parametrize(("residual", "dtype"), list(itertools.product(DTYPES.values(), DTYPES.values())))
-def test_add_then_norm_then_rounding(residual, dtype, device):
-    """One kernel writes what three would: the sum, the norm of the sum as it was written, and its rows as int8."""
+def test_add_then_norm_then_rounding(residual, dtype, kind, device):
+    """One kernel writes what three would: the sum, the norm of the sum as it was written, and its rows rounded."""
     op = NORMS[1]
     x, branch, weights = numbers(4, 4, 300, scale=9).to(residual), numbers(5, 4, 300).to(dtype), weights_of(op, False, device)
-    added, y, quantized = empty((4, 300), residual, device), empty((4, 300), dtype, device), room((4, 300), device)
+    added, y, quantized = empty((4, 300), residual, device), empty((4, 300), dtype, device), room((4, 300), device, kind)
     normalized(op, x.to(device), weights, dtype, branch=branch.to(device), added=added, y=y, quantized=quantized)
     assert torch.equal(added.cpu(), (x.float() + branch.float()).to(residual))
     apart = empty((4, 300), dtype, device)
@@ -114,10 +126,10 @@ def test_add_then_norm_then_rounding(residual, dtype, device):
     assert torch.equal(y, apart)
     near(y, reference([op], {"x": added.cpu()}, {"w": weights["w"].cpu()})[0], op)
     exactly_rounded(y.cpu(), quantized)
-    alone, in_place = room((4, 300), device), x.to(device).clone()
+    alone, in_place = room((4, 300), device, kind), x.to(device).clone()
     normalized(op, in_place, weights, dtype, branch=branch.to(device), added=in_place, quantized=alone)
     assert torch.equal(in_place, added)
-    assert torch.equal(alone.q, quantized.q)
+    assert np.array_equal(codes(alone), codes(quantized))
 
 
 def test_a_norm_is_rounded_to_its_dtype_before_it_is_cast(device):
@@ -166,40 +178,59 @@ def test_norms_that_do_not_fit_are_refused(device):
             rows.norm(x.to(device), torch.ones(weight, device=device), torch.float32, eps=1e-5, **{"y": y.to(device), **more})
 
 
-def test_rows_of_several_runs_are_rounded_as_wholes(device):
-    x, weights, quantized = numbers(8, 3, 300).to(device), weights_of(NORMS[2], False, device), room((3, 300), device)
+@kinds
+def test_rows_of_several_runs_are_rounded_as_wholes(kind, device):
+    x, weights, quantized = numbers(8, 3, 300).to(device), weights_of(NORMS[2], False, device), room((3, 300), device, kind)
     y = empty((3, 300), torch.bfloat16, device)
     normalized(NORMS[2], x, weights, torch.bfloat16, y=y, quantized=quantized)
     exactly_rounded(y.cpu(), quantized)
 
 
-# --- rounding to int8
+# --- rounding to int8 and fp8
 
 
+@kinds
 @both
-def test_quantize_rows(dtype, device):
-    """Long rows; exact halves; a row of zeros; the least and the largest; three axes."""
+def test_quantize_rows(dtype, kind, device):
+    """Long rows; exact halves; a row of zeros; the least and the largest, one whose scale is below the least float32; three axes."""
     x = numbers(9, 6, 5000, scale=3)
     x[0] = torch.from_numpy(np.random.default_rng(10).integers(-254, 255, 5000) / 2)
     x[0, 0], x[1], x[2, 7] = 127, 0, 1e30
     x[3] *= 1e-30
+    x[4] = (numbers(10, 5000) > 0) * 2.0**-149 * 60
     x = x.to(dtype)
-    quantized = room((6, 5000), device)
+    quantized = room((6, 5000), device, kind)
     rows.quantize_rows(x.to(device), quantized)
     exactly_rounded(x, quantized)
-    assert (quantized.q[1] == 0).all()
+    assert (quantized.q[[1, 4]].float() == 0).all()
+    assert quantized.scale[[1, 4]].eq(1).all()
     halves = (x[0].float() * 2 % 2 == 1).sum()
     assert halves > 1000, "no halves were rounded"
-    three = room((2, 3, 5000), device)
+    three = room((2, 3, 5000), device, kind)
     rows.quantize_rows(x.view(2, 3, 5000).to(device), three)
-    assert torch.equal(three.q.view(6, 5000), quantized.q)
+    assert np.array_equal(codes(three).reshape(6, 5000), codes(quantized))
     assert torch.equal(three.scale.view(6, 1), quantized.scale)
 
 
-def test_what_is_not_a_number_shows_in_its_own_rows_scale(device):
+def test_every_tie_of_fp8_and_what_its_range_ends_at(device):
+    """Halfway between any two numbers of e4m3 side by side, beside 448; and a scale so small that it was rounded to 448/627 of itself."""
+    every = np.sort(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    every = every[np.isfinite(every)]
+    ties = (every[1:] + every[:-1]) / 2
+    x = torch.from_numpy(np.stack([np.concatenate([ties, every[-1:]]), np.full(len(ties) + 1, 627 * 2.0**-149, np.float32)]))
+    quantized = room(tuple(x.shape), device, torch.float8_e4m3fn)
+    rows.quantize_rows(x.to(device), quantized)
+    assert quantized.scale.flatten().tolist() == [1.0, 2.0**-149]
+    exactly_rounded(x, quantized)
+    assert (codes(quantized)[0] & 1 == 0).all(), "a tie went to the odd neighbour"
+    assert (quantized.q[1].float() == 448).all()
+
+
+@kinds
+def test_what_is_not_a_number_shows_in_its_own_rows_scale(kind, device):
     x = numbers(11, 3, 40)
     x[1, 5], x[2, 6] = float("nan"), float("inf")
-    quantized = room((3, 40), device)
+    quantized = room((3, 40), device, kind)
     rows.quantize_rows(x.to(device), quantized)
     assert [bool(each.isfinite()) for each in quantized.scale.flatten()] == [True, False, False]
 
@@ -230,7 +261,7 @@ def test_gate(activation, one, dtype, device):
     op = ops.Gate(gate="g", up="u", y="y", activation=activation)
     wide = numbers(13, 3, 2 * 1030, scale=2).to(dtype)  # as one product writes both
     gate, up = (wide[:, :1] if one else wide[:, :1030]), wide[:, 1030:]
-    y, quantized, alone = empty((3, 1030), dtype, device), room((3, 1030), device), room((3, 1030), device)
+    y, quantized, alone = empty((3, 1030), dtype, device), room((3, 1030), device), room((3, 1030), device, torch.float8_e4m3fn)
     on = wide.to(device)
     rows.gate(on[:, :1] if one else on[:, :1030], on[:, 1030:], activation, dtype, y=y)
     near(y, reference([op], {"g": gate, "u": up})[0], op)
@@ -239,7 +270,7 @@ def test_gate(activation, one, dtype, device):
     assert torch.equal(other, y)
     exactly_rounded(y.cpu(), quantized)
     rows.gate(on[:, :1] if one else on[:, :1030], on[:, 1030:], activation, dtype, quantized=alone)
-    assert torch.equal(alone.q, quantized.q)
+    exactly_rounded(y.cpu(), alone)
     third = empty((1, 1030), dtype, device)
     rows.gate(on[2:, :1] if one else on[2:, :1030], on[2:, 1030:], activation, dtype, y=third)
     assert torch.equal(third, y[2:])

@@ -11,18 +11,19 @@ import torch
 from hasten.backends.cuda import backend as module
 from hasten.backends.cuda import tape, tuning
 from hasten.backends.cuda.backend import INTERPRETED, CudaBackend
-from hasten.backends.cuda.candidates import LINEAR, cublas
+from hasten.backends.cuda.candidates import LINEAR, cublas, scaled_mm
 from hasten.backends.cuda.kernels.linear import Order, Tiles, default_order, default_tiles, linear
 from hasten.backends.cuda.kernels.pack import is_two_of_four, unpack
 from hasten.backends.cuda.products import Product, products_of
 from hasten.backends.cuda.tuned import Tuned, TunedLinear, read
 from hasten.backends.cuda.tuning import Timing, chosen, orders, promising, tiles_for, tune
+from hasten.backends.cuda.units import units_of
 from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load, random_model
 from hasten.families import all_families
 from hasten.formats.linear import LinearFormat
 from hasten.formats.weights import Weight, Weights
-from hasten.program import Batch, Formats
+from hasten.program import Batch, Formats, ops
 from tests.cli import assert_refused, main
 from tests.families.oracles import make_checkpoint
 
@@ -101,12 +102,15 @@ def test_what_is_tried_goes_with_the_weight(name):
 # --- shapes
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int8", "int4-g64-zp", "lut4", "f16"])
-def test_random_weights_are_like_those_of_a_model(name, device):
+@pytest.mark.parametrize(
+    ("name", "fed"),
+    [("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("int8", "int8"), ("int4-g64-zp", "int8"), ("lut4", "int8"), ("f16", "f32")],
+)
+def test_random_weights_are_like_those_of_a_model(name, fed, device):
     """Of its format, with sums about one in size, all finite."""
     form = LinearFormat.parse(name)
     for heads in (1, 3):
-        product = Product(form, form.activations[0], 40, 200, torch.float32, heads)
+        product = Product(form, fed, 40, 200, torch.float32, heads)
         weight, (x, scale) = product.weight(device), product.rows(5, device)
         values = unpack(weight)
         assert values.isfinite().all()
@@ -124,13 +128,19 @@ def model_of(directory, name="llama"):
     return load(directory)
 
 
-@pytest.mark.parametrize(("name", "weights"), [("llama", None), ("llama", "int4-g32"), ("deepseek_v3", "int8"), ("gpt2", None)])
-def test_every_product_that_a_tape_looks_up_is_named(name, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [
+        ("llama", Formats()), ("llama", Formats("int4-g32")), ("deepseek_v3", Formats("int8")), ("gpt2", Formats()),
+        ("llama", Formats("fp8", "fp8")),
+    ],
+)  # fmt: skip
+def test_every_product_that_a_tape_looks_up_is_named(name, formats, tmp_path, monkeypatch):
     """By the names it asks for while it is compiled, the counted experts aside."""
     model, on, asked = model_of(tmp_path, name), CudaBackend(INTERPRETED), set()
     monkeypatch.setattr(Tuned, "order", lambda self, shape, weight: asked.add(shape) or default_order(weight))
-    on.session(model, 32, Formats(weights))
-    assert asked == {product.name for product in on.products(model, [Formats(weights)])}
+    on.session(model, 32, formats)
+    assert asked == {product.name for product in on.products(model, [formats])}
     assert asked
 
 
@@ -312,6 +322,57 @@ def test_a_tape_launches_what_was_measured(tmp_path):
     batch = Batch.of([[5, 6, 7]])
     expected = usual.session(model, 32).score(batch)
     np.testing.assert_allclose(session.score(batch), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_fp8_products_go_through_scaled_mm_where_it_was_measured(tmp_path, monkeypatch):
+    """Every one into bfloat16 of the shapes that name it, of rows that the kernels rounded; the others, and all without the measurement,
+    through Triton's. Torch has the product on the CPU too."""
+    (config,) = (family.examples[0] for family in all_families() if family.name == "llama")
+    make_checkpoint({**config, "hidden_size": 64, "intermediate_size": 128}, tmp_path)
+    model, formats = load(tmp_path), Formats("fp8", "fp8")
+    usual = CudaBackend() if torch.cuda.is_available() else CudaBackend(INTERPRETED)
+    products = usual.products(model, [formats])
+    assert {(str(each.form), each.fed) for each in products} == {("fp8", "fp8")}
+    named = [each for each in products if each.dtype == torch.bfloat16]
+    measured = Tuned("made", {each.name: TunedLinear(Order(64), {}, "scaled_mm") for each in named})
+    session = CudaBackend(dataclasses.replace(usual.on, tuned=measured)).session(model, 32, formats)
+    plain = usual.session(model, 32, formats)
+
+    def launched(its):
+        return [launch.func for launch in next(iter(its._tapes.values())).tape.launches]
+
+    count = sum(isinstance(unit.parts[0], ops.Linear) for unit in units_of(session.program))
+    assert (launched(session).count(scaled_mm), launched(session).count(linear)) == (count - 1, 1)  # the head's logits are float32
+    assert (launched(plain).count(scaled_mm), launched(plain).count(linear)) == (0, count)
+    batch = Batch.of([[5, 6, 7]])
+    expected = plain.score(batch)
+    np.testing.assert_allclose(session.score(batch), expected, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("us", "kernel"), [(1e-6, "scaled_mm"), (9e-6, "triton")])
+def test_scaled_mm_is_chosen_where_it_wins(us, kernel, monkeypatch):
+    """Of rows and weights in fp8, row by row in its place, so that it is invariant for certain."""
+    (place,) = (number for number, each in enumerate(LINEAR) if each.name == "scaled_mm")
+    monkeypatch.setattr(tuning, "orders", lambda weight: [default_order(weight)])
+    monkeypatch.setattr(tuning, "tiles_for", lambda rows, order: [])
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 24)
+    said = []
+
+    def planted(x, weight, y, *, scale=None, bias=None):
+        said.append(len(x))
+        for row in range(len(x)):
+            scaled_mm(x[row : row + 1], weight, y[row : row + 1], scale=scale[row : row + 1])
+
+    def clock(device, work):
+        del said[:]
+        work()
+        return us if said else 5e-6
+
+    monkeypatch.setattr(tuning, "LINEAR", [*LINEAR[:place], dataclasses.replace(LINEAR[place], launch=planted), *LINEAR[place + 1 :]])
+    found = tune(Product(LinearFormat.parse("fp8"), "fp8", 32, 64, torch.bfloat16), INTERPRETED, (1, 24), clock, footprint=1)
+    assert found.chosen.kernel == kernel
+    assert found.seconds(24) == (5e-6, min(us, 5e-6))
+    assert found.product.name == "fp8 × fp8 32 × 64"
 
 
 def two_of_four(dense):

@@ -162,6 +162,17 @@ def quantize_rows(op, world, x):
     return q, np.array(scales)[:, None]
 
 
+E4M3 = {(-1) ** sign * (1 + part / 8) * 2.0 ** (power - 7) if power else (-1) ** sign * part / 8 * 2.0**-6: part
+        for sign in (0, 1) for power in range(16) for part in range(8) if (power, part) != (15, 7)}  # fmt: skip
+
+
+def quantize_fp8(op, world, x):
+    """Of all numbers of e4m3 the nearest; of two the one whose last bit is 0."""
+    scales = [max(abs(float(number)) for number in row) / 448 or 1.0 for row in x]
+    nearest = [[min(E4M3, key=lambda each: (abs(each - float(number) / s), E4M3[each] % 2)) for number in row] for row, s in zip(x, scales)]
+    return np.array(nearest), np.array(scales)[:, None]
+
+
 def quantize_fixed(op, world, x):
     q = np.array([[max(-127, min(127, round(float(number) / op.step))) for number in row] for row in x], dtype=np.int8)
     return q, np.full((len(x), 1), op.step)
@@ -496,7 +507,8 @@ def linear_scan(op, world, q, k, v):
 
 ORACLES = {
     ops.Embed: embed, ops.EmbedPositions: embed_positions, ops.SelectRows: select_rows, ops.Split: split, ops.Concat: concat,
-    ops.HeadSplit: head_split, ops.Cast: cast, ops.QuantizeRows: quantize_rows, ops.QuantizeFixed: quantize_fixed, ops.Linear: linear,
+    ops.HeadSplit: head_split, ops.Cast: cast, ops.QuantizeRows: quantize_rows, ops.QuantizeFp8: quantize_fp8,
+    ops.QuantizeFixed: quantize_fixed, ops.Linear: linear,
     ops.HeadLinear: head_linear, ops.ExpertLinear: expert_linear, ops.Route: route, ops.Combine: combine, ops.RmsNorm: rms_norm,
     ops.LayerNorm: layer_norm,
     ops.Add: add, ops.Scale: scale, ops.Clip: clip, ops.SoftCap: soft_cap, ops.Activate: activate, ops.Gate: gate, ops.Rotate: rotate,

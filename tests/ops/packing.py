@@ -4,6 +4,7 @@ import numpy as np
 
 from hasten import _native
 from hasten.backends.cpu.packed import PackedWeights
+from hasten.backends.cpu.rows import FEEDS
 from hasten.formats.linear import LinearFormat
 
 POOL = _native.ThreadPool(1)
@@ -18,6 +19,11 @@ def weight_buffer(form, group, dense, zero_points=False, sparse=False):
         return weight
     weight.pack(POOL, dense)
     return weight
+
+
+def native_activations(name):
+    """What weights in the format of that name are multiplied with natively, the usual first."""
+    return [fed for fed in LinearFormat.parse(name).activations if fed in FEEDS.values()]
 
 
 def all_packed(pool):

@@ -11,7 +11,7 @@ from hasten.base.errors import ConfigError, UnsupportedError
 from hasten.checkpoint import load
 from hasten.families import all_families
 from hasten.program import Batch, LinearFormats, Precision, lower
-from hasten.program.ops import ExpertLinear, HeadLinear, Linear, QuantizeRows
+from hasten.program.ops import ExpertLinear, HeadLinear, Linear, QuantizeFp8, QuantizeRows
 
 MODEL = load("code-8m")
 SLOT = "blocks.3.feed_forward.up"
@@ -41,20 +41,29 @@ def test_every_linear_layer_has_a_slot_of_its_own():
     assert len(slots) == len(set(slots)) == 7 * 8 + 1
 
 
-def test_int8_activations_change_the_product_a_little_and_only_where_named():
+@pytest.mark.parametrize(("form", "op"), [("int8", "QuantizeRows"), ("fp8", "QuantizeFp8")])
+def test_rounded_activations_change_the_product_a_little_and_only_where_named(form, op):
     name = f"{SLOT}.weight"
-    plain, rounded = run(), run(LinearFormats(activations={name: "int8"}))
+    plain, rounded = run(), run(LinearFormats(activations={name: form}))
     change = (plain - rounded).abs().max() / plain.abs().max()
     assert 1e-6 < change < 0.05
-    program = lower(MODEL.spec, formats=LinearFormats(activations={name: "int8"}))
+    program = lower(MODEL.spec, formats=LinearFormats(activations={name: form}))
     assert [op.weight for op in program.ops if isinstance(op, Linear) and op.scale is not None] == [name]
-    assert "QuantizeRows(blocks.3.feed_forward_norm)" in program.text()
+    assert f"{op}(blocks.3.feed_forward_norm)" in program.text()
 
 
 def test_products_that_read_one_value_share_its_rounding():
     names = {f"blocks.0.mixer.{part}.weight": "int8" for part in "qkv"}
     program = lower(MODEL.spec, formats=LinearFormats(activations=names))
     assert sum(isinstance(op, QuantizeRows) for op in program.ops) == 1
+
+
+def test_two_roundings_of_one_value_lie_apart():
+    names = {f"blocks.0.mixer.{part}.weight": form for part, form in zip("qkv", ("int8", "fp8", "fp8"), strict=True)}
+    ops = [op for op in lower(MODEL.spec, formats=LinearFormats(activations=names)).ops if isinstance(op, QuantizeRows | QuantizeFp8)]
+    assert [type(op) for op in ops] == [QuantizeRows, QuantizeFp8]
+    assert len({name for op in ops for name in op.outputs}) == 4
+    assert torch.isfinite(run(LinearFormats(activations=names))).all()
 
 
 def test_formats_and_slots_that_name_nothing_are_refused():

@@ -170,6 +170,17 @@ def with_halves(rng, shape):
     return x
 
 
+def with_ties_of_fp8(rng, shape):
+    """Rows of scale 1: numbers halfway between two of e4m3, of every size, also below its least; one row of zeros."""
+    power = rng.integers(-6, 9, shape)
+    x = (rng.integers(8, 16, shape) + 0.5) * 2.0 ** (power - 3) * rng.choice([-1, 1], shape)
+    x[:, ::3] = (rng.integers(0, 8, shape) + 0.5)[:, ::3] * 2.0**-9
+    x = np.clip(x, -448, 448)
+    x[:, 0] = 448
+    x[-1] = 0
+    return x
+
+
 def attention(kind: type[ops.Op], id: str, *, heads=2, kv_heads=2, head_dim=3, value_dim=3, visible=None, latent=False, **fields) -> Case:
     visible = visible or Causal()
     known = {"lengths", "starts", "fill"}
@@ -347,6 +358,11 @@ CASES: dict[type[ops.Op], list[Case]] = {
         Case(ops.QuantizeRows(x="x", q="q", scale="scale"), {"x": (300,)}, fill={"x": with_halves}, id="halves-and-zeros"),
         Case(ops.QuantizeRows(x="x", q="q", scale="scale"), {"x": (1,)}, lengths=ONE, id="one-number"),
     ],
+    ops.QuantizeFp8: [
+        Case(ops.QuantizeFp8(x="x", q="q", scale="scale"), {"x": (33,)}),
+        Case(ops.QuantizeFp8(x="x", q="q", scale="scale"), {"x": (300,)}, fill={"x": with_ties_of_fp8}, id="ties-and-zeros"),
+        Case(ops.QuantizeFp8(x="x", q="q", scale="scale"), {"x": (1,)}, lengths=ONE, id="one-number"),
+    ],
     ops.QuantizeFixed: [
         Case(ops.QuantizeFixed(x="x", q="q", scale="scale", step=0.01), {"x": (33,)}),  # most are clipped
         Case(ops.QuantizeFixed(x="x", q="q", scale="scale", step=0.5), {"x": (300,)}, fill={"x": with_halves}, id="halves-and-zeros"),
@@ -501,7 +517,7 @@ def test_means_what_its_docstring_says(case):
     expected, found = run_naive(case, arrays), run(case, tensors_of(arrays))
     assert found.keys() == expected.keys()
     for name, want in expected.items():
-        got = found[name].numpy() if found[name].dtype != torch.bfloat16 else found[name].double().numpy()
+        got = (found[name].double() if found[name].dtype in {torch.bfloat16, torch.float8_e4m3fn} else found[name]).numpy()
         assert got.shape == want.shape, name
         if not np.issubdtype(want.dtype, np.floating):
             assert got.dtype == want.dtype

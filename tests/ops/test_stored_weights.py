@@ -15,8 +15,8 @@ from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import ClusteredLinear, LinearFormat, QuantizedLinear
 from hasten.formats.quantized import QuantizedWeight
 from hasten.formats.weights import Weight, Weights
-from hasten.program import Formats
-from tests.ops.packing import POOL
+from hasten.program import Batch, Formats, unfuse
+from tests.ops.packing import POOL, native_activations
 
 ISAS = _native.available_isas()
 NAMES = ["fp8", "fp8-g128", "int8", "int8-g32", "int4", "int4-g64", "int4-channel", "int4-zp", "int4-g32-zp", "int3", "int3-g64-zp", "int2",
@@ -68,7 +68,7 @@ def test_products_of_all_codes(isa, name, rows, size, out):
     """int8's -128 among them, beside activations of both signs and the largest size."""
     its, random = codes(name, 2, out, size), np.random.default_rng(3)
     weight, values = packed(name, its), its.dense().astype(np.float64)
-    for activations in LinearFormat.parse(name).activations:
+    for activations in native_activations(name):
         y = np.full((rows, out), np.nan, np.float32)
         if activations == "int8":
             q = random.integers(-127, 128, (rows, size), dtype=np.int8)
@@ -195,6 +195,27 @@ def test_activations_are_those_of_the_checkpoint_unless_asked_for():
     assert fed(stored(["fp8"], "int8")) == {"bfloat16"}
     with pytest.raises(UnsupportedError, match="int8"):
         backend.program(stored(["fp8"]), 64, Formats(activations="int8"))
+
+
+def test_activations_in_fp8_give_way_to_bf16_where_there_are_no_kernels():
+    """Natively; unless they are asked for, which is refused with what plays them. The reference does."""
+    name = "blocks.0.feed_forward.down.weight"
+
+    def fed(program):
+        return {program.values[op.x].dtype for op in unfuse(program).ops if getattr(op, "weight", "") == name}
+
+    model = stored(["fp8"], "fp8")
+    assert model.weights[name].activations == "fp8"
+    assert fed(CpuBackend().program(model, 64)) == {"bfloat16"}
+    assert fed(ReferenceBackend().program(model, 64)) == {"fp8"}
+    for asked in (Formats("fp8", "fp8"), Formats(activations="fp8"), Formats("int8", "fp8")):
+        with pytest.raises(UnsupportedError, match=r"activations fp8 have no kernels here: --backend cuda .* --backend reference plays"):
+            CpuBackend().session(model, 64, asked)
+    with pytest.raises(UnsupportedError, match="activations 'fp8' do not go with weights in int8; accepted are int8, bf16"):
+        ReferenceBackend().program(model, 64, Formats("int8", "fp8"))
+    rounded, plain = (ReferenceBackend().session(model, 64, each).score(Batch.of([IDS])) for each in (None, Formats(activations="bf16")))
+    assert 1e-3 < relative(rounded, plain) < 0.1
+    assert relative(CpuBackend().logits(model, IDS), plain) < 2e-2
 
 
 def test_another_format_is_made_of_the_meaning():

@@ -7,7 +7,7 @@ import pytest
 from hasten import _native
 from hasten.base.errors import UnsupportedError
 from hasten.formats.linear import LinearFormat
-from tests.ops.packing import POOL, weight_buffer
+from tests.ops.packing import POOL, native_activations, weight_buffer
 
 ISAS = _native.available_isas()
 NAMES = [
@@ -20,7 +20,7 @@ SHAPES = [(1, 1, 1), (3, 31, 15), (17, 300, 33), (5, 1100, 20), (66, 260, 47), (
 
 every_isa = pytest.mark.parametrize("isa", ISAS)
 every_format = pytest.mark.parametrize("name", NAMES)
-pairs = pytest.mark.parametrize(("name", "activations"), [(name, fed) for name in NAMES for fed in LinearFormat.parse(name).activations])
+pairs = pytest.mark.parametrize(("name", "activations"), [(name, fed) for name in NAMES for fed in native_activations(name)])
 
 
 def weights(name, seed, out, size):
@@ -246,7 +246,7 @@ def test_what_is_left_out_changes_no_bit(isa, name, pattern, rows):
     np.testing.assert_array_equal(one.unpack(), other.unpack())
     x = rows_of(16, rows, 640)
     bias = np.random.default_rng(17).normal(size=53).astype(np.float32)
-    for activations in LinearFormat.parse(name).activations:
+    for activations in native_activations(name):
         if isa == "amx" and activations == "bf16":
             continue  # tiles add in another order
         for b in (None, bias):

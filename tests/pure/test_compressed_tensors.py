@@ -56,7 +56,8 @@ def quantized(forms, activations="bf16", head=None):
             continue
         its = form.quantize(weight.load())
         its = dataclasses.replace(its, scales=its.scales * np.float32(0.93))
-        weights[name] = QuantizedWeight.of(weight.shape, form, lambda its=its: its, activations if form.is_integer else "bf16")
+        fed = activations if activations in form.activations else "bf16"
+        weights[name] = QuantizedWeight.of(weight.shape, form, lambda its=its: its, fed)
     return dataclasses.replace(MODEL, weights=Weights(weights))
 
 
@@ -87,6 +88,7 @@ CASES = {
     "int8 w8a8": ([F("int8")], "int8", "int-quantized"),
     "int8 g32 zp": ([F("int8", 32, True)], "int8", "int-quantized"),
     "fp8": ([F("fp8")], "bf16", "float-quantized"),
+    "fp8 w8a8": ([F("fp8")], "fp8", "float-quantized"),
     "fp8 g64": ([F("fp8", 64)], "bf16", "float-quantized"),
     "mixed": ([F("int4", 64), F("int8"), F("fp8"), F("int4", 16, True)], "bf16", "mixed-precision"),
 }
@@ -359,6 +361,27 @@ def test_numbers_that_do_not_fit_their_bits_are_refused():
     given = tensors(**{"m.weight": codes.view(ml_dtypes.float8_e4m3fn), "m.weight_scale": np.ones((4, 1), np.float32)})
     with pytest.raises(UserError, match="NaN"):
         read_quantized(fp8, given)["m.weight"].load()
+
+
+TOKENS = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fed"),
+    [
+        (None, "bf16"), (TOKENS, "fp8"), ({**TOKENS, "strategy": "tensor"}, "fp8"), ({**TOKENS, "type": "int"}, "bf16"),
+        ({**TOKENS, "dynamic": False, "strategy": "tensor"}, "bf16"),
+    ],
+)  # fmt: skip
+def test_what_weights_in_fp8_are_fed(inputs, fed):
+    """Fp8 where each step finds its scales; one scale for all, and integers, give way to bf16."""
+    config = whole({"g": group(num_bits=8, type="float", inputs=inputs)}, format="float-quantized")
+    codes = np.random.default_rng(0).integers(0, 127, (4, 32)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    weight = read_quantized(config, tensors(**{"m.weight": codes, "m.weight_scale": np.ones((4, 1), np.float32)}))["m.weight"]
+    assert (str(weight.form), weight.activations) == ("fp8", fed)
+    integers = whole({"g": group(num_bits=8, inputs=TOKENS)}, format="int-quantized")
+    given = tensors(**{"m.weight": np.ones((4, 32), np.int8), "m.weight_scale": np.ones((4, 1), np.float32)})
+    assert read_quantized(integers, given)["m.weight"].activations == "bf16"
 
 
 BAD_CONFIGS = {

@@ -74,7 +74,7 @@ def test_lowering_is_a_function(name):
 
 def test_every_op_is_lowered_to_by_some_spec_or_made_by_a_pass():
     used = {type(op) for spec in SPECS.values() for op in lower(spec, precision=Precision(compute="bfloat16")).ops}
-    assert set(OPS) - used == {ops.AttentionMap, ops.AttentionMapRelative, ops.QuantizeFixed, ops.QuantizeRows}
+    assert set(OPS) - used == {ops.AttentionMap, ops.AttentionMapRelative, ops.QuantizeFixed, ops.QuantizeFp8, ops.QuantizeRows}
 
 
 @given(specs())

@@ -90,6 +90,7 @@ def _device_roofline(copied_bytes: int, repeats: int, as_json: bool) -> None:
     typer.echo(f"copy      {found.copy_gb_per_s:,.1f} GB/s, {found.copied_bytes / 2**20:,.0f} MiB read and written")
     typer.echo(f"bf16      {found.bf16_tflops:,.2f} TFLOP/s")
     typer.echo(f"int8      {found.int8_tops:,.2f} TOP/s")
+    typer.echo("fp8       none" if found.fp8_tflops is None else f"fp8       {found.fp8_tflops:,.2f} TFLOP/s")
     typer.echo(f"f32       {found.f32_tflops:,.3f} TFLOP/s")
 
 
@@ -100,7 +101,7 @@ def latency(
         str | None, typer.Option("--weights", help="How linear layers are stored: bf16 (unless given), int8, int4 …" + SEVERAL)
     ] = None,
     activations: Annotated[
-        str | None, typer.Option("--activations", help="How linear layers are fed; must go with the weights: bf16 or int8.")
+        str | None, typer.Option("--activations", help="How linear layers are fed; must go with the weights: bf16, int8 or fp8.")
     ] = None,
     cache: Annotated[str | None, typer.Option("--cache", help="How keys and values are kept: bf16 (unless given), int8 or fp8.")] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences at once" + SEVERAL)] = "1",

@@ -35,7 +35,8 @@ ActivationsOption = Annotated[
     str | None,
     typer.Option(
         "--activations",
-        help="What linear layers are fed: bf16, or int8 per token. [default: as the checkpoint says; int8 for --weights of integers]",
+        help="What linear layers are fed: bf16, or int8 or fp8 per token, which goes with fp8 weights and not natively. "
+        "[default: as the checkpoint says; int8 for --weights of integers]",
     ),
 ]
 CacheOption = Annotated[

@@ -90,7 +90,7 @@ def quantize(
         str | None,
         typer.Option(
             "--activations",
-            help="What the weights are multiplied with: bf16, int8, or int8-static. [default: bf16; int8 for smoothquant, rotate]",
+            help="What the weights are multiplied with: bf16, int8, int8-static, or fp8. [default: bf16; int8 for smoothquant, rotate]",
         ),
     ] = None,
     bits: Annotated[

@@ -49,7 +49,7 @@ def rounded_ends(model: Model, forms: Mapping[str, LinearFormat], activations: s
             partial = file.with_suffix(".partial")
             write(partial, layout_of(parts), parts.__getitem__, {})
             partial.rename(file)
-        shape, fed = model.weights[name].shape, activations if activations in form.activations else form.activations[-1]
+        shape, fed = model.weights[name].shape, activations if activations in form.activations else "bf16"
         made[name] = QuantizedWeight.of(shape, form, functools.partial(_read, SafetensorsFile.open(file), form, shape[-1]), fed)
     return made
 

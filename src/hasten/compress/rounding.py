@@ -30,7 +30,7 @@ from hasten.formats.weights import Array, Weight, Weights
 from hasten.model import Model, Provenance
 from hasten.program import lower
 
-Activations = Literal["bf16", "int8"]
+Activations = Literal["bf16", "int8", "fp8"]
 
 Rounder = Callable[[Tensor, Moments | None, LinearFormat], QuantizedLinear]
 """Rounds one weight [out, in], float32, given the moments of what it reads where there is text."""

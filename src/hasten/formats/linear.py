@@ -99,7 +99,9 @@ class LinearFormat:
     @property
     def activations(self) -> tuple[str, ...]:
         """What the format can be multiplied with, the usual first."""
-        return ("int8", "bf16") if self.is_integer else ("f32",) if self.number in {"f32", "f16"} else ("bf16",)
+        if self.is_integer:
+            return "int8", "bf16"
+        return ("f32",) if self.number in {"f32", "f16"} else ("bf16", "fp8") if self.number == "fp8" else ("bf16",)
 
     def as_sparse(self) -> Self:
         """The same with zeros left out, for a weight that was pruned. Raises UnsupportedError for a format that has no such form."""

@@ -19,8 +19,8 @@ _FLOAT32 = np.dtype(np.float32)
 class QuantizedWeight(Weight):
     """A weight [out, in], or weights stacked in one [count, out, in], stored in ``form``. ``load`` gives what it means, float32.
 
-    ``quantized`` gives the stored numbers; ``activations`` (bf16, int8; int8-static: StaticWeight) are what it meets; ``bits`` are those of
-    a number in the file, its share of scales, zero points, mask and codebook counted."""
+    ``quantized`` gives the stored numbers; ``activations`` (bf16, int8, fp8; int8-static: StaticWeight) are what it meets; ``bits`` are
+    those of a number in the file, its share of scales, zero points, mask and codebook counted."""
 
     form: LinearFormat
     quantized: Callable[[], QuantizedLinear]

@@ -8,7 +8,7 @@ from hasten.measure.kernels import KernelTime, Setup
 from hasten.measure.roofline import Slice
 from hasten.program import Formats
 
-FORMATS = (("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"))
+FORMATS = (("bf16", "bf16"), ("int8", "int8"), ("int4", "int8"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"))
 """Weights and activations that linear layers are measured in; all else in the first of them that has it."""
 
 

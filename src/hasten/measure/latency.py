@@ -18,7 +18,7 @@ from hasten.engine.backends import open_session
 from hasten.engine.stepper import Sequences, Stepper
 from hasten.formats.linear import LinearFormat
 from hasten.measure.cost import cache_bytes, operations, read_share, weight_elements
-from hasten.measure.roofline import Arithmetic, DeviceLimits, KnowsItsLimits, Limits, Slice
+from hasten.measure.roofline import Arithmetic, DeviceArithmetic, DeviceLimits, KnowsItsLimits, Limits, Slice
 from hasten.model import Model
 from hasten.program import Batch, Formats, Program, lower, ops, unfuse
 from hasten.program.pages import MOST_SEQUENCES
@@ -27,7 +27,8 @@ PROFILED = 4  # steps that are profiled after those that are timed
 PAGE = 16  # tokens, on every backend
 WARM = 128  # tokens of a batch that are played before anything is timed
 
-_ARITHMETIC: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "float32": "f32"}  # of activations
+_ARITHMETIC: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "fp8": "f32", "float32": "f32"}  # of activations
+_OF_DEVICE: dict[str, DeviceArithmetic] = {**_ARITHMETIC, "fp8": "fp8"}
 _SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
 
@@ -66,7 +67,7 @@ class Runner:
     def limits(self, case: Case) -> Limits | DeviceLimits:
         """The machine's limits for this case: a buffer as large as what a step of decoding reads, products as the linear layers take."""
         if isinstance(self.session, KnowsItsLimits):
-            return DeviceLimits(self.session, _ARITHMETIC[self.activations], self.bytes_per_step(case)[0])
+            return DeviceLimits(self.session, _OF_DEVICE[self.activations], self.bytes_per_step(case)[0])
         level = self.isa if isinstance(self.session, CpuSession) else "best"
         return Limits(self.threads, level, _ARITHMETIC[self.activations], self.bytes_per_step(case)[0])
 
@@ -283,7 +284,8 @@ def format_names(program: Program) -> tuple[str, str, str]:
     weights = {_short(program.values[op.x].dtype) if op.weight_format == "dense" else op.weight_format for op in body}
     fed = {_short(program.values[op.x].dtype) for op in body}
     kept = {_short(group.format) for group in program.states}
-    return "+".join(sorted(weights)), "int8" if "int8" in fed else "+".join(sorted(fed)), "+".join(sorted(kept)) or "none"
+    rounded = next((each for each in ("int8", "fp8") if each in fed), None)
+    return "+".join(sorted(weights)), rounded or "+".join(sorted(fed)), "+".join(sorted(kept)) or "none"
 
 
 def _short(dtype: str) -> str:

@@ -9,6 +9,8 @@ from hasten.base.errors import UserError
 
 Arithmetic = Literal["bf16", "int8", "f32"]
 """What a peak multiplies; it adds in f32 or int32."""
+DeviceArithmetic = Literal["bf16", "int8", "fp8", "f32"]
+"""The same of a device."""
 
 LEVELS = ("generic", "avx2", "avx512", "amx")
 LEAST_READ_BYTES = 1 << 20  # a thread
@@ -50,7 +52,7 @@ class KnowsItsLimits(Protocol):
     isa: str
     """What its kernels are compiled for."""
 
-    def limits(self, arithmetic: Arithmetic, read_bytes: int) -> tuple[float, float]:
+    def limits(self, arithmetic: DeviceArithmetic, read_bytes: int) -> tuple[float, float]:
         """1e9 bytes that pass a second while so many are copied, and 1e12 operations a second of products, both now."""
         ...
 
@@ -60,7 +62,7 @@ class DeviceLimits:
     """What to measure beside a run on ``device``: copying ``read_bytes`` there, and multiplying ``arithmetic``."""
 
     device: KnowsItsLimits
-    arithmetic: Arithmetic
+    arithmetic: DeviceArithmetic
     read_bytes: int
 
     @property

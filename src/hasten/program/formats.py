@@ -1,7 +1,7 @@
 """What a user asks a session to store and feed, and what that makes of each linear layer of a Program."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from hasten.base.errors import UnsupportedError, one_line
 from hasten.formats.cache import MeantCache
@@ -17,8 +17,8 @@ HEAD, BF16 = LinearFormat("int8"), LinearFormat("bf16")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Formats:
-    """By name: ``weights`` as in hasten.formats.linear (None: as they are stored), ``activations`` (bf16 or int8; None: what the weights
-    are meant to be multiplied with) and ``cache`` (the format of keys and values; None: the backend's own)."""
+    """By name: ``weights`` as in hasten.formats.linear (None: as they are stored), ``activations`` (bf16, int8 or fp8; None: what the
+    weights are meant to be multiplied with) and ``cache`` (the format of keys and values; None: the backend's own)."""
 
     weights: str | None = None
     activations: str | None = None
@@ -30,19 +30,27 @@ class Formats:
 
 
 def linear_formats(
-    program: Program, formats: Formats, weights: Mapping[str, Weight] | None = None, plain: str | None = None
-) -> LinearFormats:
+    program: Program, formats: Formats, weights: Mapping[str, Weight] | None = None, plain: str | None = None,
+    without: Collection[str] = (),
+) -> LinearFormats:  # fmt: skip
     """Every linear layer as ``formats`` asks, experts too; the head in int8 where that is narrower, routers in no less than bf16, the
     embedding as it is.
 
     Where no weights are asked for, those of ``weights`` that are stored quantized are played as they are stored, fed what they are to be
     multiplied with, in one scale for all tokens where they have one, unless activations are asked for; the others in ``plain``, or as they
-    come without it. Raises UnsupportedError for weights nobody has, or activations they are not multiplied with."""
+    come without it. Activations that a backend is ``without`` are refused where they are asked for; weights that are stored to be fed them
+    are fed what is usual. Raises UnsupportedError for weights nobody has, or activations they are not multiplied with."""
+    if formats.activations in without:
+        raise UnsupportedError(
+            f"activations {formats.activations} have no kernels here: --backend cuda multiplies them, on a device that can, and --backend "
+            "reference plays what they mean"
+        )
     kept = {} if formats.weights is not None else _stored(weights or {})
     asked = formats.weights or plain or ("bf16" if formats.activations is not None else None)
     form = None if asked is None else LinearFormat.parse(asked)
     if form is not None and formats.activations is not None:
-        accepted = {each: None for its in (form, *(weight.form for weight in kept.values())) for each in its.activations}
+        every = (each for its in (form, *(weight.form for weight in kept.values())) for each in its.activations)
+        accepted = dict.fromkeys(each for each in every if each not in without)
         if formats.activations not in accepted:
             raise UnsupportedError(
                 f"activations {one_line(formats.activations)} do not go with weights in {form}; accepted are {', '.join(accepted)}"
@@ -55,10 +63,7 @@ def linear_formats(
         if (weight := kept.get(op.weight)) is not None:
             if isinstance(weight, StaticWeight) and formats.activations is None:
                 steps[op.weight] = weight.input_scale
-            its, activations = (
-                weight.form,
-                formats.activations or ("f32" if plain is None and weight.activations == "bf16" else weight.activations),
-            )
+            its, activations = weight.form, formats.activations or _meant(weight, plain, without)
         elif form is not None:
             its = HEAD if op.y == "logits" and form.bits < HEAD.bits else BF16 if op.y in routers and form.bits < BF16.bits else form
             activations = formats.activations or form.activations[0]
@@ -69,6 +74,13 @@ def linear_formats(
     return LinearFormats(
         {name: its for name, its in stored.items() if its != "dense"}, {name: each for name, each in fed.items() if each != "f32"}, steps
     )
+
+
+def _meant(weight: QuantizedWeight, plain: str | None, without: Collection[str]) -> str:
+    """What a weight is stored to be multiplied with, or what is usual for it where a backend is without that."""
+    if plain is None and weight.activations == "bf16":
+        return "f32"
+    return weight.form.activations[0] if weight.activations in without else weight.activations
 
 
 def _stored(weights: Mapping[str, Weight]) -> dict[str, QuantizedWeight]:

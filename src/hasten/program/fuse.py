@@ -14,9 +14,9 @@ from hasten.program.ops import Op
 from hasten.program.program import Layer, Program
 
 ROW_WISE: tuple[type[Op], ...] = (
-    ops.Embed, ops.EmbedPositions, ops.SelectRows, ops.Split, ops.Concat, ops.HeadSplit, ops.Cast, ops.QuantizeRows, ops.QuantizeFixed,
-    ops.Route, ops.Combine, ops.RmsNorm, ops.LayerNorm, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate,
-    ops.AppendKv,
+    ops.Embed, ops.EmbedPositions, ops.SelectRows, ops.Split, ops.Concat, ops.HeadSplit, ops.Cast, ops.QuantizeRows, ops.QuantizeFp8,
+    ops.QuantizeFixed, ops.Route, ops.Combine, ops.RmsNorm, ops.LayerNorm, ops.Add, ops.Scale, ops.Clip, ops.SoftCap, ops.Activate,
+    ops.Gate, ops.Rotate, ops.AppendKv,
 )  # fmt: skip
 """Ops of which row r of the outputs needs no other row of the inputs. (SelectRows picks among rows that no R op makes.)"""
 

@@ -198,24 +198,25 @@ class _Builder:
         return y
 
     def fed(self, x: str, weight: Param) -> tuple[str, In | None]:
-        """x as the product with ``weight`` reads it: in the compute dtype, rounded to bfloat16, or to int8 with the rows' scales."""
+        """x as the product with ``weight`` reads it: in the compute dtype, rounded to bfloat16, or to int8 or fp8 with the rows' scales."""
         form = self.formats.activations.get(weight, "none")
         if form == "none":
             return self.cast(x, self.precision.compute), None
         if form == "bf16":
             return self.cast(x, "bfloat16"), None
-        if form != "int8":
-            raise UnsupportedError(f"{weight}: activation format {one_line(form)} is not supported; accepted are none, bf16, int8")
+        if form not in {"int8", "fp8"}:
+            raise UnsupportedError(f"{weight}: activation format {one_line(form)} is not supported; accepted are none, bf16, int8, fp8")
         step = self.formats.steps.get(weight)
         stem = x if step is None else f"{x}.fixed{self.fixed.setdefault((x, step), sum(value == x for value, _ in self.fixed))}"
-        if f"{stem}.int8" not in self.values:  # several products may read one rounding
+        rounded, its_scale = f"{stem}.{form}", f"{stem}.scale" if form == "int8" else f"{stem}.{form}.scale"
+        if rounded not in self.values:  # several products may read one rounding
             features = self.values[x].features
-            q = self.value(f"{stem}.int8", features, "int8", self.values[x].rows)
+            q = self.value(rounded, features, form, self.values[x].rows)
             precise = "float64" if self.values[x].dtype == "float64" else "float32"
-            scale = self.value(f"{stem}.scale", (*features[:-1], 1), precise, self.values[x].rows)
-            rounding = ops.QuantizeRows(x=In(x), q=q, scale=scale)
-            self.ops.append(rounding if step is None else ops.QuantizeFixed(x=In(x), q=q, scale=scale, step=step))
-        return f"{stem}.int8", In(f"{stem}.scale")
+            scale = self.value(its_scale, (*features[:-1], 1), precise, self.values[x].rows)
+            of_each = ops.QuantizeRows(x=In(x), q=q, scale=scale) if form == "int8" else ops.QuantizeFp8(x=In(x), q=q, scale=scale)
+            self.ops.append(of_each if step is None else ops.QuantizeFixed(x=In(x), q=q, scale=scale, step=step))
+        return rounded, In(its_scale)
 
     def cast(self, x: str, dtype: Dtype) -> str:
         if self.values[x].dtype == dtype:

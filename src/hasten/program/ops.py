@@ -48,6 +48,7 @@ FEATURE_FLOOR = 1e-12
 """The least a feature of LinearScan is, so that what it divides by is never zero."""
 
 _ONE_STEP = (1 / 127, 1 / 127)  # half a step rounds either way: max|x| / 2 is 63.5 steps in float64, a hair beside it in float32
+_ONE_STEP_FP8 = (1 / 14, 1 / 14)  # the same of e4m3, whose steps are 32 from 256 to 448
 
 
 class Op(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +211,18 @@ class QuantizeRows(Op, frozen=True, kw_only=True):
     scale: Out
 
 
+@_op(_ONE_STEP_FP8, differentiable=False)
+class QuantizeFp8(Op, frozen=True, kw_only=True):
+    """fp8 (e4m3) per row: scale[T, 1] = max|x| / 448 (1 where that is zero), q[T, N] = the e4m3 nearest to x / scale, half to even, within
+    ±448.
+
+    Of x [T, A, N] every one of the T·A rows has its own scale."""
+
+    x: In
+    q: Out
+    scale: Out
+
+
 @_op(_ONE_STEP, differentiable=False)
 class QuantizeFixed(Op, frozen=True, kw_only=True):
     """int8 of one scale for all: q = round_half_even(x / step) within ±127 (NaN: 127), scale[T, 1] = step, whatever x is.
@@ -230,8 +243,8 @@ class Linear(Op, frozen=True, kw_only=True):
     """y[T, out] = x[T, in] · weightᵀ + bias, in ``dtype``. weight [out, in], bias [out].
 
     ``weight_format`` names how the weight is stored. How x is fed is another choice: with ``scale`` [T, 1], x is int8 as QuantizeRows
-    makes it, and stands for x · scale. ``adapter`` names the slot a low-rank adapter plugs into; it reads what the product reads.
-    ``shard`` is the axis tensor parallelism may cut."""
+    makes it, or fp8 as QuantizeFp8 does, and stands for x · scale. ``adapter`` names the slot a low-rank adapter plugs into; it reads
+    what the product reads. ``shard`` is the axis tensor parallelism may cut."""
 
     x: In
     weight: Param
@@ -262,8 +275,8 @@ class HeadLinear(Op, frozen=True, kw_only=True):
 class ExpertLinear(Op, frozen=True, kw_only=True):
     """y[T, A, out] = x · weight[expert]ᵀ + bias[expert], in ``dtype``. weight [E, out, in], bias [E, out].
 
-    x is [T, in] (every chosen expert reads the token) or [T, A, in] (each reads its own row), int8 where ``scale`` (x's shape, 1 in
-    place of its last size) is given. ``experts`` is [T, A] int32."""
+    x is [T, in] (every chosen expert reads the token) or [T, A, in] (each reads its own row), int8 or fp8 where ``scale`` (x's shape, 1
+    in place of its last size) is given. ``experts`` is [T, A] int32."""
 
     x: In
     experts: In
@@ -595,8 +608,8 @@ class LinearScan(Op, frozen=True, kw_only=True):
 
 
 OPS: tuple[type[Op], ...] = (
-    Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, QuantizeFixed, Linear, HeadLinear, ExpertLinear,
-    Route, Combine, RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative, AttentionMap,
-    AttentionMapRelative, CausalConv, SelectiveScan, DualScan, GatedDeltaScan, LinearScan,
+    Embed, EmbedPositions, SelectRows, Split, Concat, HeadSplit, Cast, QuantizeRows, QuantizeFp8, QuantizeFixed, Linear, HeadLinear,
+    ExpertLinear, Route, Combine, RmsNorm, LayerNorm, Add, Scale, Clip, SoftCap, Activate, Gate, Rotate, AppendKv, Attend, AttendRelative,
+    AttentionMap, AttentionMapRelative, CausalConv, SelectiveScan, DualScan, GatedDeltaScan, LinearScan,
 )  # fmt: skip
 """Every op there is. The generic tests walk this list: an op without a case fails them."""

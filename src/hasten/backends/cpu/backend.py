@@ -120,9 +120,9 @@ def native_program(
     spec: Spec, context: int | None = None, formats: Formats | None = None, weights: Mapping[str, Weight] | None = None
 ) -> Program:
     """What a session compiles: the Program with formats chosen, as ``weights`` are stored unless asked for, and ops fused. Raises
-    UnsupportedError for formats nobody has."""
+    UnsupportedError for formats nobody has, and activations in fp8, of which there are no native kernels."""
     formats = formats or Formats()
-    linear = linear_formats(lower(spec, context=context), formats, weights, plain="bf16")
+    linear = linear_formats(lower(spec, context=context), formats, weights, plain="bf16", without=("fp8",))
     return fuse(lower(spec, context=context, formats=linear, cache=cache_format(formats.cache or "bf16")), IN_CHAINS)
 
 

@@ -16,7 +16,7 @@ from hasten.backends.cuda.graphs import recorder_for
 from hasten.backends.cuda.inputs import buckets
 from hasten.backends.cuda.kernels.cache import PAGE, GroupCache
 from hasten.backends.cuda.kernels.states import StatePool
-from hasten.backends.cuda.limits import DeviceRoofline, graph_seconds, measure_roofline
+from hasten.backends.cuda.limits import FP8_CAPABILITY, DeviceRoofline, graph_seconds, measure_roofline
 from hasten.backends.cuda.op_times import OpCost, OpTime, op_names, op_times
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.products import Product, products_of
@@ -48,8 +48,7 @@ from hasten.program import (
 )  # fmt: skip
 
 LEAST_CAPABILITY = (8, 0)
-FP8_CAPABILITY = (8, 9)
-PRODUCTS = (("bf16", "bf16"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("int8", "int8"), ("int4", "int8"))
+PRODUCTS = (("bf16", "bf16"), ("int8", "bf16"), ("int4", "bf16"), ("fp8", "bf16"), ("int8", "int8"), ("int4", "int8"), ("fp8", "fp8"))
 """Kinds of products that `kernels` tells of: weights, activations."""
 INTERPRETED = Device(torch.device("cpu"), (9, 0), Tuned("interpreter"))
 """Kernels in Triton's interpreter, on the CPU: what they compute, and nothing of how fast."""
@@ -197,8 +196,7 @@ class CudaBackend:
 
     def roofline(self, copied_bytes: int, repeats: int) -> DeviceRoofline:
         """What the device does at most: copying so many bytes, and multiplying."""
-        major, minor = self.on.capability
-        return measure_roofline(self.on.device, self.on.tuned.device, f"sm_{major}{minor}", copied_bytes, repeats)
+        return measure_roofline(self.on.device, self.on.tuned.device, self.on.capability, copied_bytes, repeats)
 
     def op_names(self, model: Model, formats: Formats | None = None) -> tuple[str, ...]:
         """The kernels of a step of ``model`` that can be timed alone."""

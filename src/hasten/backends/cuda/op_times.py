@@ -5,7 +5,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch
 from hasten.backends.cuda.inputs import Bucket
 from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.kernels.experts import tell_apart
+from hasten.backends.cuda.limits import Arithmetic
 from hasten.backends.cuda.places import DTYPES
 from hasten.backends.cuda.products import FEEDS
 from hasten.backends.cuda.session import STEP_TOKENS, CudaSession
@@ -25,7 +25,7 @@ from hasten.spec import SlidingWindow
 Clock = Callable[[torch.device, Callable[[], object]], float]
 TELL_APART = "tell_apart"
 """What finds the rows of each expert, once for all products of a choice."""
-_PEAKS: dict[str, Literal["bf16", "int8", "f32"]] = {"bf16": "bf16", "int8": "int8"}
+_PEAKS: dict[str, Arithmetic] = {"bf16": "bf16", "int8": "int8", "fp8": "fp8"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class OpCost:
     context: int | None
     bytes: int
     operations: int
-    arithmetic: Literal["bf16", "int8", "f32"]
+    arithmetic: Arithmetic
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from hasten.program.arena import Arena
 
 SPLIT_ROWS = 64  # decoding: the positions of one sequence are shared out over the device
 DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "int32": torch.int32,
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn, "int32": torch.int32,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from hasten.backends.cuda.units import units_of
 from hasten.formats.linear import NUMBERS, LinearFormat
 from hasten.program import Program, ops
 
-FEEDS = {torch.int8: "int8", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+FEEDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 """What rows of a dtype are called."""
 _FED = {name: dtype for dtype, name in FEEDS.items()}
 
@@ -21,7 +21,7 @@ _FED = {name: dtype for dtype, name in FEEDS.items()}
 @dataclasses.dataclass(frozen=True, slots=True)
 class Product:
     """y[T, H·out] of ``dtype`` = x[T, H·size] · weightᵀ, head by head where there are several ``heads`` (HeadLinear); a weight in
-    ``form``, rows ``fed`` as "bf16", "f32" or "int8"."""
+    ``form``, rows ``fed`` as "bf16", "f32", "int8" or "fp8"."""
 
     form: LinearFormat
     fed: str
@@ -55,11 +55,14 @@ class Product:
         return pack_stored(self.form, Stored(q.to(dtype), scales, zeros, self.form.group))
 
     def rows(self, count: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Random rows x [count, H·size], and their scales float32 [count, 1] where they are int8."""
+        """Random rows x [count, H·size], and their scales float32 [count, 1] where they are int8 or fp8."""
         random = torch.Generator(device).manual_seed(seed)
         shape = count, self.heads * self.size
-        if self.fed != "int8":
+        if self.fed not in {"int8", "fp8"}:
             return torch.randn(shape, device=device, generator=random).to(_FED[self.fed]), None
+        if self.fed == "fp8":
+            x = (100 * torch.randn(shape, device=device, generator=random)).clamp_(-448, 448).to(torch.float8_e4m3fn)
+            return x, torch.rand((count, 1), device=device, generator=random) / 100
         x = torch.randint(-127, 128, shape, device=device, generator=random, dtype=torch.int8)
         return x, torch.rand((count, 1), device=device, generator=random) / 127
 

@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from hasten.backends.cuda.graphs import Recorder, Recordings, Replay
 from hasten.backends.cuda.inputs import MOST_SEQUENCES, SCORED_TOKENS, Bucket, pieces
 from hasten.backends.cuda.kernels.cache import PAGE
 from hasten.backends.cuda.kernels.sampling import feed
-from hasten.backends.cuda.limits import limits
+from hasten.backends.cuda.limits import Arithmetic, limits
 from hasten.backends.cuda.moving import Moving
 from hasten.backends.cuda.places import Room
 from hasten.backends.cuda.tape import Device, Pool, Tape, compile_tape
@@ -61,7 +60,7 @@ class CudaSession:
         """What a step reads of weights if it reads all experts: linear layers as they are packed."""
         return self.weights.linear_bytes
 
-    def limits(self, arithmetic: Literal["bf16", "int8", "f32"], read_bytes: int) -> tuple[float, float]:
+    def limits(self, arithmetic: Arithmetic, read_bytes: int) -> tuple[float, float]:
         """What the device can do at this moment (`limits.limits`)."""
         return limits(self.on.device, arithmetic, read_bytes)
 

@@ -31,9 +31,9 @@ Launch = Callable[[], None]
 """A kernel with all that it reads and writes."""
 
 KERNELS = (
-    ops.Embed, ops.EmbedPositions, ops.SelectRows, ops.Split, ops.Concat, ops.HeadSplit, ops.Cast, ops.QuantizeRows, ops.QuantizeFixed,
-    ops.Linear, ops.HeadLinear, ops.ExpertLinear, ops.Route, ops.Combine, ops.RmsNorm, ops.LayerNorm, ops.Add, ops.Scale, ops.Clip,
-    ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend, *RECURRENT,
+    ops.Embed, ops.EmbedPositions, ops.SelectRows, ops.Split, ops.Concat, ops.HeadSplit, ops.Cast, ops.QuantizeRows, ops.QuantizeFp8,
+    ops.QuantizeFixed, ops.Linear, ops.HeadLinear, ops.ExpertLinear, ops.Route, ops.Combine, ops.RmsNorm, ops.LayerNorm, ops.Add,
+    ops.Scale, ops.Clip, ops.SoftCap, ops.Activate, ops.Gate, ops.Rotate, ops.AppendKv, ops.Attend, *RECURRENT,
 )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ class _Compiler:
                 self._launch(functools.partial(rows.head_split, at[op.x], tuple(at[y] for y in op.ys), op.heads))
             case ops.Cast():
                 self._launch(functools.partial(rows.cast, at[op.x], at[op.y]))
-            case ops.QuantizeRows():
+            case ops.QuantizeRows() | ops.QuantizeFp8():
                 self._launch(functools.partial(rows.quantize_rows, at[op.x], rows.Rounded(at[op.q], at[op.scale])))
             case ops.QuantizeFixed():
                 self._launch(functools.partial(rows.quantize_fixed, at[op.x], rows.Rounded(at[op.q], at[op.scale]), op.step))
@@ -329,7 +329,7 @@ class _Compiler:
 
     def _quantized(self, behind: Sequence[ops.Op]) -> rows.Rounded | None:
         match behind:
-            case [ops.QuantizeRows() as op]:
+            case [ops.QuantizeRows() | ops.QuantizeFp8() as op]:
                 return rows.Rounded(self.at[op.q], self.at[op.scale])
         return None
 

@@ -67,7 +67,7 @@ def _rounded(program: Program, parts: Sequence[ops.Op], readers: dict[str, int])
     if not isinstance(main, ops.RmsNorm | ops.LayerNorm | ops.Gate):
         return 1, []
     behind = parts[count + 1] if len(parts) > count + 1 else None
-    if isinstance(behind, ops.QuantizeRows) and str(behind.x) == main.y:
+    if isinstance(behind, ops.QuantizeRows | ops.QuantizeFp8) and str(behind.x) == main.y:
         short = isinstance(main, ops.RmsNorm | ops.LayerNorm) and main.group != program.values[main.x].features[-1]
         return count + 2, [main.y] if readers[main.y] == 1 and not short else []
     return count + 1, []

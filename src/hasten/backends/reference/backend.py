@@ -30,7 +30,7 @@ from hasten.program import (
 )
 
 PAGE = 16  # tokens
-ELEMENT_BYTES = {"int8": 1, "bfloat16": 2, "float16": 2, "float64": 8}
+ELEMENT_BYTES = {"int8": 1, "fp8": 1, "bfloat16": 2, "float16": 2, "float64": 8}
 """Of values; others have 4."""
 
 

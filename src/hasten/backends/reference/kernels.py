@@ -101,6 +101,14 @@ def _(op: ops.QuantizeRows, step: Step, x: Tensor) -> Outputs:
 
 
 @compute.register
+def _(op: ops.QuantizeFp8, step: Step, x: Tensor) -> Outputs:
+    x = x.detach()
+    scale = x.abs().amax(dim=-1, keepdim=True).to(torch.promote_types(x.dtype, torch.float32)) / 448
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+@compute.register
 def _(op: ops.QuantizeFixed, step: Step, x: Tensor) -> Outputs:
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     q = torch.round(wide / op.step).nan_to_num(nan=127.0).clamp(-127, 127).to(torch.int8)
@@ -111,7 +119,7 @@ def _(op: ops.QuantizeFixed, step: Step, x: Tensor) -> Outputs:
 
 
 def as_fed(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What a product's input stands for, as wide as the product is: x as it is, or int8 rows times their scales."""
+    """What a product's input stands for, as wide as the product is: x as it is, or int8 or fp8 rows times their scales."""
     return x.to(torch.promote_types(x.dtype, dtype)) if scale is None else x.to(scale.dtype) * scale
 
 

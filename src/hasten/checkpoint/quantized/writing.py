@@ -90,7 +90,10 @@ def quantization_config(tensors: Mapping[str, Weight], tied_head: str | None, by
 
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None}
-_ACTIVATIONS = {"int8": {**_INT8, "strategy": "token", "dynamic": True}, STATIC: {**_INT8, "strategy": "tensor", "dynamic": False}}
+_ACTIVATIONS = {
+    "int8": {**_INT8, "strategy": "token", "dynamic": True}, STATIC: {**_INT8, "strategy": "tensor", "dynamic": False},
+    "fp8": {**_INT8, "type": "float", "strategy": "token", "dynamic": True},
+}  # fmt: skip
 
 
 def _weights(form: LinearFormat) -> dict[str, Any]:

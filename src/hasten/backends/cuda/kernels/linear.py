@@ -7,7 +7,8 @@ that are summed apart and then added up in order. ``Tiles`` goes with the number
 side by side, so that the whole device reads, and the last one to end adds them up; with many, one program goes through all of them.
 
 Codes of integers and of fp8 are exact in bfloat16, so a group's sum of code · x is a sum of exact products in float32; its scale comes
-once, behind. With int8 rows a group's sum is an exact integer."""
+once, behind. With int8 rows a group's sum is an exact integer. Fp8 rows meet fp8 codes as they are: on Hopper, whose product of them adds
+with fewer bits than float32 has, sums go on to float32 every ``PRECISE`` inputs, wherever the tile's are."""
 
 import dataclasses
 
@@ -23,6 +24,7 @@ from hasten.base.errors import UnsupportedError
 
 PROGRAMS = 264  # two for each of an H200's 132 multiprocessors: what it takes to keep its memory busy
 MOST_PARTS = 8
+PRECISE = constexpr(128)  # inputs
 LEAST_STEPS = 4  # of a part, or filling the pipeline costs what the other parts gain
 
 
@@ -95,9 +97,10 @@ def linear(
 ) -> None:  # fmt: skip
     """y[T, out] = x[T, size] · weightᵀ + bias; of a stacked weight, head by head: y[T, H·out] from x[T, H·size] (HeadLinear).
 
-    x is bfloat16, float16 or float32, and codes are taken as numbers of that dtype; or int8 of ``scale`` float32 [T, 1], where codes are
-    integers. y is of any of these floats, ``bias`` [(H·)out] too. Rows of x and y may have any stride. ``scratch`` is needed where tiles
-    split K. Raises UnsupportedError for dtypes that do not go together, ValueError for shapes that do not."""
+    x is bfloat16, float16 or float32, and codes are taken as numbers of that dtype; or of ``scale`` float32 [T, 1], int8 where codes
+    are integers, float8_e4m3fn where they are that. y is of any of the wider floats, ``bias`` [(H·)out] too. Rows of x and y may have
+    any stride. ``scratch`` is needed where tiles split K. Raises UnsupportedError for dtypes that do not go together, ValueError for
+    shapes that do not."""
     order = order or default_order(weight)
     tiles = tiles or default_tiles(x.shape[0], order)
     count = weight.codes.shape[0] if weight.codes.dim() == 3 else 1
@@ -127,6 +130,7 @@ def check(x: Tensor, weight: PackedWeight, scale: Tensor | None, order: Order) -
     codes = weight.codes.dtype
     exact: dict[torch.dtype, tuple[torch.dtype, ...]] = {
         torch.int8: (torch.int8, torch.int16),
+        torch.float8_e4m3fn: (torch.float8_e4m3fn,),
         torch.bfloat16: (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int16),
         torch.float16: (torch.float16, torch.float8_e4m3fn, torch.int8, torch.int16),
         torch.float32: (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.int16),
@@ -135,8 +139,8 @@ def check(x: Tensor, weight: PackedWeight, scale: Tensor | None, order: Order) -
         raise UnsupportedError(f"rows of {x.dtype} are not multiplied with codes of {codes}, which that does not hold exactly")
     if x.dtype == torch.int8 and codes == torch.int8 and weight.zeros is not None:
         raise UnsupportedError("int8 rows are not multiplied with int8 codes that have zero points: their difference takes nine bits")
-    if (x.dtype == torch.int8) != (scale is not None):
-        raise ValueError("int8 rows come with a scale each, others without")
+    if (x.dtype in {torch.int8, torch.float8_e4m3fn}) != (scale is not None):
+        raise ValueError("int8 and fp8 rows come with a scale each, others without")
     if weight.span and order.step != weight.span:
         raise ValueError(f"a step of {order.step} inputs does not go with a weight packed in spans of {weight.span}")
     if not weight.span and weight.group % order.step:
@@ -161,21 +165,23 @@ def _operand(codes: tensor, zeros: tensor, x_dtype: constexpr) -> tensor:
             codes = codes - zeros[:, None].to(tl.bfloat16)
         else:
             codes = codes.to(tl.int16) - zeros[:, None].to(tl.int16)
-    return codes.to(x_dtype)
+    return codes if codes.dtype == x_dtype else codes.to(x_dtype)
 
 
 @triton.jit
 def _block(x_rows: tensor, k: tensor, size: tensor, MASK: constexpr) -> tensor:
     """x of inputs k [K] of every row: [K, ROWS], zeros behind its end."""
-    at = x_rows[None, :] + k[:, None]
-    return tl.load(at, mask=(k < size)[:, None], other=0) if MASK else tl.load(at)
+    at = x_rows[None, :] + k[:, None]  # and 0.0 behind it, for no whole number becomes fp8
+    return tl.load(at, mask=(k < size)[:, None], other=0.0) if MASK else tl.load(at)
 
 
 @triton.jit
 def _dot(a: tensor, b: tensor, total: tensor) -> tensor:
-    """total + a · b; float32 as float32."""
+    """total + a · b; float32 as float32, fp8 in float32."""
     if total.dtype == tl.int32:
         total = tl.dot(a, b, total, out_dtype=tl.int32)
+    elif a.dtype == tl.float8e4nv:
+        total = tl.dot(a, b, total, max_num_imprecise_acc=PRECISE if a.shape[1] > PRECISE else a.shape[1])
     else:
         total = tl.dot(a, b, total, input_precision="ieee")
     return total
@@ -225,7 +231,7 @@ def tile_sum(
         else:
             k = step * STEP + tl.arange(0, STEP)
             if MASK_W:
-                numbers = tl.load(at_rows + k[None, :], mask=(k < size)[None, :], other=0)
+                numbers = tl.load(at_rows + k[None, :], mask=(k < size)[None, :], other=0.0)
             else:
                 numbers = tl.load(at_rows + k[None, :])
             block = _block(x_rows, k, size, MASK_X)

@@ -1,4 +1,4 @@
-"""Functions of one number, as the Spec names them, in float32; and rounding of a row to int8. Other kernels call them in registers.
+"""Functions of one number, as the Spec names them, in float32; and rounding of a row to int8 or fp8. Other kernels call them in registers.
 
 Triton's own exp is good to two units in the last place; its division is exact only where it says so (``div_rn``)."""
 
@@ -64,14 +64,18 @@ def magnitude(x: tensor) -> tensor:
 
 
 @triton.jit
-def row_scale(most: tensor) -> tensor:
-    """The step of an int8 row from its largest magnitude: max|x| / 127, 1 where the row is zero."""
-    most = most.to(tl.float32, bitcast=True)
-    return tl.where(most == 0, 1.0, tl.div_rn(most, 127.0))
+def row_scale(most: tensor, KIND: constexpr) -> tensor:
+    """The scale of a row of KIND from its largest magnitude: max|x| / 127 of int8, / 448 of fp8; 1 where that is zero."""
+    scale = tl.div_rn(most.to(tl.float32, bitcast=True), 127.0 if tl.int8 == KIND else 448.0)
+    return tl.where(scale == 0, 1.0, scale)
 
 
 @triton.jit
-def rounded(x: tensor, scale: tensor) -> tensor:
-    """x / scale to int8, half to even: adding 1.5 · 2²³ leaves a float32 no bits behind the point."""
-    steps = tl.div_rn(x, scale) + 12582912.0
-    return tl.minimum(tl.maximum(steps - 12582912.0, -127.0), 127.0).to(tl.int8)
+def rounded(x: tensor, scale: tensor, KIND: constexpr) -> tensor:
+    """x / scale to KIND, half to even and within its range: int8, or fp8, where what is not a number stays so."""
+    ratio = tl.div_rn(x, scale)
+    if tl.int8 == KIND:
+        steps = (ratio + 12582912.0) - 12582912.0  # 1.5 · 2²³ leaves a float32 no bits behind the point
+        return tl.minimum(tl.maximum(steps, -127.0), 127.0).to(tl.int8)
+    else:
+        return tl.where(ratio > 448.0, 448.0, tl.where(ratio < -448.0, -448.0, ratio)).to(KIND)

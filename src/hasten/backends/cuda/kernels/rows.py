@@ -21,7 +21,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rounded:
-    """Where int8 rows go: ``q`` int8 [T, N], ``scale`` float32 [T, 1] (QuantizeRows)."""
+    """Where rounded rows go: ``q`` [T, N] int8 (QuantizeRows) or float8_e4m3fn (QuantizeFp8), ``scale`` float32 [T, 1]."""
 
     q: Tensor
     scale: Tensor
@@ -39,7 +39,7 @@ def norm(
     """RmsNorm of x [T, N] in runs of ``group`` features, LayerNorm where ``centred``; ``weight``, ``bias`` [group] or [N].
 
     With ``branch`` [T, N] it is x + branch that is normalized (Add); ``added`` takes that sum, in x's dtype, and may be x itself.
-    ``y`` [T, N] takes the result, rounded to ``dtype`` first and then to its own (Cast); ``quantized`` its rows as int8 (of shorter
+    ``y`` [T, N] takes the result, rounded to ``dtype`` first and then to its own (Cast); ``quantized`` its rows rounded (of shorter
     runs in a second kernel, which reads ``y``, of ``dtype`` then). Raises ValueError for shapes that do not go together."""
     rows, size = x.shape
     if size % group or len(weight) not in {group, size} or (bias is not None and len(bias) != len(weight)):
@@ -97,13 +97,14 @@ def _norm(
         tl.store(y + row[:, None] * y_stride + at, value.to(y.dtype.element_ty), mask=inside)
     if q is not None:
         value = value.to(tl.float32)
-        step = row_scale(tl.max(magnitude(value), axis=1))
-        tl.store(q + row[:, None] * q_stride + at, rounded(value, tl.broadcast_to(step[:, None], (RUNS, BLOCK))), mask=inside)
+        step = row_scale(tl.max(magnitude(value), axis=1), q.dtype.element_ty)
+        numbers = rounded(value, tl.broadcast_to(step[:, None], (RUNS, BLOCK)), q.dtype.element_ty)
+        tl.store(q + row[:, None] * q_stride + at, numbers, mask=inside)
         tl.store(scale + row, step, mask=row < rows)
 
 
 def quantize_rows(x: Tensor, quantized: Rounded) -> None:
-    """QuantizeRows of x [T, N], or of [T, A, N] contiguous, every one of its rows apart; any N."""
+    """QuantizeRows or QuantizeFp8 of x [T, N], or of [T, A, N] contiguous, every one of its rows apart; any N."""
     wide = _rows(x)
     if len(wide):
         _gate[(len(wide),)](
@@ -125,7 +126,7 @@ def quantize_fixed(x: Tensor, quantized: Rounded, step: float) -> None:
 def _fixed(x: tensor, q: tensor, scale: tensor, size: tensor, x_stride: tensor, q_stride: tensor, step: tensor, BLOCK: constexpr) -> None:
     row, feature = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + feature, mask=feature < size, other=0.0).to(tl.float32)
-    steps = rounded(value, tl.full((BLOCK,), step, tl.float32))
+    steps = rounded(value, tl.full((BLOCK,), step, tl.float32), tl.int8)
     tl.store(q + row * q_stride + feature, tl.where(value == value, steps, 127), mask=feature < size)
     if tl.program_id(1) == 0:
         tl.store(scale + row, step)
@@ -137,7 +138,7 @@ def gate(
 ) -> None:  # fmt: skip
     """y = activation(gate) · up, or ClampedSwiglu of both, of gate [T, N] or [T, 1] and up [T, N], or both with an axis [A] between.
 
-    The result is rounded to ``dtype``; ``y`` takes it in its own (Cast), ``quantized`` its rows as int8."""
+    The result is rounded to ``dtype``; ``y`` takes it in its own (Cast), ``quantized`` its rows rounded."""
     gate, up = _rows(gate), _rows(up)
     rows, size = up.shape
     if not rows:
@@ -178,7 +179,7 @@ def _gate(
     y_stride: tensor, q_stride: tensor, alpha: tensor, limit: tensor,
     KIND: constexpr, ONE: constexpr, DTYPE: constexpr, QUANTIZE: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    """One row, twice over where it is rounded to int8: its largest number comes first. Else BLOCK features of one row."""
+    """One row, twice over where it is rounded: its largest number comes first. Else BLOCK features of one row."""
     row = tl.program_id(0).to(tl.int64)
     if gate is not None:
         gate += row * gate_stride
@@ -191,12 +192,12 @@ def _gate(
             if y is not None:
                 tl.store(y + row * y_stride + at, value.to(y.dtype.element_ty), mask=at < size)
             most = tl.maximum(most, magnitude(value.to(tl.float32)))
-        step = row_scale(tl.max(most, axis=0))
+        step = row_scale(tl.max(most, axis=0), q.dtype.element_ty)
         tl.store(scale + row, step)
         for start in range(0, size, BLOCK):
             at = start + tl.arange(0, BLOCK)
             value = _gated(gate, up, at, at < size, alpha, limit, KIND, ONE, DTYPE).to(tl.float32)
-            tl.store(q + row * q_stride + at, rounded(value, tl.broadcast_to(step, (BLOCK,))), mask=at < size)
+            tl.store(q + row * q_stride + at, rounded(value, tl.broadcast_to(step, (BLOCK,)), q.dtype.element_ty), mask=at < size)
     else:
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         value = _gated(gate, up, at, at < size, alpha, limit, KIND, ONE, DTYPE)
