@@ -33,9 +33,17 @@ print(json.dumps([before - held(), len(kept), any(map(any, kept))]))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
-@pytest.mark.parametrize(("call", "goes_back"), [("heap.large_apart()", True), ("", False)])
+@pytest.mark.parametrize(
+    ("call", "goes_back"),
+    [
+        ("heap.large_apart()", True),
+        ("", False),
+        ("heap.large_apart(); heap.large_kept()", False),
+        ("heap.large_kept(); heap.large_apart()", True),
+    ],
+)
 def test_holes_go_back(call, goes_back):
-    """In a process of its own, for it is the whole process that is changed. Without the call they stay."""
+    """In a process of its own, for it is the whole process that is changed. Without the call they stay, and where they are to be kept."""
     script = HOLES.replace("{call}", call)
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     back, kept, changed = json.loads(said)
@@ -47,3 +55,4 @@ def test_holes_go_back(call, goes_back):
 def test_a_library_without_it_is_no_error(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     heap.large_apart()
+    heap.large_kept()

@@ -10,8 +10,8 @@ from hasten.backends.reference import play, weights_of
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import load_directory
 from hasten.program import Batch
-from hasten.train import AttentionMaps, Example, Hidden, Relations, Soft
-from hasten.train.objectives import divergence
+from hasten.train import AttentionMaps, Example, Hidden, Relations, Soft, objectives
+from hasten.train.objectives import divergence, in_pieces
 from tests.train.small import settings, small_llama, windows
 
 EXAMPLES = (Example(tuple(range(8))), Example(tuple(range(5)), 3), Example(tuple(range(8)), 6), Example((1, 2)))
@@ -37,6 +37,30 @@ def softmax(x):
 
 def kl(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q) if a > 0)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 13])
+def test_pieces_add_up_to_the_whole_and_so_do_their_gradients(rows, monkeypatch):
+    monkeypatch.setattr(objectives, "PIECE", 4 * 11 + 3)  # four rows at once
+    logits, teacher, seen = some(rows, 11), some(rows, 11, seed=1).detach(), []
+
+    def apart(piece, at):
+        seen.append(len(piece))
+        return divergence(piece / 2, teacher[at] / 2, "reverse"), {"squares": piece.square().sum()}
+
+    total, parts = in_pieces(logits * 3, apart)
+    assert seen == [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0)
+    (5 * total).backward()
+    pieced, logits.grad = logits.grad, None
+    whole = divergence(logits * 3 / 2, teacher / 2, "reverse")
+    (5 * whole).backward()
+    torch.testing.assert_close(pieced, logits.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(parts["squares"], (logits * 3).square().sum().detach())
+    with torch.no_grad():
+        again, _ = in_pieces(logits * 3, apart)
+    assert torch.equal(again, total)
+    assert not again.requires_grad
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])

@@ -1,8 +1,11 @@
 """How the C library keeps memory that was freed."""
 
 import ctypes
+from collections.abc import Mapping
 
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
+_USUAL_TRIM = 128 << 10  # what mallopt(3) says it is
+_MOST = 32 << 20  # the largest M_MMAP_THRESHOLD that glibc takes
 LARGE = 1 << 20
 
 
@@ -12,8 +15,19 @@ def large_apart(size: int = LARGE) -> None:
 
     Left to itself the library raises that size to the largest array it saw freed, up to 32 MiB. Those below then leave holes in the heaps
     of whichever threads asked for them, which arrays of other sizes do not fill: work on matrices comes to hold twice what is alive."""
+    _mallopt({_MMAP_THRESHOLD: size, _TRIM_THRESHOLD: _USUAL_TRIM})
+
+
+def large_kept() -> None:
+    """From now on freed arrays of up to 32 MiB stay with the process, for the next of their size: work that makes the same arrays over and
+    over would else wait for the system to clear pages anew each time. For the whole process, until `large_apart`."""
+    _mallopt({_MMAP_THRESHOLD: _MOST, _TRIM_THRESHOLD: 2**31 - 1})
+
+
+def _mallopt(options: Mapping[int, int]) -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library; no C library to be found
         return
-    mallopt(_MMAP_THRESHOLD, size)
+    for option, value in options.items():
+        mallopt(option, value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.program import Batch
 from hasten.train.batches import Example
-from hasten.train.objectives import Divergence, divergence, learned_rows
+from hasten.train.objectives import Divergence, divergence, in_pieces, learned_rows
 
 Measure = Literal["mse", "cosine"]
 """‖s − t‖² / ‖t‖², or 1 − cos(s, t), of each token's features."""
@@ -38,7 +38,7 @@ class Distance(Protocol):
     def key(self) -> str: ...
 
     def __call__(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Tensor:
-        """The sum over the learned tokens of ``examples``, differentiable in both."""
+        """The sum over the learned tokens of ``examples``, differentiable in the learner's values."""
         ...
 
 
@@ -63,8 +63,12 @@ class Soft:
     def __call__(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Tensor:
         """See Distance."""
         rows, _ = learned_rows(examples)
-        student, teacher = (values["logits"][rows].float() / self.temperature for values in (own, other))
-        return divergence(student, teacher, self.kind) * self.temperature**2
+        teacher = other["logits"][rows].float().detach()
+
+        def apart(student: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            return divergence(student / self.temperature, teacher[at] / self.temperature, self.kind) * self.temperature**2, {}
+
+        return in_pieces(own["logits"][rows].float(), apart)[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

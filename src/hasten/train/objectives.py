@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,9 @@ class Labels:
     def __call__(self, values: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Loss:
         """See Objective."""
         rows, targets = learned_rows(examples)
-        loss = F.cross_entropy(values["logits"][rows].float(), targets, reduction="sum")
-        return Loss(loss, {"labels": loss.detach()})
+        logits = values["logits"][rows].float()
+        loss, parts = in_pieces(logits, lambda piece, at: (hard := F.cross_entropy(piece, targets[at], reduction="sum"), {"labels": hard}))
+        return Loss(loss, parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,10 +80,60 @@ class SoftLabels:
         rows, targets = learned_rows(examples)
         with torch.no_grad():
             teacher = play(self.program, self.weights, batch)[0]["logits"][rows].float()
-        student = values["logits"][rows].float()
-        soft = divergence(student / self.temperature, teacher / self.temperature, self.divergence) * self.temperature**2
-        hard = F.cross_entropy(student, targets, reduction="sum")
-        return Loss(self.labels * hard + (1 - self.labels) * soft, {"labels": hard.detach(), "soft": soft.detach()})
+
+        def distance(student: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            soft = divergence(student / self.temperature, teacher[at] / self.temperature, self.divergence) * self.temperature**2
+            hard = F.cross_entropy(student, targets[at], reduction="sum")
+            return self.labels * hard + (1 - self.labels) * soft, {"labels": hard, "soft": soft}
+
+        return Loss(*in_pieces(values["logits"][rows].float(), distance))
+
+
+PIECE = 1 << 20
+"""Logits that are compared at once: what is in between stays in the processor's caches, where all rows' would go to memory and back."""
+
+PieceLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
+"""Of some rows of logits, and which they are: what is differentiated, and parts by name, for the log."""
+
+
+def in_pieces(logits: Tensor, loss: PieceLoss) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The sums of what ``loss`` gives for each piece of ``logits`` [rows, vocabulary], differentiable once, in them alone: the gradient is
+    computed with each piece, and kept."""
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _InPieces.apply(logits, loss)  # type: ignore[no-any-return, no-untyped-call]
+    return _summed(loss(logits[at], at) for at in _pieces(logits))
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    step = max(1, PIECE // max(1, logits.shape[-1]))
+    return (slice(begin, begin + step) for begin in range(0, max(1, len(logits)), step))
+
+
+def _summed(found: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    totals, parts = zip(*found, strict=True)
+    return torch.stack(totals).sum(), {name: torch.stack([each[name] for each in parts]).sum().detach() for name in parts[0]}
+
+
+class _InPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: PieceLoss) -> tuple[Tensor, Mapping[str, Tensor]]:
+        gradient = torch.empty_like(logits)
+
+        def one(at: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
+            with torch.enable_grad():
+                piece = logits[at].detach().requires_grad_()
+                own, parts = loss(piece, at)
+                (gradient[at],) = torch.autograd.grad(own, piece)
+            return own.detach(), parts
+
+        found = _summed(one(at) for at in _pieces(logits))
+        ctx.save_for_backward(gradient)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(outer[0]), None
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: Divergence) -> Tensor:

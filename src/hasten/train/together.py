@@ -15,7 +15,7 @@ from hasten.program import Batch
 from hasten.train.batches import Example
 from hasten.train.distances import Distance
 from hasten.train.joint import of_member
-from hasten.train.objectives import Loss, learned_rows
+from hasten.train.objectives import Loss, in_pieces, learned_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +78,9 @@ class Together:
         for learner in self.learners:
             own = of_member(learner.name, values)
             with torch.set_grad_enabled(learner.labels > 0):  # for the log it is computed all the same
-                labels = F.cross_entropy(own["logits"][rows].float(), targets, reduction="sum")
+                labels, _ = in_pieces(
+                    own["logits"][rows].float(), lambda piece, at: (F.cross_entropy(piece, targets[at], reduction="sum"), {})
+                )
             parts[f"{learner.name}.labels"] = labels.detach()
             total = total + learner.labels * labels
             for each in learner.follows:

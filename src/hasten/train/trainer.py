@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hasten.backends.reference import play
-from hasten.base import hardware
+from hasten.base import hardware, heap
 from hasten.base.errors import ConfigError, UserError
 from hasten.program import Batch, Precision, Program, lower
 from hasten.spec import Spec
@@ -31,7 +31,7 @@ from hasten.train.parameters import Parameters
 from hasten.train.schedule import Schedule
 from hasten.train.state import Progress, keep, take_up
 
-VERSION = 1
+VERSION = 2
 """Counts up whenever the same settings come to other numbers."""
 
 REHEARSED = 3
@@ -131,6 +131,7 @@ def train(program: Program, parameters: Parameters, batches: Batches, objective:
     """Learn until the budget is used, or go on with what ``work.folder`` holds, to the same losses as if nothing had happened.
 
     Raises UserError where the folder is another training's, and where the loss is no longer a number."""
+    heap.large_kept()
     key = _key(program, parameters, batches, objective, settings, work)
     work.folder.mkdir(parents=True, exist_ok=True)
     optimizers = Optimizers(parameters, rate=settings.rate, decay=settings.weight_decay, muon=settings.muon)
