@@ -62,8 +62,8 @@ def recipes(minutes):
 STUDENT = "--tokens 2048 --rate 1e-3 --decay 0.8 --weight-decay 0"
 BOTH = "--soft 0.5 --labels 0.5"
 STUDENTS = {
-    "student": BOTH, "student-labels": "--soft 0 --labels 1", "student-features": f"{BOTH} --hidden 1", "student-online": f"{BOTH} --online",
-    "student-mutual": "--mutual",
+    "student": BOTH, "student-labels": "--soft 0 --labels 1", "student-features": f"{BOTH} --hidden 1",
+    "student-online": f"{BOTH} --online", "student-mutual": "--mutual",
 }  # fmt: skip
 """What `hasten distill` is given, beside STUDENT."""
 
