@@ -254,16 +254,18 @@ SMALLER = [
     )
 ]  # fmt: skip
 MADE = "python -m benchmarks.smaller %s"
-STUDENT = MADE % "student --minutes 24"
+LEARNS = " --minutes 4"  # of the 10, and for students 25, that are allowed
+HEALED = f"-healed{LEARNS}"
+STUDENT = MADE % f"student{LEARNS}"
 LEARNED = [
-    Line("F", "a student with half the block parameters, 24 minutes: top-1 over the teacher's", (STUDENT,),
+    Line("F", "a student with half the block parameters, 4 minutes: top-1 over the teacher's", (STUDENT,),
          Field("retained"), least(0.96)),
     Line("F", "that student: tokens a second at batch 1 over the teacher's", (STUDENT,), Inside("decode", "median"), least(1.45), unit="×"),
     Line("F", "that student: bytes of all weights over the teacher's", (STUDENT,), Inside("bytes", "all"), most(0.62)),
     *(
-        Line("F", f"{what} over labels alone, as long: loss", tuple(MADE % f"{name} --minutes 24" for name in (kind, "student-labels")),
+        Line("F", f"{what} over labels alone, as long: loss", tuple(MADE % f"{name}{LEARNS}" for name in (kind, "student-labels")),
              Ratio("loss"), most(1), unit="×")
-        for what, kind in (("soft labels", "student"), ("features", "student-features"), ("online", "student-online"),
+        for what, kind in (("soft labels and labels", "student"), ("features", "student-features"), ("online", "student-online"),
                            ("mutual", "student-mutual"))
     ),
     *(
@@ -272,7 +274,7 @@ LEARNED = [
         for share in (50, 70, 90) for method in ("wanda", "sparsegpt")
     ),
     *(
-        Line("F", f"{what}, healed 10 minutes: loss over the original's, less 1", (MADE % f"{name}-healed",), Field("increase"),
+        Line("F", f"{what}, healed 4 minutes: loss over the original's, less 1", (MADE % f"{name}{HEALED}",), Field("increase"),
              most(asked))
         for what, name, asked in (("50 %", "sparsegpt-50", 0.04), ("2:4", "sparsegpt-2of4", 0.08))
     ),
@@ -280,9 +282,9 @@ LEARNED = [
         line
         for what, part in (("neurons", "feed_forward"), ("kv-heads", "mixer"), ("width", "all"), ("layers", "blocks"))
         for line in (
-            Line("F", f"{what} cut by 25 %, healed 10 minutes: top-1 over the original's", (MADE % f"{what}-25-healed",), Field("retained"),
+            Line("F", f"{what} cut by 25 %, healed 4 minutes: top-1 over the original's", (MADE % f"{what}-25{HEALED}",), Field("retained"),
                  least(0.96)),
-            Line("F", f"{what} cut by 25 %: bytes of {part} over the original's", (MADE % f"{what}-25-healed",),
+            Line("F", f"{what} cut by 25 %: bytes of {part} over the original's", (MADE % f"{what}-25{HEALED}",),
                  Inside("bytes", part), most(0.75)),
         )
     ),
@@ -290,15 +292,15 @@ LEARNED = [
         line
         for form in ("int4-g64", "int3-g64")
         for line in (
-            Line("F", f"{form}, trained 10 minutes: share of what round-to-nearest loses that is recovered",
-                 (MADE % f"qat-{form}", MADE % f"rtn-{form}"), Recovered(), least(0.9)),
-            Line("F", f"{form}, trained 10 minutes: loss over GPTQ's", (MADE % f"qat-{form}", MADE % f"gptq-{form}"),
+            Line("F", f"{form}, trained 4 minutes: share of what round-to-nearest loses that is recovered",
+                 (MADE % f"qat-{form}{LEARNS}", MADE % f"rtn-{form}"), Recovered(), least(0.9)),
+            Line("F", f"{form}, trained 4 minutes: loss over GPTQ's", (MADE % f"qat-{form}{LEARNS}", MADE % f"gptq-{form}"),
                  Ratio("loss"), most(1), unit="×"),
         )
     ),
     *(
         line
-        for what, name in (("pairs of layers share, healed", "shared-pairs-healed"), ("rank cut 30 %, healed", "rank-30-healed"),
+        for what, name in (("pairs of layers share, healed", f"shared-pairs{HEALED}"), ("rank cut 30 %, healed", f"rank-30{HEALED}"),
                            ("codebooks of 16", "codebook-16"))
         for line in (
             Line("F", f"{what}: loss over the original's, less 1", (MADE % name,), Field("increase")),
@@ -307,9 +309,9 @@ LEARNED = [
     ),
     *(
         line
-        for what, name in (("one key/value head", "one-kv-head-healed"), ("latent attention", "latent-healed"))
+        for what, name in (("one key/value head", f"one-kv-head{HEALED}"), ("latent attention", f"latent{HEALED}"))
         for line in (
-            Line("F", f"{what}, healed 10 minutes: top-1 over the original's", (MADE % name,), Field("retained"), least(0.96)),
+            Line("F", f"{what}, healed 4 minutes: top-1 over the original's", (MADE % name,), Field("retained"), least(0.96)),
             Line("F", f"{what}: bytes of a token in the cache over the original's", (MADE % name,), Field("cache_bytes"), most(0.5)),
         )
     ),
