@@ -2,11 +2,11 @@
 
     python -m benchmarks.results [CHECKPOINT …]
 
-Of all that `python -m benchmarks.smaller` made, unless some are named. One JSON object a checkpoint. ``provenance`` is what was done to
-make it, as `hasten inspect` tells; ``served`` says whether a server gave the very tokens that the engine called directly gives;
-``elsewhere`` is the root mean square of the difference between transformers' logits and the reference backend's, both in float32, over
-that of the reference's, or why transformers cannot express it; ``exported`` says whether `hasten export` wrote first what transformers
-loads. Exits with 1 where a result has no provenance, was served otherwise, or differs by more than 1e-3."""
+Of all that `python -m benchmarks.smaller` made with what runs now, unless some are named. One JSON object a checkpoint. ``provenance`` is
+what was done to make it, as `hasten inspect` tells; ``served`` says whether a server gave the very tokens that the engine called directly
+gives; ``elsewhere`` is the root mean square of the difference between transformers' logits and the reference backend's, both in float32,
+over that of the reference's, or why transformers cannot express it; ``exported`` says whether `hasten export` wrote first what
+transformers loads. Exits with 1 where a result has no provenance, was served otherwise, or differs by more than 1e-3."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ledger import ROOT
+from benchmarks.ledger import ROOT, source_digest
 from benchmarks.serving import serving
 from hasten.base.errors import UnsupportedError
 from hasten.checkpoint import exported, load, save, unread_elsewhere
@@ -66,7 +66,7 @@ def elsewhere(directory: Path, model: Model, work: Path) -> float | str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkpoints", nargs="*", type=Path)
-    made = sorted(path.parent for path in (ROOT / ".evidence" / "smaller").glob("[!.]*/config.json"))
+    made = sorted(path.parent for path in (ROOT / ".evidence" / "smaller").glob(f"[!.]*-{source_digest()}/config.json"))
     checkpoints = parser.parse_args().checkpoints or made
     if not checkpoints:
         parser.error("nothing was made yet by python -m benchmarks.smaller; name checkpoints")

@@ -106,10 +106,10 @@ def test_hastens_own_layout_remembers_the_family(tmp_path):
     save(made, tmp_path / "made")
     read = load(str(tmp_path / "made"))
     assert read.source == made.source
-    assert describe(read, lower(read.spec))["family"] == "hasten"
-    assert describe(exported(read), lower(read.spec))["family"] == "llama"
+    facts = [describe(each, lower(each.spec)) for each in (read, exported(read))]
+    assert [(each["family"], each["layout"]) for each in facts] == [("llama", "hasten"), ("llama", "llama")]
     config = json.loads((tmp_path / "made" / "config.json").read_text())
-    for original, source in ((None, None), ({"model_type": "no-such"}, None), ({}, None)):
+    for original, source in ((None, None), ({"model_type": "no-such"}, None), ({"model_type": "llama"}, None), ({}, None)):
         (tmp_path / "made" / "config.json").write_text(json.dumps({**config, "original_config": original}))
         assert load(str(tmp_path / "made")).source == source
     (tmp_path / "made" / "config.json").write_text(json.dumps({**config, "original_config": [1]}))

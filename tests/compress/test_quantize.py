@@ -1,5 +1,6 @@
 """`hasten quantize` and `hasten apply` on the bundled model: what is written is smaller, as good as said, and nothing else is left."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,9 +14,13 @@ from hasten.compress.gates import GateError, check_written, require_loss, requir
 from hasten.compress.make import Calibration, make
 from hasten.compress.recipe import recipe_of
 from hasten.compress.walk import Run
+from hasten.engine.backends import choose_backend, choose_judge
+from hasten.formats.linear import LinearFormat
 from hasten.formats.quantized import QuantizedWeight
+from hasten.formats.weights import Weights
 from hasten.measure import cut_windows, held_out
 from hasten.measure.compare import Comparison, compare, even_windows
+from hasten.program import Formats
 from tests.cli import main
 
 QUICK = ["--samples", "8", "--sequence", "64", "--gate-tokens", "2000", "--no-speed"]
@@ -70,6 +75,22 @@ def test_activations_in_fp8_are_written_as_what_they_are(tmp_path, hasten):
     assert (inputs["type"], inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == ("float", 8, "token", True)
     stored = [weight for weight in load(tmp_path / "out").weights.values() if isinstance(weight, QuantizedWeight)]
     assert [(str(weight.form), weight.activations) for weight in stored] == 7 * [("fp8", "fp8")]
+
+
+def test_a_model_fed_fp8_is_judged_as_it_is_meant():
+    """By the reference, for the native backend, which plays it and says so, would feed it bf16."""
+    model = load("code-8m")
+    name = "blocks.0.mixer.q.weight"
+
+    def storing(activations):
+        stored = QuantizedWeight.from_array(model.weights[name].load(), LinearFormat.parse("fp8"), activations)
+        return dataclasses.replace(model, weights=Weights({**model.weights, name: stored}))
+
+    assert choose_backend(storing("fp8"))[0] == choose_judge(storing("bf16")) == "cpu"
+    assert choose_judge(storing("fp8")) == "reference"
+    assert "meant to be fed fp8" in choose_backend(storing("fp8"))[1]
+    assert not choose_backend(storing("bf16"))[1]
+    assert not choose_backend(storing("fp8"), formats=Formats("fp8", "bf16"))[1]
 
 
 def test_a_recipe_is_applied(tmp_path, hasten):

@@ -370,6 +370,7 @@ TOKENS = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
     ("inputs", "fed"),
     [
         (None, "bf16"), (TOKENS, "fp8"), ({**TOKENS, "strategy": "tensor"}, "fp8"), ({**TOKENS, "type": "int"}, "bf16"),
+        ({**TOKENS, "strategy": "group", "group_size": 128}, "bf16"), ({**TOKENS, "strategy": "tensor_group", "dynamic": "local"}, "bf16"),
         ({**TOKENS, "dynamic": False, "strategy": "tensor"}, "bf16"),
     ],
 )  # fmt: skip

@@ -38,8 +38,8 @@ print(json.dumps([before - held(), len(kept), any(map(any, kept))]))
     [
         ("heap.large_apart()", True),
         ("", False),
-        ("heap.large_apart(); heap.large_kept()", False),
-        ("heap.large_kept(); heap.large_apart()", True),
+        ("heap.large_apart(); inside = heap.large_kept(); inside.__enter__()", False),
+        ("with heap.large_kept(): pass", True),
     ],
 )
 def test_holes_go_back(call, goes_back):
@@ -52,7 +52,27 @@ def test_holes_go_back(call, goes_back):
     assert not changed
 
 
+TOP = (
+    HOLES[: HOLES.index("del array")]
+    + """
+arrays = [array(3 << 20) for _ in range(8)]
+after = bytes(100)  # small, and at the end of the heap
+before = held()
+del arrays, after
+print(json.dumps([before - held()]))
+"""
+)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_what_is_free_at_the_end_stays_where_it_is_to_be_kept():
+    script = TOP.replace("{call}", "heap.large_apart(); inside = heap.large_kept(); inside.__enter__()")
+    (back,) = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert back < 3 << 20
+
+
 def test_a_library_without_it_is_no_error(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     heap.large_apart()
-    heap.large_kept()
+    with heap.large_kept():
+        pass

@@ -1,7 +1,8 @@
 """How the C library keeps memory that was freed."""
 
+import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
 _USUAL_TRIM = 128 << 10  # what mallopt(3) says it is
@@ -18,10 +19,15 @@ def large_apart(size: int = LARGE) -> None:
     _mallopt({_MMAP_THRESHOLD: size, _TRIM_THRESHOLD: _USUAL_TRIM})
 
 
-def large_kept() -> None:
-    """From now on freed arrays of up to 32 MiB stay with the process, for the next of their size: work that makes the same arrays over and
-    over would else wait for the system to clear pages anew each time. For the whole process, until `large_apart`."""
+@contextlib.contextmanager
+def large_kept() -> Iterator[None]:
+    """In here freed arrays of up to 32 MiB stay with the process, for the next of their size: work that makes the same arrays over and
+    over would else wait for the system to clear pages anew each time. For the whole process; afterwards as `large_apart` has it."""
     _mallopt({_MMAP_THRESHOLD: _MOST, _TRIM_THRESHOLD: 2**31 - 1})
+    try:
+        yield
+    finally:
+        large_apart()
 
 
 def _mallopt(options: Mapping[int, int]) -> None:

@@ -93,15 +93,17 @@ def load_directory(directory: Path, name: str) -> Model:
 
 
 def _original(directory: Path, config: Config) -> Source | None:
-    """What a model of hasten's own layout was made from, if a config says so; families that are not there any more say nothing."""
+    """What a model of hasten's own layout was made from, if a config says so; what no family that is there reads says nothing."""
     if (original := config.get(ORIGINAL)) is None:
         return None
     if not isinstance(original, dict):
         raise ConfigError(f"{directory / 'config.json'}: {ORIGINAL} is {one_line(original)}; an object is needed")
     try:
-        return Source(find_family(original.get("model_type")).name, original)
-    except UnsupportedError:
+        family = find_family(original.get("model_type"))
+        family.spec(original)
+    except (ConfigError, UnsupportedError):
         return None
+    return Source(family.name, original)
 
 
 def load_gguf(path: Path, name: str) -> Model:

@@ -12,7 +12,8 @@ def export(model: options.ModelArgument, out: OutArgument, overwrite: OverwriteO
     """Write a model as transformers loads it, giving the same logits: what only hasten stores is written by what it means.
 
     Weights without their zeros become plain bfloat16, formats that compressed-tensors cannot say float32; layers that share matrices get
-    copies, products of two factors one matrix. What is loaded elsewhere already stays as it is."""
+    copies, products of two factors one matrix. Activations are not rounded for such weights any more. What is loaded elsewhere stays as
+    it is."""
     from hasten.checkpoint import exported, load, save
 
     original = load(model)

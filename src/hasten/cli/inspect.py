@@ -86,7 +86,8 @@ def describe(model: "Model", program: "Program") -> dict[str, Any]:
             seen[most_seen(group.visible)] = seen.get(most_seen(group.visible), 0) + group.bytes_per_token()
     return {
         "model": model.name,
-        "family": layout_of(model),
+        "family": model.source.family if model.source else "hasten",
+        "layout": layout_of(model),
         "parameters": model.weights.parameters,
         "bytes": model.weights.nbytes,
         "vocabulary": model.spec.vocab,

@@ -35,7 +35,7 @@ ActivationsOption = Annotated[
     str | None,
     typer.Option(
         "--activations",
-        help="What linear layers are fed: bf16, or int8 or fp8 per token, which goes with fp8 weights and not natively. "
+        help="What linear layers are fed: bf16, int8 per token, or fp8 per token (only with fp8 weights, on cuda and reference). "
         "[default: as the checkpoint says; int8 for --weights of integers]",
     ),
 ]

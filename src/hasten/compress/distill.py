@@ -135,7 +135,7 @@ def distill(
     }
     scores = [found for each in (teacher, student, made[STUDENT]) if (found := measured(each, tokens)) is not None]
     settings = {**lesson.said(shorter), **msgspec.to_builtins(teaching), "peers": [peer.name for peer in peers]}
-    evidence = {**evidence_of(text, batches, trained), "teacher": teacher.name, "teacher_sha256": weights_digest(teacher)}
+    evidence = {**evidence_of(text, batches, lesson.settings, trained), "teacher": teacher.name, "teacher_sha256": weights_digest(teacher)}
     made = {
         name: dataclasses.replace(each, provenance=(*each.provenance, Provenance("distill", {**settings, "as": name}, evidence)))
         for name, each in made.items()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hasten.base.errors import CheckpointError, UserError
 from hasten.checkpoint import load_directory, save
-from hasten.engine.backends import choose_backend, open_scorer
+from hasten.engine.backends import choose_judge, open_scorer
 from hasten.formats.linear import ClusteredLinear, QuantizedLinear
 from hasten.formats.mapped import release
 from hasten.formats.quantized import QuantizedWeight, StaticWeight, is_pruned
@@ -141,7 +141,7 @@ def check_written(model: Model, read: Model) -> None:
 
 
 def _logits(model: Model, tokens: list[int]) -> NDArray[np.float32]:
-    return open_scorer(model, choose_backend(model)[0], len(tokens)).score(Batch.of([tokens]))
+    return open_scorer(model, choose_judge(model), len(tokens)).score(Batch.of([tokens]))
 
 
 def _kept(model: Model) -> tuple[str, dict[str, list[float]]] | None:

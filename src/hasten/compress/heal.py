@@ -120,15 +120,16 @@ def teach(
         run.report(f"{doing}, loss {loss:.3f}", step, steps)
 
     trained = train(program, parameters, batches, objective, training, Work(run.work, run.threads, report))
-    return parameters, trained, evidence_of(text, batches, trained)
+    return parameters, trained, evidence_of(text, batches, training, trained)
 
 
-def evidence_of(text: str, batches: Batches, trained: Trained) -> dict[str, Any]:
+def evidence_of(text: str, batches: Batches, training: Settings, trained: Trained) -> dict[str, Any]:
     """What was learned from and how long, for provenance."""
     steps = len(trained.losses)
     return {
         "text": text, "sha256": batches.sha256, "steps": steps, "epochs": round(batches.epochs(steps), 3),
-        "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0], "last_loss": trained.losses[-1],
+        "precision": training.precision, "seconds": round(trained.seconds, 1), "first_loss": trained.losses[0],
+        "last_loss": trained.losses[-1],
     }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def learn(
     trained = train(program, parameters_of(program, model.weights), batches, Labels(), lesson.settings, work)
     made = dataclasses.replace(model, weights=learned_into(model.weights, trained.weights))
     before, after = (measured(each, tokens) for each in (model, made))
-    evidence = evidence_of(text, batches, trained)
+    evidence = evidence_of(text, batches, lesson.settings, trained)
     for when, found in (("before", before), ("after", after)):
         if found is not None:
             evidence |= {f"held_out_loss_{when}": found.loss, f"held_out_top1_{when}": found.top1}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hasten.base import hardware
 from hasten.base.errors import MissingExtraError, UnsupportedError
 from hasten.engine.session import Session
+from hasten.formats.quantized import QuantizedWeight
 from hasten.model import Model, find_backend, load_backend
 from hasten.program import Batch, Formats
 
@@ -44,6 +45,8 @@ def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = 
         notices = [f"{model.name} does not run on the GPU: {why}"]
     missing = load_backend("cpu").refusals(model)
     if not missing:
+        if _fed_otherwise(model) and (formats is None or formats.activations is None):
+            notices.append(f"{model.name} is meant to be fed fp8, for which there are no native kernels: it is fed bf16, which rounds less")
         return "cpu", "; ".join(notices)
     if formats is not None and formats.weights is not None:
         raise UnsupportedError(
@@ -52,6 +55,18 @@ def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = 
         )
     notices.append(f"{model.name} runs on the reference backend: no native kernel for {', '.join(missing)}")
     return "reference", "; ".join(notices)
+
+
+def choose_judge(model: Model) -> str:
+    """The backend that tells how good ``model`` is as it is stored: the one that plays it here, unless that would feed its weights in
+    another format than they are meant to be fed in; then the reference."""
+    backend = choose_backend(model)[0]
+    return "reference" if backend == "cpu" and _fed_otherwise(model) else backend
+
+
+def _fed_otherwise(model: Model) -> bool:
+    """Whether the native backend has no kernels for what weights are stored to be multiplied with."""
+    return any(isinstance(weight, QuantizedWeight) and weight.activations == "fp8" for weight in model.weights.values())
 
 
 def open_session(model: Model, backend: str, context: int, formats: Formats | None = None, cache_bytes: int | None = None) -> Session:

@@ -161,7 +161,8 @@ class LLM:
         if (needed := plan.weights + plan.arena + cache) <= free:
             return ""
         steps = f"steps of up to {self.scheduling.step_tokens:,} tokens"
-        return f"weights of {plan.weights:,} bytes, a cache of {cache:,} and {steps} take {needed:,}, and {free:,} are free"
+        needs = f"weights of {plan.weights:,} bytes, a cache of {cache:,} and {steps} take {needed:,}"
+        return f"{needs}, and {free:,} are free; give a smaller --max-model-len"
 
     def loads(self) -> list[Load]:
         """What each of its engines puts into memory, for a planner."""

@@ -60,13 +60,14 @@ class Load:
 
 
 def plan_memory(loads: Sequence[Load], *, memory: int | None, free: int) -> tuple[MemoryPlan, ...]:
-    """What each of ``loads`` takes, all in at most ``memory`` bytes together; the caches alone in a quarter of what is ``free``, unless
-    ``memory`` is given. What the caches share is divided so that each holds as many sequences of its full length.
+    """What each of ``loads`` takes, all in at most ``memory`` bytes together; the caches alone in a quarter of what is ``free``, or in
+    what the rest leaves of it, unless ``memory`` is given. What the caches share is divided so that each holds as many sequences of its
+    full length.
 
     Raises UserError, with the number that would do, where ``memory`` has no room for one sequence of each."""
     arenas, sequences = [load.arena for load in loads], [load.sequence for load in loads]
     fixed, each = sum(load.weights + load.outside + load.scored for load in loads) + sum(arenas), sum(sequences)
-    rest = free // 4 if memory is None else memory - fixed
+    rest = min(free // 4, free - fixed) if memory is None else memory - fixed
     if memory is not None and rest < each:
         wanted = "; ".join(
             f"weights{_of(load, loads)} take {load.weights:,}, the arena {arena:,} and the cache of one sequence of {load.program.context} "

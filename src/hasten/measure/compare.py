@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hasten.base.errors import UserError
-from hasten.engine.backends import Scorer, choose_backend, open_scorer
+from hasten.engine.backends import Scorer, choose_judge, open_scorer
 from hasten.measure.evaluate import Windows, cut_windows
 from hasten.measure.text import Corpus
 from hasten.model import Model
@@ -98,7 +98,7 @@ def compare(
     them. All are open at once, and the base is played once for all.
 
     Raises UserError where the text is empty or a model's logits are not finite."""
-    first, *others = (_Player(each.name, open_scorer(each, choose_backend(each)[0], window)) for each in (base, *models))
+    first, *others = (_Player(each.name, open_scorer(each, choose_judge(each), window)) for each in (base, *models))
     together = max(1, LOGITS_BYTES // (4 * base.spec.vocab * window))
     order = sorted(range(len(windows.windows)), key=lambda index: -len(windows.windows[index]))  # equal lengths run together
     documents = max(windows.documents, default=0) + 1

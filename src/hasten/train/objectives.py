@@ -51,8 +51,12 @@ class Labels:
         """See Objective."""
         rows, targets = learned_rows(examples)
         logits = values["logits"][rows].float()
-        loss, parts = in_pieces(logits, lambda piece, at: (hard := F.cross_entropy(piece, targets[at], reduction="sum"), {"labels": hard}))
-        return Loss(loss, parts)
+
+        def one(piece: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            hard = F.cross_entropy(piece, targets[at], reduction="sum")
+            return hard, {"labels": hard}
+
+        return Loss(*in_pieces(logits, one))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

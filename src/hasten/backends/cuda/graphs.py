@@ -103,8 +103,12 @@ class Recordings:
 
     def settle(self) -> None:
         """Wait until all that was added is recorded, or has failed."""
-        while (thread := self._thread) is not None:
+        while (thread := self._running()) is not None:
             thread.join()
+
+    def _running(self) -> threading.Thread | None:
+        with self._guard:  # while one is started it cannot be waited for
+            return self._thread
 
     def _work(self, recorder: Recorder) -> None:
         while (player := self._next()) is not None:

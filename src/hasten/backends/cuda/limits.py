@@ -35,9 +35,7 @@ class DeviceRoofline:
     f32_tflops: float
 
 
-def measure_roofline(
-    device: torch.device, name: str, capability: tuple[int, int], copied_bytes: int, repeats: int
-) -> DeviceRoofline:  # fmt: skip
+def measure_roofline(device: torch.device, name: str, capability: tuple[int, int], copied_bytes: int, repeats: int) -> DeviceRoofline:
     """Copy at most a quarter of the free memory, and multiply, ``repeats`` times each; medians count."""
     size = _size(device, copied_bytes)
     rates = {kind: _multiplied(device, kind, repeats) / 1e12 for kind in _ARITHMETIC if kind != "fp8" or capability >= FP8_CAPABILITY}

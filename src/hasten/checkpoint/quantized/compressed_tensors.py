@@ -146,18 +146,18 @@ def _weights(reader: ConfigReader) -> tuple[LinearFormat, bool, tuple[int, int] 
 
 def _activations(reader: ConfigReader | None, form: LinearFormat) -> str:
     """What the weights are fed: int8 of each token's own scale or of one scale for all, where that is symmetric and of the whole tensor
-    (others round more than each token's own, which is taken instead); fp8 where that is dynamic and the weights are too, else bf16, which
-    holds more."""
+    (others round more than each token's own, which is taken instead); fp8 of each token's own scale where that is dynamic, for tokens or
+    whole tensors, and the weights are fp8 too; else bf16, which holds more."""
     if reader is None:
         return "bf16"
     integers = reader.choice("type", {"int": True, "float": False}, "int")
     reader.must_be("num_bits", 8)
-    if not integers and form.number == "fp8" and reader.flag("dynamic", False):
+    strategy = reader.choice("strategy", {name: name for name in STRATEGIES}, "tensor")
+    if not integers and form.number == "fp8" and strategy in {"token", "tensor"} and reader.flag("dynamic", False):
         return "fp8"
     if not integers or not form.is_integer:
         return "bf16"
-    whole = reader.choice("strategy", {name: name == "tensor" for name in STRATEGIES}, "tensor")
-    return STATIC if whole and not reader.flag("dynamic", False) and reader.flag("symmetric", True) else "int8"
+    return STATIC if strategy == "tensor" and not reader.flag("dynamic", False) and reader.flag("symmetric", True) else "int8"
 
 
 class _Targets:
