@@ -76,6 +76,10 @@ def test_what_loads_elsewhere_stays_as_it_is(tmp_path, monkeypatch, capsys):
     save(made, tmp_path / "made")
     done = main(monkeypatch, capsys, "export", tmp_path / "made", tmp_path / "out")
     assert "every weight as it was stored" in done.out
+    done = main(monkeypatch, capsys, "export", tmp_path / "made", tmp_path / "made" / "config.json" / "out")
+    assert done.code == 2
+    assert "cannot be written: " in done.err
+    assert "choose another directory" in done.err
 
 
 def test_weights_that_a_family_stores_together(tmp_path):

@@ -40,15 +40,18 @@ def save(model: Model, directory: Path, *, overwrite: bool = False, max_shard_by
 
     A Spec that the original config still describes is written in its family's own layout, any other under hasten's names with the
     Spec in `hasten.json`; weights that are stored quantized as compressed-tensors, to the bit (hasten's own layout has what that format
-    cannot say). The directory appears complete or not at all. Raises CheckpointError where it exists and is not empty,
-    unless ``overwrite``, which replaces a model directory and never one that holds anything else (`OWNED_FILES`)."""
+    cannot say). The directory appears complete or not at all. Raises CheckpointError where it cannot be, and where it exists and is not
+    empty, unless ``overwrite``, which replaces a model directory and never one that holds anything else (`OWNED_FILES`)."""
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and not overwrite:
         raise CheckpointError(f"{directory} exists and is not empty; choose another directory, or overwrite it on purpose")
     _refuse_foreign(directory)
     config, tensors = _layout(model)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:  # a file in the way, a folder nobody may write to
+        raise CheckpointError(f"{directory} cannot be written: {error.strerror or error}; choose another directory") from None
     try:
         layout = {name: (weight.dtype, weight.shape) for name, weight in tensors.items()}
         write_sharded(staging, layout, lambda name: tensors[name].load(), {"format": "pt"}, max_shard_bytes=max_shard_bytes)
