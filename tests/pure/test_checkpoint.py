@@ -76,8 +76,9 @@ def test_what_config_cannot_say_goes_into_the_sidecar(tmp_path):
     wider = dataclasses.replace(model, source=Source("llama", CONFIG | {"max_position_embeddings": 128}))  # no longer its config
     save(wider, tmp_path / "model")
     assert json.loads((tmp_path / "model/hasten.json").read_text())["spec"]["kind"] == "spec"
+    assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == "hasten"
     again = load(tmp_path / "model")
-    assert again.source is None
+    assert again.source == wider.source  # what it was made from is remembered
     assert_same(again, model)
 
 
