@@ -76,10 +76,11 @@ def main() -> int:
         provenance = [entry["transform"] for entry in command("inspect", name)["provenance"]]
         direct = command("generate", name, "--prompt", PROMPT, "--max-tokens", str(TOKENS), "--temperature", "0")
         with tempfile.TemporaryDirectory() as work:
-            row = {
-                "checkpoint": directory.name, "provenance": provenance, "served": served(directory) == direct["text"],
-                "exported": bool(unread_elsewhere(model)), "elsewhere": elsewhere(directory, model, Path(work)),
-            }  # fmt: skip
+            apart = elsewhere(directory, model, Path(work))
+        row = {
+            "checkpoint": directory.name, "provenance": provenance, "served": served(directory) == direct["text"],
+            "exported": bool(unread_elsewhere(model)) and not isinstance(apart, str), "elsewhere": apart,
+        }  # fmt: skip
         print(json.dumps(row), flush=True)
         wrong += not provenance or not row["served"] or (not isinstance(row["elsewhere"], str) and row["elsewhere"] > SAME)
     return 1 if wrong else 0
