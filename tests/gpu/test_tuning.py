@@ -245,11 +245,16 @@ def test_on_a_device():
 NARROW = Product(LinearFormat.parse("bf16"), "bf16", 20, 40, torch.bfloat16)
 
 
-def with_library(monkeypatch, launch):
-    """One order and few tiles of Triton's, and ``launch`` for cuBLAS; times by how long each is said to take."""
+def default_alone(monkeypatch):
+    """One order and few tiles of Triton's are measured."""
     monkeypatch.setattr(tuning, "orders", lambda weight: [default_order(weight)])
     monkeypatch.setattr(tuning, "tiles_for", lambda rows, order: [])
     monkeypatch.setattr(tuning, "STEP_TOKENS", 24)
+
+
+def with_library(monkeypatch, launch):
+    """One order and few tiles of Triton's, and ``launch`` for cuBLAS; times by how long each is said to take."""
+    default_alone(monkeypatch)
     said = []
 
     def planted(x, weight, y, *, scale=None, bias=None):
@@ -353,9 +358,7 @@ def test_fp8_products_go_through_scaled_mm_where_it_was_measured(tmp_path, monke
 def test_scaled_mm_is_chosen_where_it_wins(us, kernel, monkeypatch):
     """Of rows and weights in fp8, row by row in its place, so that it is invariant for certain."""
     (place,) = (number for number, each in enumerate(LINEAR) if each.name == "scaled_mm")
-    monkeypatch.setattr(tuning, "orders", lambda weight: [default_order(weight)])
-    monkeypatch.setattr(tuning, "tiles_for", lambda rows, order: [])
-    monkeypatch.setattr(tuning, "STEP_TOKENS", 24)
+    default_alone(monkeypatch)
     said = []
 
     def planted(x, weight, y, *, scale=None, bias=None):

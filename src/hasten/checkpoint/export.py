@@ -17,9 +17,9 @@ from hasten.spec import Spec
 
 def exported(model: Model) -> Model:
     """``model`` as transformers with compressed-tensors loads it, giving the same logits, but for the rounding of activations that go with
-    a format it does not say: layers that share matrices have copies, a product
-    of two factors is one matrix, and formats that compressed-tensors cannot say are plain numbers (bfloat16 where weights were pruned and
-    not rounded, else float32). All else stays as it is stored.
+    a format it does not say: layers that share matrices have copies, a product of two factors is one matrix, and formats that
+    compressed-tensors cannot say are plain numbers (bfloat16 where weights were pruned and not rounded, else float32). All else stays as it
+    is stored.
 
     Raises UnsupportedError where no family describes the model even so."""
     spec, weights = _unshared(model.spec, model.weights)
