@@ -23,52 +23,53 @@ CUT = "neurons-69"
 """What students are before they learn: 240 of 768 feed-forward neurons, which leaves less than half of what blocks have."""
 
 
-def heal(minutes, **settings):
-    return {"heal": {"minutes": minutes, **settings}}
+MINUTES = {"minutes": 10.0}
 
 
-def recipes(minutes):
-    """By name. ``minutes`` are those that each may heal for."""
+def recipes(budget):
+    """By name. ``budget`` is how long each may heal: minutes, or steps."""
+    heal = {"heal": budget}
     made = {f"{method}-{share}": [{method: {"sparsity": f"{share}%"}}] for method in PRUNERS for share in (50, 70, 90)}
+    made |= {f"wanda-matrix-{share}": [{"wanda": {"sparsity": f"{share}%", "among": "matrix"}}] for share in (50, 70, 90)}
     made |= {f"{method}-2of4": [{method: {"sparsity": "2:4"}}] for method in PRUNERS}
-    made |= {f"{name}-healed": [*made[name], heal(minutes)] for name in ("sparsegpt-50", "sparsegpt-2of4")}
+    made |= {f"{name}-healed": [*made[name], heal] for name in ("sparsegpt-50", "sparsegpt-2of4")}
     cuts = {
         "neurons": ("cut_neurons", {}), "heads": ("cut_heads", {}), "kv-heads": ("cut_heads", {"kind": "kv"}), "width": ("cut_width", {}),
         "layers": ("cut_layers", {}),
     }  # fmt: skip
     for name, (transform, settings) in cuts.items():
         made[f"{name}-25"] = [{transform: {"share": 0.25, **settings}}]
-        made[f"{name}-25-healed"] = [*made[f"{name}-25"], heal(minutes)]
+        made[f"{name}-25-healed"] = [*made[f"{name}-25"], heal]
     made[CUT] = [{"cut_neurons": {"share": 0.6875}}]
     for bits in ("int4-g64", "int3-g64"):
         made[f"rtn-{bits}"] = [{"rtn": {"weights": bits}}]
         made[f"gptq-{bits}"] = [{"gptq": {"weights": bits, "clip": "outputs"}}]
-        made[f"qat-{bits}"] = [*made[f"gptq-{bits}"], {"qat": {"minutes": minutes}}]
+        made[f"qat-{bits}"] = [*made[f"gptq-{bits}"], {"qat": {**budget, "labels": 0.75}}]
     made["shared-pairs"] = ["share"]
-    made["shared-pairs-healed"] = ["share", heal(minutes)]
+    made["shared-pairs-healed"] = ["share", heal]
     made["codebook-16"] = [{"codebook": {"weights": "lut4-g64"}}]
     made["codebook-16-nearest"] = [{"codebook": {"weights": "lut4-g64", "fit": "weights", "feedback": False}}]
     made["rank-30"] = [{"rank": {"share": 0.3}}]
-    made["rank-30-healed"] = [*made["rank-30"], heal(minutes)]
+    made["rank-30-healed"] = [*made["rank-30"], heal]
     made["one-kv-head"] = [{"kv_heads": {"count": 1}}]
-    made["one-kv-head-healed"] = [*made["one-kv-head"], heal(minutes)]
+    made["one-kv-head-healed"] = [*made["one-kv-head"], heal]
     made["latent"] = [{"latent": {"rank": 96}}]
-    made["latent-healed"] = [*made["latent"], heal(minutes)]
+    made["latent-healed"] = [*made["latent"], heal]
     made["linear"] = [{"linear_attention": {}}]
-    made["linear-healed"] = [*made["linear"], heal(minutes)]
+    made["linear-healed"] = [*made["linear"], heal]
     return made
 
 
 STUDENT = "--tokens 2048 --rate 1e-3 --decay 0.8 --weight-decay 0"
-BOTH = "--soft 0.5 --labels 0.5"
+BOTH = "--soft 0.25 --labels 0.75"
 STUDENTS = {
     "student": BOTH, "student-labels": "--soft 0 --labels 1", "student-features": f"{BOTH} --hidden 1",
-    "student-online": f"{BOTH} --online", "student-mutual": "--mutual",
+    "student-online": "--soft 0.5 --labels 0.5 --online", "student-mutual": "--soft 0.5 --labels 1 --mutual",
 }  # fmt: skip
 """What `hasten distill` is given, beside STUDENT."""
 
 
-def apply(name, out, minutes):
+def apply(name, out, budget):
     """Make the result of a recipe in ``out``."""
     from hasten.checkpoint import load
     from hasten.compress.evidence import Gate
@@ -77,15 +78,16 @@ def apply(name, out, minutes):
     from hasten.compress.walk import Run
 
     run = Run.at(out.with_name(f".{out.name}.work"))
-    make(load(MODEL), recipe_of(recipes(minutes)[name]), out, calibration=Calibration(), gate=Gate(None, None, 2000), run=run)
+    make(load(MODEL), recipe_of(recipes(budget)[name]), out, calibration=Calibration(), gate=Gate(None, None, 2000), run=run)
 
 
-def distill(name, out, minutes):
+def distill(name, out, budget):
     """Make a student in ``out``."""
     cut = out.with_name(f"{CUT}-{source_digest()}")
     if not (cut / "config.json").is_file():
-        apply(CUT, cut, minutes)
-    words = f"distill {MODEL} {out} --student {cut} {STUDENT} {STUDENTS[name]} --minutes {minutes} --eval-tokens 2000 --json".split()
+        apply(CUT, cut, budget)
+    (length,) = (f"--{unit} {amount}" for unit, amount in budget.items())
+    words = f"distill {MODEL} {out} --student {cut} {STUDENT} {STUDENTS[name]} {length} --eval-tokens 2000 --json".split()
     subprocess.run([sys.executable, "-m", "hasten.cli", *words], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -124,17 +126,21 @@ def figures(original, made, first):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smaller", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted({*recipes(10), *STUDENTS}))
-    parser.add_argument("--minutes", type=float, default=10.0, help="that a recipe may train for")
+    parser.add_argument("name", choices=sorted({*recipes(MINUTES), *STUDENTS}))
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=MINUTES["minutes"], help="that a recipe may train for")
+    length.add_argument("--steps", type=int, help="that it may train for")
     parser.add_argument("--work", type=Path, default=ROOT / ".evidence" / "smaller", help="where results lie")
     given = parser.parse_args()
     from hasten.checkpoint import load
 
-    out = given.work / f"{given.name}-{given.minutes:g}-{source_digest()}"
+    budget = {"minutes": given.minutes} if given.steps is None else {"steps": given.steps}
+    long = f"{given.minutes:g}" if given.steps is None else f"{given.steps}-steps"
+    out = given.work / f"{given.name}-{long}-{source_digest()}"
     if not (out / "config.json").is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         print(f"{given.name} → {out}", file=sys.stderr, flush=True)
-        (distill if given.name in STUDENTS else apply)(given.name, out, given.minutes)
+        (distill if given.name in STUDENTS else apply)(given.name, out, budget)
     made, original, ledger = load(str(out)), load(MODEL), Ledger(given.work / "originals.jsonl")
     first = ledger.get(MODEL, source_digest())
     if first is None:

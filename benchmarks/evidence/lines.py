@@ -96,7 +96,10 @@ SPARSE = [
               for form in (f"{weights}-sparse", weights)),
         Ratio("decode_tokens_per_s"), least(asked), rounds=5,
     )
-    for zeros, (weights, asked) in itertools.product(("50%", "2:4"), (("bf16", 1.5), ("int8", 1.3)))
+    for zeros, (weights, asked) in (
+        *itertools.product(("50%", "2:4"), (("bf16", 1.5), ("int8", 1.3))),
+        ("2:4", ("int4", 1.1)),
+    )
 ]  # fmt: skip
 CONTEXT = "hasten bench context {model} --weights %s --cache %s --context 128,1024,2048,4096,8192,16384,24576,32768 --json"
 CONTEXTS = [

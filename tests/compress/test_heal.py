@@ -68,7 +68,7 @@ def test_zeros_stay_and_the_rest_learns(original, pruned, text, tmp_path):
 def test_what_lost_nothing_has_nothing_to_learn_from_itself(original, text, tmp_path):
     quick = {**QUICK, "steps": 1}
     made = heal(original, Heal(**quick, text=text), original, Run(tmp_path / "a", 1))
-    assert made.provenance[-1].evidence["first_loss"] < 1e-5
+    assert made.provenance[-1].evidence["first_loss"] < 1e-4  # the teacher is fed bf16
     labels = heal(original, Heal(**quick, text=text, labels=1.0), original, Run(tmp_path / "b", 1))
     assert labels.provenance[-1].evidence["first_loss"] > 0.1  # of the text itself
     half = heal(original, Heal(**quick, text=text, labels=0.5), original, Run(tmp_path / "c", 1))

@@ -40,6 +40,16 @@ def test_wanda_takes_the_smallest_of_each_row():
         assert row[kept].min() >= row[~kept].max()
 
 
+def test_wanda_takes_the_smallest_of_the_matrix_where_asked():
+    weight, moments = data(7, 30)
+    keep = wanda(weight, moments, Share(0.7), "matrix")
+    scores = weight.abs() * moments.diagonal().sqrt()
+    assert keep.sum() == 210 - 147
+    assert scores[keep].min() >= scores[~keep].max()
+    assert len(set(keep.sum(1).tolist())) > 1  # rows keep what they deserve
+    assert torch.equal(wanda(weight, moments, OfEvery(2, 4), "matrix"), wanda(weight, moments, OfEvery(2, 4)))
+
+
 @pytest.mark.parametrize("size", [32, 30])
 def test_groups_keep_their_largest(size):
     weight, moments = data(5, size)

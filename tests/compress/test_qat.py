@@ -1,5 +1,6 @@
 """Quantization-aware training: what comes out is stored as what went in, and is nearer to the original."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from hasten.compress.recipe import carry_out, recipe_of
 from hasten.compress.walk import Run
 from hasten.formats.linear import LinearFormat
 from hasten.formats.quantized import QuantizedWeight
+from hasten.model import Provenance
 from tests.cli import main
 
 QUICK = {"steps": 4, "tokens": 256, "sequence": 64, "precision": "float32", "warmup": 0.2, "rate": 0.002}
@@ -51,6 +53,19 @@ def test_it_learns_and_stays_in_its_format(original, text, codes, tmp_path):
     assert (evidence["codes_changed"] > 0) == (codes == "learned")
     norms = "blocks.3.mixer_norm.weight"
     assert made.weights[norms].dtype == original.weights[norms].dtype
+
+
+def test_it_begins_with_the_original_where_weights_were_only_rounded(original, text, tmp_path):
+    """Measuring in between, as saving a model does, changes nothing; learning does, for then codes are no longer the original's."""
+    (rtn,) = recipe_of([{"rtn": ROUNDED}])
+    rounded = carry_out(original, [rtn], None, Run(tmp_path / "rtn", 1))
+    found = {}
+    for entry in (None, "measured", "heal"):
+        came = rounded if entry is None else dataclasses.replace(rounded, provenance=(*rounded.provenance, Provenance(entry, {}, {})))
+        made = qat(came, Qat(**QUICK, text=text), original, Run(tmp_path / f"after {entry}", 1))
+        found[entry] = np.concatenate([made.weights[name].load().ravel() for name in made.weights if name.startswith("blocks.0.")])
+    assert np.array_equal(found[None], found["measured"])
+    assert not np.array_equal(found[None], found["heal"])
 
 
 def test_it_needs_what_is_rounded(original, text, tmp_path):

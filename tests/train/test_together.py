@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hasten.backends.reference import play
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import load_directory
+from hasten.model import load_backend
 from hasten.program import Batch
 from hasten.train import (
     AttentionMaps,
@@ -24,12 +25,12 @@ from hasten.train import (
     Plain,
     Relations,
     Soft,
+    Teacher,
     Together,
     Work,
     joined,
     of_member,
     projected,
-    taps_of,
     train,
     untrained,
 )
@@ -55,7 +56,7 @@ def run(members, together, folder, *, fixed=(), asked=ASKED, projections=None, r
             programs[name] = projected(programs[name], projections)
             arrays |= {key: each for key, each in untrained(programs[name], 5).items() if key not in arrays}
         parameters[name] = Plain.of(programs[name], arrays, programs[name].params if name in fixed else ())
-    program = joined({name: each.with_outputs(taps_of(together, name)) for name, each in programs.items()})
+    program = joined({name: each.with_outputs(together.taps_of(name)) for name, each in programs.items()})
     work = Work(folder, 1, every_s=0.0) if report is None else Work(folder, 1, report, every_s=0.0)
     return train(program, Joined(parameters), BATCHES, together, asked, work)
 
@@ -207,8 +208,8 @@ def test_a_projection_stands_beside_a_mask(models, tmp_path):
     parameters = Joined({"student": student, "teacher": Plain.of(plain["teacher"], models["wide"].weights, plain["teacher"].params)})
     assert not any(master.startswith("teacher.") for master in parameters.masters)
     together = features(models)
-    program = joined({"teacher": plain["teacher"].with_outputs(taps_of(together, "teacher")),
-                      "student": whole.with_outputs(taps_of(together, "student"))})  # fmt: skip
+    program = joined({"teacher": plain["teacher"].with_outputs(together.taps_of("teacher")),
+                      "student": whole.with_outputs(together.taps_of("student"))})  # fmt: skip
     own = of_member("student", train(program, parameters, BATCHES, together, asked, Work(tmp_path, 1)).weights)
     assert (own[name][~keep] == 0).all()
     assert (own[name][keep] != 0).all()
@@ -280,11 +281,41 @@ def test_another_teacher_is_another_training(models, tmp_path):
         run(members, Together((Learner("student", 0.0, (soft("teacher", 2.0),)),)), tmp_path, fixed=("teacher",), asked=settings(1))
 
 
+@pytest.mark.parametrize(("backend", "apart", "moved"), [("reference", 1e-5, 1e-5), ("cpu", 1e-2, 0.1)])
+def test_a_teacher_outside_teaches_what_one_inside_does(models, tmp_path, backend, apart, moved):
+    """Of whatever plays it: the same losses as where it is a member that is fixed, though it is not in the Program."""
+    learner = Learner("student", 0.3, (soft("teacher", 2.0, 2.0),))
+    played: list[Batch] = []
+
+    def score(batch):
+        played.append(batch)
+        return session.score(batch)
+
+    session = load_backend(backend).session(models["wide"], 32)
+    inside = run({"teacher": models["wide"], "student": models["narrow"]}, Together((learner,)), tmp_path / "inside", fixed=("teacher",))
+    together = Together((learner,), {"teacher": Teacher(score, backend)})
+    assert not together.taps_of("teacher")
+    outside = run({"student": models["narrow"]}, together, tmp_path / "outside")
+    assert played
+    assert outside.losses == pytest.approx(inside.losses, abs=apart)
+    for one, other in zip(logged(tmp_path / "inside"), logged(tmp_path / "outside"), strict=True):
+        assert other["student.soft"] == pytest.approx(one["student.soft"], abs=apart)
+    same(outside.weights, {name: each for name, each in inside.weights.items() if name.startswith("student.")}, atol=moved)
+    with pytest.raises(UserError, match="another model, text or settings"):
+        run({"student": models["narrow"]}, Together((learner,), {"teacher": Teacher(score, "another")}), tmp_path / "outside")
+
+
+def test_a_teacher_outside_is_not_looked_into():
+    hidden = Follows("hidden", 1.0, Hidden((("blocks.0.out", "blocks.0.out"),)), ("teacher",))
+    with pytest.raises(ConfigError, match="hidden looks into teacher, of whom only logits are there"):
+        Together((Learner("student", 1.0, (hidden,)),), {"teacher": Teacher(lambda batch: np.zeros((1, 1), np.float32), "none")})
+
+
 def test_only_what_is_asked_of_a_teacher_is_played(models):
     together = Together((Learner("student", 1.0, (Follows("hidden", 1.0, Hidden((("blocks.0.out", "blocks.0.out"),)), ("teacher",)),)),))
-    assert taps_of(together, "teacher") == ("blocks.0.out",)
+    assert together.taps_of("teacher") == ("blocks.0.out",)
     program = settings().program(models["wide"].spec, 32)
-    both = joined({name: program.with_outputs(taps_of(together, name)) for name in ("teacher", "student")})
+    both = joined({name: program.with_outputs(together.taps_of(name)) for name in ("teacher", "student")})
     assert [layer.label for layer in both.layers if layer.label.startswith("teacher.")] == ["teacher.embedding", "teacher.blocks.0"]
     with pytest.raises(ConfigError, match="join it before it is cut"):
         joined({"a": program.cut("blocks.0")[1]})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import save
-from hasten.compress.heal import check_trainable, evidence_of, learned_into, parameters_of
+from hasten.compress.heal import check_trainable, evidence_of, learned_into, parameters_of, teacher_of
 from hasten.compress.learn import Lesson, check_free, longest, measured, read_lesson
 from hasten.compress.students import Pairs, check_pairs, check_together, pairs_of, weights_digest
 from hasten.formats.weights import Weights
@@ -39,7 +39,6 @@ from hasten.train import (
     joined,
     of_member,
     projected,
-    taps_of,
     train,
     untrained,
 )
@@ -122,11 +121,14 @@ def distill(
     text, batches = read_lesson(shorter, lesson, work.folder)
     if began is not None:
         began(text, sum(example.learned for example in batches.examples))
-    programs = {name: lesson.settings.program(model.spec, longest(batches)) for name, model in models.items()}
-    played = {**programs, STUDENT: projected(programs[STUDENT], projections)}
-    program = joined({name: each.with_outputs(taps_of(together, name)) for name, each in played.items()})
     fixed = {TEACHER} if teaching.teacher == "fixed" else set()
-    parameters = _parameters(programs, models, played[STUDENT], fixed, lesson.seed)
+    if fixed and together.taps_of(TEACHER) == ("logits",):  # what it says is all that counts, so it need not be differentiated through
+        together = dataclasses.replace(together, outside={TEACHER: teacher_of(teacher, longest(batches))})
+    inside = {name: model for name, model in models.items() if together.taps_of(name)}
+    programs = {name: lesson.settings.program(model.spec, longest(batches)) for name, model in inside.items()}
+    played = {**programs, STUDENT: projected(programs[STUDENT], projections)}
+    program = joined({name: each.with_outputs(together.taps_of(name)) for name, each in played.items()})
+    parameters = _parameters(programs, inside, played[STUDENT], fixed, lesson.seed)
     trained = train(program, parameters, batches, together, lesson.settings, work)
     made = {
         name: dataclasses.replace(model, weights=_learned(model, programs[name], of_member(name, trained.weights)))

@@ -14,9 +14,11 @@ from torch import Tensor
 from hasten.base.errors import ConfigError, UserError
 from hasten.compress.data import usual_length
 from hasten.compress.examples import read_examples
+from hasten.compress.students import weights_digest
 from hasten.compress.walk import Run
+from hasten.engine.backends import choose_judge, open_scorer
 from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, is_pruned
-from hasten.formats.weights import DTYPES, Array, Weight, Weights
+from hasten.formats.weights import Array, Weight, Weights
 from hasten.model import Model, Provenance
 from hasten.program import Program
 from hasten.train import (
@@ -31,6 +33,7 @@ from hasten.train import (
     Settings,
     SoftLabels,
     Steps,
+    Teacher,
     Trained,
     Work,
     precision_here,
@@ -114,7 +117,7 @@ def teach(
     batches = Batches(examples, max(1, settings.tokens // sequence), settings.seed)
     training, longest = settings.training(), max(len(example.ids) for example in examples)
     program = training.program(model.spec, longest)
-    parameters, objective = parameters_for(program), _objective(settings, training, original, longest)
+    parameters, objective = parameters_for(program), _objective(settings, original, longest)
 
     def report(step: int, steps: int, loss: float) -> None:
         run.report(f"{doing}, loss {loss:.3f}", step, steps)
@@ -168,10 +171,13 @@ def in_dtype(array: Array, dtype: Any) -> Weight:
     return Weight(made.shape, made.dtype, lambda: made)
 
 
-def _objective(settings: Heal, training: Settings, original: Model, context: int) -> Objective:
+def _objective(settings: Heal, original: Model, context: int) -> Objective:
     if settings.labels == 1:
         return Labels()
-    program = training.program(original.spec, context)
-    dtype = getattr(torch, training.precision)
-    teacher = {name: torch.tensor(array.astype(DTYPES["float32"])).to(dtype) for name, array in original.weights.arrays(program.params)}
-    return SoftLabels(program, teacher, settings.temperature, settings.divergence, settings.labels)
+    return SoftLabels(teacher_of(original, context), settings.temperature, settings.divergence, settings.labels)
+
+
+def teacher_of(model: Model, context: int) -> Teacher:
+    """``model`` as the backend plays it that judges it, for sequences of up to ``context`` tokens."""
+    backend = choose_judge(model)
+    return Teacher(open_scorer(model, backend, context).score, f"{weights_digest(model)} on {backend}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,19 +53,21 @@ def parse_pattern(text: str) -> Pattern:
     raise ConfigError(f"sparsity is {one_line(text)}; accepted are a share that goes, as 50%, or how many of how many stay, as 2:4")
 
 
+Among = Literal["rows", "matrix"]
+"""Whether a share goes of each row or of the whole matrix."""
+
+
 def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
     """True [out, in] for what stays: the largest. A share is taken of the whole matrix, not of each row."""
-    if isinstance(pattern, Share):
-        flat = Share(pattern.share).keep(weight.abs().reshape(1, -1))
-        return flat.reshape(weight.shape)
-    return pattern.keep(weight.abs())
+    return _kept(weight.abs(), pattern, "matrix")
 
 
-def wanda(weight: Tensor, moments: Tensor, pattern: Pattern) -> Tensor:
-    """True [out, in] for what stays: the largest |w|·‖x‖ of each row (Sun et al. 2023, arXiv:2306.11695).
+def wanda(weight: Tensor, moments: Tensor, pattern: Pattern, among: Among = "rows") -> Tensor:
+    """True [out, in] for what stays: the largest |w|·‖x‖, of each row as its paper has it (Sun et al. 2023, arXiv:2306.11695), or of the
+    whole matrix.
 
     ``moments`` [in, in] are Σ x·xᵀ."""
-    return pattern.keep(weight.abs() * moments.diagonal().sqrt().to(weight.dtype))
+    return _kept(weight.abs() * moments.diagonal().sqrt().to(weight.dtype), pattern, among)
 
 
 def sparsegpt(weight: Tensor, moments: Tensor, pattern: Pattern, *, damp: float = 0.01) -> Tensor:
@@ -81,7 +84,7 @@ def sparsegpt(weight: Tensor, moments: Tensor, pattern: Pattern, *, damp: float 
         stop = min(start + lazy, size)
         part, errors = left[:, start:stop], torch.empty(weight.shape[0], stop - start, dtype=weight.dtype)
         if not groups:
-            keep = _whole_block(part, diagonal[start:stop], pattern)
+            keep = _kept((part / diagonal[start:stop]) ** 2, pattern, "matrix")  # of a block of columns, over all its rows
         else:
             keep = torch.ones_like(part, dtype=torch.bool)
         for j in range(stop - start):
@@ -97,10 +100,10 @@ def sparsegpt(weight: Tensor, moments: Tensor, pattern: Pattern, *, damp: float 
     return left
 
 
-def _whole_block(part: Tensor, diagonal: Tensor, pattern: Pattern) -> Tensor:
-    """What stays of a block of columns, compared over all its rows."""
-    scores = (part / diagonal) ** 2
-    return pattern.keep(scores.reshape(1, -1)).reshape(part.shape)
+def _kept(scores: Tensor, pattern: Pattern, among: Among) -> Tensor:
+    if isinstance(pattern, Share) and among == "matrix":
+        return pattern.keep(scores.reshape(1, -1)).reshape(scores.shape)
+    return pattern.keep(scores)
 
 
 def _highest(scores: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from hasten.base.errors import ConfigError
 from hasten.compress.blocks import Moments
 from hasten.compress.data import Text
 from hasten.compress.ends import left_alone
-from hasten.compress.prune import Pattern, magnitude, parse_pattern, sparsegpt, wanda
+from hasten.compress.prune import Among, magnitude, parse_pattern, sparsegpt, wanda
 from hasten.compress.rounding import Rounder, evidence_of, store_blocks, weights_in_blocks
 from hasten.compress.sites import Layers
 from hasten.compress.walk import Run
@@ -43,7 +43,10 @@ class Magnitude(Pruning, frozen=True, kw_only=True):
 
 
 class Wanda(Pruning, frozen=True, kw_only=True):
-    """Those go that are smallest times the size of what they read."""
+    """Those go that are smallest times the size of what they read, ``among`` those of a row, or of a whole matrix; patterns as 2:4 lie in
+    rows."""
+
+    among: Among = "rows"
 
 
 class SparseGpt(Pruning, frozen=True, kw_only=True):
@@ -83,18 +86,22 @@ def _pruner(settings: Pruning) -> Rounder:
     pattern = parse_pattern(settings.sparsity)
 
     def one(weight: Tensor, moments: Moments | None, form: LinearFormat) -> QuantizedLinear:
-        return form.quantize(_pruned(weight, moments, settings, pattern).numpy())
+        match settings:
+            case SparseGpt():
+                made = sparsegpt(weight, _known(settings, moments).square, pattern, damp=settings.damp)
+            case Wanda():
+                known = _known(settings, moments)
+                # of inputs that nothing is known of, as of an expert that no token chose, all are alike
+                seen = known.square if known.rows else torch.eye(weight.shape[1], dtype=known.square.dtype)
+                made = torch.where(wanda(weight, seen, pattern, settings.among), weight, 0.0)
+            case _:
+                made = torch.where(magnitude(weight, pattern), weight, 0.0)
+        return form.quantize(made.numpy())
 
     return one
 
 
-def _pruned(weight: Tensor, moments: Moments | None, settings: Pruning, pattern: Pattern) -> Tensor:
-    if isinstance(settings, Magnitude):
-        return torch.where(magnitude(weight, pattern), weight, 0.0)
+def _known(settings: Pruning, moments: Moments | None) -> Moments:
     if moments is None:
         raise ConfigError(f"{type(settings).__name__.lower()} looks at activations, so it needs text to calibrate on")
-    if isinstance(settings, SparseGpt):
-        return sparsegpt(weight, moments.square, pattern, damp=settings.damp)
-    # of inputs that nothing is known of, as of an expert that no token chose, all are alike
-    seen = moments.square if moments.rows else torch.eye(weight.shape[1], dtype=moments.square.dtype)
-    return torch.where(wanda(weight, seen, pattern), weight, 0.0)
+    return moments

@@ -16,8 +16,8 @@ from hasten.model import Model, Provenance
 from hasten.program import Program
 from hasten.train import Grid, Plain, Rounded
 
-ROUNDING = frozenset({"rtn", "gptq", "mixed", "block_qat", "codebook", "static", "cache"})
-"""Transforms after which a weight is still what the original's was, but rounded."""
+ROUNDING = frozenset({"rtn", "gptq", "mixed", "block_qat", "codebook", "static", "cache", "measured"})
+"""Entries of a history after which a weight is still what the original's was, but rounded."""
 
 
 class Qat(Heal, frozen=True, kw_only=True):

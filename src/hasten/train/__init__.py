@@ -8,7 +8,8 @@ from hasten.train.objectives import Divergence, Labels, Loss, Objective, SoftLab
 from hasten.train.parameters import Masked, Parameters, Plain, linear_weights, untrained
 from hasten.train.rounded import Grid, Rounded
 from hasten.train.schedule import Schedule
-from hasten.train.together import Follows, Learner, Together, taps_of
+from hasten.train.teachers import Teacher
+from hasten.train.together import Follows, Learner, Together
 from hasten.train.trainer import Minutes, Settings, Steps, Trained, Work, precision_here, train
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Soft",
     "SoftLabels",
     "Steps",
+    "Teacher",
     "Together",
     "Trained",
     "Work",
@@ -50,7 +52,6 @@ __all__ = [
     "precision_here",
     "projected",
     "read_curve",
-    "taps_of",
     "train",
     "untrained",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.program import Batch
 from hasten.train.batches import Example
-from hasten.train.objectives import Divergence, divergence, in_pieces, learned_rows
+from hasten.train.objectives import Divergence, at_rows, divergence, in_pieces, learned_rows
 
 Measure = Literal["mse", "cosine"]
 """‖s − t‖² / ‖t‖², or 1 − cos(s, t), of each token's features."""
@@ -63,12 +63,12 @@ class Soft:
     def __call__(self, own: Mapping[str, Tensor], other: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Tensor:
         """See Distance."""
         rows, _ = learned_rows(examples)
-        teacher = other["logits"][rows].float().detach()
+        teacher = at_rows(other["logits"], rows).float().detach()
+        return in_pieces(at_rows(own["logits"], rows).float(), lambda piece, at: (self.apart(piece, teacher[at]), {}))[0]
 
-        def apart(student: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            return divergence(student / self.temperature, teacher[at] / self.temperature, self.kind) * self.temperature**2, {}
-
-        return in_pieces(own["logits"][rows].float(), apart)[0]
+    def apart(self, own: Tensor, other: Tensor) -> Tensor:
+        """Of some rows of logits [R, vocabulary]."""
+        return divergence(own / self.temperature, other / self.temperature, self.kind) * self.temperature**2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Hidden:
         rows, _ = learned_rows(examples)
         sums = []
         for mine, theirs in self.pairs:
-            s, t = own[mine][rows].float(), other[theirs][rows].float()
+            s, t = at_rows(own[mine], rows).float(), at_rows(other[theirs], rows).float()
             if self.measure == "mse":
                 sums.append(((s - t).square().sum(-1) / t.square().sum(-1).clamp(min=LEAST)).sum())
             else:
@@ -134,7 +134,7 @@ class AttentionMaps:
         rows, _ = learned_rows(examples)
         sums = []
         for mine, theirs in self.pairs:
-            q, p = own[mine][rows].float(), other[theirs][rows].float()
+            q, p = at_rows(own[mine], rows).float(), at_rows(other[theirs], rows).float()
             sums.append((p * (p.clamp(min=LEAST).log() - q.clamp(min=LEAST).log())).sum() / q.shape[1])
         return torch.stack(sums).mean()
 

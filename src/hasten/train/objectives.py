@@ -1,7 +1,6 @@
 """What is to become small: the loss of labels, or the distance from a teacher."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -10,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.backends.reference import play
-from hasten.program import Batch, Program
+from hasten.program import Batch
 from hasten.train.batches import Example
+from hasten.train.teachers import Teacher
 
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 """KL(teacher ‖ student), KL(student ‖ teacher), or the mean of both against their mixture."""
@@ -50,7 +49,7 @@ class Labels:
     def __call__(self, values: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Loss:
         """See Objective."""
         rows, targets = learned_rows(examples)
-        logits = values["logits"][rows].float()
+        logits = at_rows(values["logits"], rows).float()
 
         def one(piece: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
             hard = F.cross_entropy(piece, targets[at], reduction="sum")
@@ -62,10 +61,9 @@ class Labels:
 @dataclasses.dataclass(frozen=True, slots=True)
 class SoftLabels:
     """Distillation (Hinton et al. 2015, arXiv:1503.02531): ``labels`` of the loss is the text's, the rest T² times the divergence of the
-    student's distribution from the teacher's at ``temperature`` T. The teacher is played here, with ``weights``, and learns nothing."""
+    student's distribution from the teacher's at ``temperature`` T."""
 
-    program: Program
-    weights: Mapping[str, Tensor]
+    teacher: Teacher
     temperature: float = 1.0
     divergence: Divergence = "forward"
     labels: float = 0.0
@@ -74,23 +72,19 @@ class SoftLabels:
     @property
     def key(self) -> str:
         """Of the teacher and how it teaches."""
-        digest = hashlib.sha256(self.program.text().encode())
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(name.encode() + tensor.detach().float().contiguous().numpy().data)
-        return f"soft {self.temperature} {self.divergence} {self.labels} {digest.hexdigest()}"
+        return f"soft {self.temperature} {self.divergence} {self.labels} {self.teacher.key}"
 
     def __call__(self, values: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Loss:
         """See Objective."""
         rows, targets = learned_rows(examples)
-        with torch.no_grad():
-            teacher = play(self.program, self.weights, batch)[0]["logits"][rows].float()
+        teacher = at_rows(self.teacher.logits(batch), rows)
 
         def distance(student: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
             soft = divergence(student / self.temperature, teacher[at] / self.temperature, self.divergence) * self.temperature**2
             hard = F.cross_entropy(student, targets[at], reduction="sum")
             return self.labels * hard + (1 - self.labels) * soft, {"labels": hard, "soft": soft}
 
-        return Loss(*in_pieces(values["logits"][rows].float(), distance))
+        return Loss(*in_pieces(at_rows(values["logits"], rows).float(), distance))
 
 
 PIECE = 1 << 20
@@ -161,3 +155,9 @@ def learned_rows(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         targets.append(torch.tensor(example.ids[example.learned_from :]))
         begin += len(example.ids) - 1
     return torch.cat(rows), torch.cat(targets)
+
+
+def at_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """``values`` [T, …] at ``rows``, which are distinct and rise: all of them as they are, for gradients of rows that are picked take a
+    pass over memory more."""
+    return values if len(rows) == len(values) else values[rows]

@@ -30,7 +30,7 @@ from hasten.train.parameters import Parameters
 from hasten.train.schedule import Schedule
 from hasten.train.state import Progress, keep, take_up
 
-VERSION = 2
+VERSION = 3
 """Counts up whenever the same settings come to other numbers."""
 
 REHEARSED = 3
