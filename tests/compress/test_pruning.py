@@ -217,12 +217,27 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     same(whole, through(model, "sparsegpt", tmp_path / "cut", text))
 
 
+def test_wanda_chooses_among_what_it_is_told(tmp_path):
+    """Rows keep equally many, or, of a whole matrix, what they deserve."""
+    counts = {}
+    for among in ("rows", "matrix"):
+        made = through(small(), "wanda", tmp_path / among, among=among)
+        counts[among] = [(weight.load() != 0).sum(-1) for weight in pruned(made).values()]
+    assert all(len(set(each.ravel().tolist())) == 1 for each in counts["rows"])
+    assert all(len(set(each.ravel().tolist())) > 1 for each in counts["matrix"])
+    assert [each.sum() for each in counts["rows"]] == [each.sum() for each in counts["matrix"]]
+
+
 @pytest.mark.parametrize(
     ("listed", "said"),
     [
         ([{"wanda": {"sparsity": "5:4"}}, "rtn"], "as 50%, or how many of how many stay"),
         ([{"magnitude": {"layers": ["blocks.9.*"]}}, "rtn"], "mean no weight"),
         ([{"sparsegpt": {"damp": 1}}, "rtn"], "damp is 1"),
+        (
+            [{"wanda": {"sparsity": "2:4", "among": "matrix"}}, "rtn"],
+            "wanda takes 2:4 of every few weights side by side, not among a matrix",
+        ),
         (["magnitude"], None),
     ],
 )

@@ -11,7 +11,7 @@ from hasten.base.errors import ConfigError
 from hasten.checkpoint import load_directory
 from hasten.program import Batch
 from hasten.train import AttentionMaps, Example, Hidden, Relations, Soft, objectives
-from hasten.train.objectives import divergence, in_pieces
+from hasten.train.objectives import divergence, in_pieces, log_probabilities
 from tests.train.small import settings, small_llama, windows
 
 EXAMPLES = (Example(tuple(range(8))), Example(tuple(range(5)), 3), Example(tuple(range(8)), 6), Example((1, 2)))
@@ -46,13 +46,13 @@ def test_pieces_add_up_to_the_whole_and_so_do_their_gradients(rows, monkeypatch)
 
     def apart(piece, at):
         seen.append(len(piece))
-        return divergence(piece / 2, teacher[at] / 2, "reverse"), {"squares": piece.square().sum()}
+        return divergence(log_probabilities(piece, 2.0), log_probabilities(teacher[at], 2.0), "reverse"), {"squares": piece.square().sum()}
 
     total, parts = in_pieces(logits * 3, apart)
     assert seen == [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0)
     (5 * total).backward()
     pieced, logits.grad = logits.grad, None
-    whole = divergence(logits * 3 / 2, teacher / 2, "reverse")
+    whole = divergence(log_probabilities(logits * 3, 2.0), log_probabilities(teacher, 2.0), "reverse")
     (5 * whole).backward()
     torch.testing.assert_close(pieced, logits.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, whole)
@@ -74,8 +74,15 @@ def test_divergences_by_hand(kind):
         ]
         for row in range(5)
     )
-    assert divergence(torch.tensor(s), torch.tensor(t), kind).item() == pytest.approx(expected)
-    assert divergence(torch.tensor(s), torch.tensor(s), kind).item() == pytest.approx(0, abs=1e-9)
+    own, other = (log_probabilities(torch.tensor(each), 1.0) for each in (s, t))
+    assert divergence(own, other, kind).item() == pytest.approx(expected)
+    assert divergence(own, own, kind).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
+def test_gradients_of_divergences_are_those_of_differences(kind):
+    s, t = (torch.tensor(np.random.default_rng(seed).normal(size=(2, 5)), requires_grad=seed == 0) for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda each: divergence(log_probabilities(each, 2.0), log_probabilities(t, 2.0), kind), s)
 
 
 def test_soft_labels_of_learned_rows_at_a_temperature():

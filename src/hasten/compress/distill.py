@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hasten.base.errors import ConfigError
 from hasten.checkpoint import save
-from hasten.compress.heal import check_trainable, evidence_of, learned_into, parameters_of, teacher_of
+from hasten.compress.heal import check_trainable, evidence_of, learned_into, parameters_of
 from hasten.compress.learn import Lesson, check_free, longest, measured, read_lesson
 from hasten.compress.students import Pairs, check_pairs, check_together, pairs_of, weights_digest
+from hasten.compress.teachers import teacher_of
 from hasten.formats.weights import Weights
 from hasten.measure import Evaluation
 from hasten.model import Model, Provenance
@@ -118,12 +119,13 @@ def distill(
         teacher.spec,
         teaching,
     )
+    fixed = {TEACHER} if teaching.teacher == "fixed" else set()
+    if fixed and together.taps_of(TEACHER) == ("logits",):  # what it says is all that counts, so it need not be differentiated through
+        outside = {TEACHER: teacher_of(teacher, lesson.length(shorter), work.threads, lesson.settings.precision)}
+        together = dataclasses.replace(together, outside=outside)
     text, batches = read_lesson(shorter, lesson, work.folder)
     if began is not None:
         began(text, sum(example.learned for example in batches.examples))
-    fixed = {TEACHER} if teaching.teacher == "fixed" else set()
-    if fixed and together.taps_of(TEACHER) == ("logits",):  # what it says is all that counts, so it need not be differentiated through
-        together = dataclasses.replace(together, outside={TEACHER: teacher_of(teacher, longest(batches))})
     inside = {name: model for name, model in models.items() if together.taps_of(name)}
     programs = {name: lesson.settings.program(model.spec, longest(batches)) for name, model in inside.items()}
     played = {**programs, STUDENT: projected(programs[STUDENT], projections)}

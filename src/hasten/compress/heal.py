@@ -14,9 +14,8 @@ from torch import Tensor
 from hasten.base.errors import ConfigError, UserError
 from hasten.compress.data import usual_length
 from hasten.compress.examples import read_examples
-from hasten.compress.students import weights_digest
+from hasten.compress.teachers import teacher_of
 from hasten.compress.walk import Run
-from hasten.engine.backends import choose_judge, open_scorer
 from hasten.formats.quantized import DequantizedWeight, QuantizedWeight, is_pruned
 from hasten.formats.weights import Array, Weight, Weights
 from hasten.model import Model, Provenance
@@ -33,7 +32,6 @@ from hasten.train import (
     Settings,
     SoftLabels,
     Steps,
-    Teacher,
     Trained,
     Work,
     precision_here,
@@ -100,7 +98,8 @@ def check_heal_settings(model: Model, settings: Heal, name: str) -> None:
 
 
 def heal(model: Model, settings: Heal, original: Model, run: Run) -> Model:
-    """``model`` after learning from ``original``. Killed, it goes on where it was; other numbers of threads give other last bits."""
+    """``model`` after learning from ``original``, which is played as it is stored: rounded weights with the activations they are meant to
+    be fed. Killed, it goes on where it was; other numbers of threads give other last bits."""
     check_trainable(model)
     _, trained, evidence = teach(model, settings, original, run, lambda program: parameters_of(program, model.weights), "healing")
     provenance = (*model.provenance, Provenance("heal", msgspec.to_builtins(settings), evidence))
@@ -115,9 +114,9 @@ def teach(
     sequence = settings.length(model, original)
     text, examples = read_examples(model, None if settings.text is None else Path(settings.text), sequence)
     batches = Batches(examples, max(1, settings.tokens // sequence), settings.seed)
-    training, longest = settings.training(), max(len(example.ids) for example in examples)
+    training, longest = settings.training(), max(len(example.ids) - 1 for example in examples)
     program = training.program(model.spec, longest)
-    parameters, objective = parameters_for(program), _objective(settings, original, longest)
+    parameters, objective = parameters_for(program), _objective(settings, training, original, longest, run)
 
     def report(step: int, steps: int, loss: float) -> None:
         run.report(f"{doing}, loss {loss:.3f}", step, steps)
@@ -171,13 +170,8 @@ def in_dtype(array: Array, dtype: Any) -> Weight:
     return Weight(made.shape, made.dtype, lambda: made)
 
 
-def _objective(settings: Heal, original: Model, context: int) -> Objective:
+def _objective(settings: Heal, training: Settings, original: Model, context: int, run: Run) -> Objective:
     if settings.labels == 1:
         return Labels()
-    return SoftLabels(teacher_of(original, context), settings.temperature, settings.divergence, settings.labels)
-
-
-def teacher_of(model: Model, context: int) -> Teacher:
-    """``model`` as the backend plays it that judges it, for sequences of up to ``context`` tokens."""
-    backend = choose_judge(model)
-    return Teacher(open_scorer(model, backend, context).score, f"{weights_digest(model)} on {backend}")
+    teacher = teacher_of(original, context, run.threads, training.precision)
+    return SoftLabels(teacher, settings.temperature, settings.divergence, settings.labels)

@@ -113,8 +113,8 @@ def read_lesson(model: Model, lesson: Lesson, folder: Path) -> tuple[str, Batche
 
 
 def longest(batches: Batches) -> int:
-    """Tokens of the longest example."""
-    return max(len(example.ids) for example in batches.examples)
+    """Tokens of the longest example that are played: all but its last."""
+    return max(len(example.ids) - 1 for example in batches.examples)
 
 
 def measured(model: Model, tokens: int) -> Evaluation | None:

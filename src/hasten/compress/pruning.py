@@ -11,7 +11,7 @@ from hasten.base.errors import ConfigError
 from hasten.compress.blocks import Moments
 from hasten.compress.data import Text
 from hasten.compress.ends import left_alone
-from hasten.compress.prune import Among, magnitude, parse_pattern, sparsegpt, wanda
+from hasten.compress.prune import Among, Share, magnitude, parse_pattern, sparsegpt, wanda
 from hasten.compress.rounding import Rounder, evidence_of, store_blocks, weights_in_blocks
 from hasten.compress.sites import Layers
 from hasten.compress.walk import Run
@@ -43,8 +43,7 @@ class Magnitude(Pruning, frozen=True, kw_only=True):
 
 
 class Wanda(Pruning, frozen=True, kw_only=True):
-    """Those go that are smallest times the size of what they read, ``among`` those of a row, or of a whole matrix; patterns as 2:4 lie in
-    rows."""
+    """Those go that are smallest times the size of what they read, ``among`` those of a row, or of a whole matrix."""
 
     among: Among = "rows"
 
@@ -57,7 +56,9 @@ class SparseGpt(Pruning, frozen=True, kw_only=True):
 
 def check_prune(model: Model, settings: Pruning) -> None:
     """Raise UserError, with the reason, for what cannot work on ``model``."""
-    parse_pattern(settings.sparsity)
+    pattern = parse_pattern(settings.sparsity)
+    if isinstance(settings, Wanda) and settings.among == "matrix" and not isinstance(pattern, Share):
+        raise ConfigError(f"wanda takes {settings.sparsity} of every few weights side by side, not among a matrix; give a share, as 50%")
     settings.meant.check(lower(model.spec))
     for name in weights_in_blocks(model, settings.meant):
         weight = model.weights[name]

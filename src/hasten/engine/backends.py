@@ -45,7 +45,7 @@ def choose_backend(model: Model, backend: str = AUTO, formats: Formats | None = 
         notices = [f"{model.name} does not run on the GPU: {why}"]
     missing = load_backend("cpu").refusals(model)
     if not missing:
-        if _fed_otherwise(model) and (formats is None or formats.activations is None):
+        if fed_otherwise(model) and (formats is None or formats.activations is None):
             notices.append(f"{model.name} is meant to be fed fp8, for which there are no native kernels: it is fed bf16, which rounds less")
         return "cpu", "; ".join(notices)
     if formats is not None and formats.weights is not None:
@@ -61,10 +61,10 @@ def choose_judge(model: Model) -> str:
     """The backend that tells how good ``model`` is as it is stored: the one that plays it here, unless that would feed its weights in
     another format than they are meant to be fed in; then the reference."""
     backend = choose_backend(model)[0]
-    return "reference" if backend == "cpu" and _fed_otherwise(model) else backend
+    return "reference" if backend == "cpu" and fed_otherwise(model) else backend
 
 
-def _fed_otherwise(model: Model) -> bool:
+def fed_otherwise(model: Model) -> bool:
     """Whether the native backend has no kernels for what weights are stored to be multiplied with."""
     return any(isinstance(weight, QuantizedWeight) and weight.activations == "fp8" for weight in model.weights.values())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hasten.base.errors import ConfigError
 from hasten.program import Batch
 from hasten.train.batches import Example
-from hasten.train.objectives import Divergence, at_rows, divergence, in_pieces, learned_rows
+from hasten.train.objectives import Divergence, at_rows, divergence, in_pieces, learned_rows, log_probabilities
 
 Measure = Literal["mse", "cosine"]
 """‖s − t‖² / ‖t‖², or 1 − cos(s, t), of each token's features."""
@@ -64,11 +64,15 @@ class Soft:
         """See Distance."""
         rows, _ = learned_rows(examples)
         teacher = at_rows(other["logits"], rows).float().detach()
-        return in_pieces(at_rows(own["logits"], rows).float(), lambda piece, at: (self.apart(piece, teacher[at]), {}))[0]
+        return in_pieces(
+            at_rows(own["logits"], rows).float(), lambda piece, at: (self.apart(log_probabilities(piece, 1.0), teacher[at]), {})
+        )[0]
 
     def apart(self, own: Tensor, other: Tensor) -> Tensor:
-        """Of some rows of logits [R, vocabulary]."""
-        return divergence(own / self.temperature, other / self.temperature, self.kind) * self.temperature**2
+        """Of the learner's log-probabilities of some rows from another's logits of them, [R, vocabulary] both."""
+        if self.temperature != 1:
+            own = log_probabilities(own, self.temperature)
+        return divergence(own, log_probabilities(other, self.temperature), self.kind) * self.temperature**2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

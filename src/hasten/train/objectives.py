@@ -80,8 +80,11 @@ class SoftLabels:
         teacher = at_rows(self.teacher.logits(batch), rows)
 
         def distance(student: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            soft = divergence(student / self.temperature, teacher[at] / self.temperature, self.divergence) * self.temperature**2
-            hard = F.cross_entropy(student, targets[at], reduction="sum")
+            own = log_probabilities(student, 1.0)
+            hard = F.nll_loss(own, targets[at], reduction="sum")
+            if self.temperature != 1:
+                own = log_probabilities(own, self.temperature)
+            soft = divergence(own, log_probabilities(teacher[at], self.temperature), self.divergence) * self.temperature**2
             return self.labels * hard + (1 - self.labels) * soft, {"labels": hard, "soft": soft}
 
         return Loss(*in_pieces(at_rows(values["logits"], rows).float(), distance))
@@ -135,16 +138,23 @@ class _InPieces(torch.autograd.Function):
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: Divergence) -> Tensor:
-    """The sum over rows of a divergence between two distributions given by logits [rows, vocabulary], in nats."""
-    q, p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    """The sum over rows of a divergence between two distributions given by log-probabilities [rows, vocabulary], in nats."""
     match kind:
-        case "forward":
-            return F.kl_div(q, p, reduction="sum", log_target=True)
+        case "forward":  # the teacher's entropy apart, so that one product is all that is differentiated
+            likely = teacher.exp()
+            return torch.dot(likely.flatten(), teacher.flatten()) - torch.dot(likely.flatten(), student.flatten())
         case "reverse":
-            return F.kl_div(p, q, reduction="sum", log_target=True)
+            return F.kl_div(teacher, student, reduction="sum", log_target=True)
         case "jensen-shannon":
-            middle = torch.logaddexp(p, q) - math.log(2)
-            return (F.kl_div(middle, p, reduction="sum", log_target=True) + F.kl_div(middle, q, reduction="sum", log_target=True)) / 2
+            middle = torch.logaddexp(teacher, student) - math.log(2)
+            return (
+                F.kl_div(middle, teacher, reduction="sum", log_target=True) + F.kl_div(middle, student, reduction="sum", log_target=True)
+            ) / 2
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Of logits, or of log-probabilities at another temperature, [rows, vocabulary]."""
+    return F.log_softmax(logits / temperature if temperature != 1 else logits, -1)
 
 
 def learned_rows(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

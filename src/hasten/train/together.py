@@ -1,7 +1,8 @@
 """Learning from others: a teacher that stays as it is, one that learns too, or peers that learn from one another.
 
-All of them are members of one joined Program (`hasten.train.joint`), so a teacher that stays is one whose weights are fixed, and every
-kind is trained, killed and gone on with as a single model is."""
+Those that learn, and those that are looked into, are members of one joined Program (`hasten.train.joint`): a teacher that stays is one
+whose weights are fixed, or, where only what it says counts, is played outside. Every kind is trained, killed and gone on with as a single
+model is."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from hasten.program import Batch
 from hasten.train.batches import Example
 from hasten.train.distances import Distance, Soft
 from hasten.train.joint import of_member
-from hasten.train.objectives import Loss, PieceLoss, at_rows, in_pieces, learned_rows
+from hasten.train.objectives import Loss, PieceLoss, at_rows, in_pieces, learned_rows, log_probabilities
 from hasten.train.teachers import Teacher
 
 
@@ -99,7 +100,8 @@ class Together:
                 distance = torch.stack([each.distance(own, other, batch, examples) for other in others]).mean()
                 found[each.name] = distance.detach()
                 total = total + each.weight * distance
-            said, parts_said = in_pieces(at_rows(own["logits"], rows).float(), _said(learner.labels, heard, targets))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (learner.labels > 0 or bool(heard))):
+                said, parts_said = in_pieces(at_rows(own["logits"], rows).float(), _said(learner.labels, heard, targets))
             total = total + said
             parts |= {f"{learner.name}.{name}": part for name, part in {**parts_said, **found}.items()}
         return Loss(total, parts)
@@ -119,11 +121,12 @@ def _said(labels: float, heard: Sequence[Heard], targets: Tensor) -> PieceLoss:
     """What a learner says against ``targets`` [R] and what it hears: one pass over its own logits."""
 
     def of_piece(piece: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        own = log_probabilities(piece, 1.0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and labels > 0):  # for the log it is computed all the same
-            hard = F.cross_entropy(piece, targets[at], reduction="sum")
+            hard = F.nll_loss(own, targets[at], reduction="sum")
         total, parts = labels * hard, {"labels": hard}
         for each in heard:
-            parts[each.name] = torch.stack([each.distance.apart(piece, logits[at]) for logits in each.logits]).mean()
+            parts[each.name] = torch.stack([each.distance.apart(own, logits[at]) for logits in each.logits]).mean()
             total = total + each.weight * parts[each.name]
         return total, parts
 
