@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hasten.checkpoint import load_directory
 from hasten.model import load_backend
 from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, SoftLabels, Steps, Teacher, Work
 from hasten.train.muon import Muon, orthogonal
+from hasten.train.optimizers import Optimizers
 
 VOCAB, STEPS = 97, 6
 CONFIG = {
@@ -182,6 +184,17 @@ def test_minutes_become_steps_once(model, tmp_path):
     assert found.seconds < 6  # of 0.6
     untouched = run(model, tmp_path / "same", settings(budget=Steps(len(found.losses))))
     assert untouched.losses == found.losses  # what was rehearsed has taught nothing
+
+
+def test_minutes_count_what_updating_takes(model, tmp_path, monkeypatch):
+    whole = Optimizers.step
+
+    def slow(self, share):
+        time.sleep(0.05)
+        whole(self, share)
+
+    monkeypatch.setattr(Optimizers, "step", slow)
+    assert len(run(model, tmp_path / "work", settings(budget=Minutes(0.01))).losses) <= 12  # of 0.05 s, in 0.6 s
 
 
 def test_what_is_masked_stays_zero(model, tmp_path):

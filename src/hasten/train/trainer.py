@@ -125,9 +125,8 @@ def _train(program: Program, parameters: Parameters, batches: Batches, objective
     with _threads(work.threads):
         done = take_up(work.folder / STATE, key, parameters.masters, optimizers)
         if done is None:
-            steps = _steps(settings.budget, lambda step: _learn(parts, parameters, batches.at(step), objective, settings))
-            for master in parameters.masters.values():
-                master.grad = None  # of what was rehearsed
+            rehearsed = Optimizers(parameters, rate=settings.rate, decay=settings.weight_decay, muon=settings.muon)
+            steps = _steps(settings.budget, lambda step: _update(parts, parameters, batches.at(step), objective, settings, rehearsed, 0.0))
             done = Progress(0, steps, 0.0)
             keep(work.folder / STATE, key, done, parameters.masters, optimizers)
         losses += _cut_losses(work.folder / LOSSES, done.step)
@@ -135,18 +134,14 @@ def _train(program: Program, parameters: Parameters, batches: Batches, objective
         with open(work.folder / LOSSES, "a", encoding="utf-8") as log:
             for step in range(done.step, done.steps):
                 share = schedule.at(step, done.steps)
-                found = _learn(parts, parameters, batches.at(step), objective, settings)
+                found = _update(parts, parameters, batches.at(step), objective, settings, optimizers, share)
                 if not math.isfinite(found["loss"]):
                     raise UserError(
                         f"the loss of step {step} is {found['loss']}; lower the learning rate, which was {settings.rate * share:.3g}"
                     )
-                norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.masters.values()), settings.norm))
-                optimizers.step(share)
                 losses.append(found["loss"])
                 seconds = time.monotonic() - began
-                log.write(
-                    json.dumps({"step": step, **found, "norm": norm, "rate": settings.rate * share, "seconds": round(seconds, 3)}) + "\n"
-                )
+                log.write(json.dumps({"step": step, **found, "rate": settings.rate * share, "seconds": round(seconds, 3)}) + "\n")
                 if step + 1 == done.steps or time.monotonic() - kept >= work.every_s:
                     log.flush()
                     os.fsync(log.fileno())
@@ -156,6 +151,18 @@ def _train(program: Program, parameters: Parameters, batches: Batches, objective
         with torch.no_grad():
             weights = {name: tensor.detach().float() for name, tensor in parameters.weights().items()}
         return Trained(weights, losses, time.monotonic() - began)
+
+
+def _update(
+    parts: Sequence[Program], parameters: Parameters, examples: Sequence[Example], objective: Objective, settings: Settings,
+    optimizers: Optimizers, share: float,
+) -> dict[str, float]:  # fmt: skip
+    """One step at ``share`` of the learning rate; the losses, and the gradient's norm. Where the loss is no number, nothing moves."""
+    found = _learn(parts, parameters, examples, objective, settings)
+    if math.isfinite(found["loss"]):
+        found["norm"] = float(torch.nn.utils.clip_grad_norm_(list(parameters.masters.values()), settings.norm))
+        optimizers.step(share)
+    return found
 
 
 def _learn(
