@@ -63,7 +63,7 @@ def recipes(budget):
 STUDENT = "--tokens 2048 --rate 1e-3 --decay 0.8 --weight-decay 0"
 BOTH = "--soft 0.25 --labels 0.75"
 STUDENTS = {
-    "student": BOTH, "student-labels": "--soft 0 --labels 1", "student-features": f"{BOTH} --hidden 1",
+    "student": f"{BOTH} --teacher-weights int8", "student-labels": "--soft 0 --labels 1", "student-features": f"{BOTH} --hidden 1",
     "student-online": "--soft 0.5 --labels 0.5 --online", "student-mutual": "--soft 0.5 --labels 1 --mutual",
 }  # fmt: skip
 """What `hasten distill` is given, beside STUDENT."""

@@ -276,7 +276,7 @@ LEARNED = [
     *(
         Line("F", f"{share} % unstructured, {method} over magnitude: loss",
              tuple(MADE % f"{each}-{share}" for each in (method, "magnitude")), Ratio("loss"), most(1), unit="×")
-        for share in (50, 70, 90) for method in ("wanda", "sparsegpt")
+        for share in (50, 70, 90) for method in ("wanda-matrix", "sparsegpt")
     ),
     *(
         Line("F", f"{what}, healed 4 minutes: loss over the original's, less 1", (MADE % f"{name}{HEALED}",), Field("increase"),

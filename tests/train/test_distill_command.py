@@ -105,6 +105,15 @@ def test_a_student_that_is_its_teacher_has_lost_nothing(tmp_path, hasten, teache
     assert facts["held_out_loss_before"] == facts["held_out_loss_teacher"]
 
 
+def test_a_teacher_that_is_played_rounded(tmp_path, hasten, teacher, text):
+    """What it says is not quite what it would say, and is written down."""
+    asked = ["--layers", "0,1,2,3", "--steps", 1, "--text", text, *QUICK, "--json"]
+    facts = parts_of(hasten("distill", teacher, tmp_path / "out", *asked, "--teacher-weights", "int4"))
+    assert 1e-3 < facts["first_loss"] < 1
+    (entry,) = [entry for entry in load(str(tmp_path / "out")).provenance if entry.transform == "distill"]
+    assert entry.settings["teacher_weights"] == "int4"
+
+
 def test_features_of_a_made_student(tmp_path, hasten, teacher, spec, text):
     """Another width and other heads: hidden states go through a projection, which is nowhere in what is written."""
     asked = ["--student", spec, "--hidden", "1", "--hidden-by", "cosine", "--attention", "1", "--attention-by", "relations"]
@@ -242,6 +251,9 @@ def test_refusals(tmp_path, hasten, teacher, spec, text):
     refused("--labels", "-1", said="the weight of labels is -1.0")
     refused("--hidden", "nan", said="the weight of hidden is nan")
     refused("--soft", "0", said="teaches nothing")
+    refused("--teacher-weights", "int9", said="int9")
+    refused("--teacher-weights", "int8", "--online", said="teacher_weights is int8, for a teacher that stays as it is")
+    refused("--teacher-weights", "int8", "--hidden", "1", said="teacher_weights is int8, for a teacher that stays as it is")
     refused("--hidden", "1", "--pairs", "0:7", said="0:7 pairs a block that is not there")
     refused("--pairs", "0-1", said="--pairs is '0-1'")
     refused("--attention", "1", said="compare relations", student=("--student", spec))

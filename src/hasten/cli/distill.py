@@ -63,6 +63,10 @@ class Teaches:
         str | None,
         typer.Option("--pairs", help="Which block of the student is compared with which of the teacher, as 0:1,1:3. [default: evenly]"),
     ] = None
+    teacher_weights: Annotated[
+        str | None,
+        typer.Option("--teacher-weights", help="Play the teacher in this format, as int8, which is faster. [default: as it is stored]"),
+    ] = None
     online: Annotated[bool, typer.Option("--online", help="The teacher learns on, from the text, while the student follows.")] = False
     mutual: Annotated[bool, typer.Option("--mutual", help="Teacher and student learn from each other, and from the text.")] = False
     peer: Annotated[
@@ -167,6 +171,7 @@ def teaching_of(teaches: Teaches) -> "Teaching":
         hidden=teaches.hidden, hidden_by=teaches.hidden_by, attention=teaches.attention,  # type: ignore[arg-type]
         attention_by=teaches.attention_by, pairs=None if teaches.pairs is None else pairs_in(teaches.pairs),  # type: ignore[arg-type]
         teacher="mutual" if teaches.mutual else "online" if teaches.online else "fixed",
+        teacher_weights=teaches.teacher_weights,
     )  # fmt: skip
 
 

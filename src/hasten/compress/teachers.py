@@ -11,22 +11,25 @@ from hasten.backends.reference import ReferenceBackend, ReferenceSession
 from hasten.compress.students import weights_digest
 from hasten.engine.backends import fed_otherwise
 from hasten.model import Model
-from hasten.program import Batch, Precision, RecurrentGroup
+from hasten.program import Batch, Formats, Precision, RecurrentGroup
 from hasten.train import Teacher
 
 SHORTEST = 512
 """Tokens that a session is opened for at the least, so that many short sequences find pages at once."""
 
 
-def teacher_of(model: Model, context: int, threads: int, precision: Literal["float32", "bfloat16"]) -> Teacher:
-    """``model`` as it is stored, for sequences of up to ``context`` tokens, on ``threads`` threads; ``precision`` is what torch computes it
-    in where the native backend does not play it. What plays a training's teacher never depends on what is free, so that one that was
-    killed goes on."""
+def teacher_of(
+    model: Model, context: int, threads: int, precision: Literal["float32", "bfloat16"], weights: str | None = None
+) -> Teacher:  # fmt: skip
+    """``model`` as it is stored, or with its linear ``weights`` rounded to a format, for sequences of up to ``context`` tokens, on
+    ``threads`` threads; ``precision`` is what torch computes it in where the native backend does not play it.
+
+    What plays a training's teacher never depends on what is free, so that one that was killed goes on."""
     opened = max(context, min(SHORTEST, model.spec.context))
     native = CpuBackend(threads)
     torchs = ReferenceBackend(precision=Precision("float32", precision, "float32"))
     backend = torchs if native.refusals(model) or fed_otherwise(model) else native
-    session = backend.session(model, opened)
+    session = backend.session(model, opened, Formats(weights=weights))
     session.settle()  # minutes become steps by the time that steps take
     return Teacher(lambda batch: scored(session, batch), f"{weights_digest(model)} on {backend.name}\n{session.program.text()}")
 
