@@ -1,6 +1,6 @@
 """What training buys back: a recipe of the tables applied to the bundled model, and how good, small and fast the result is.
 
-    python -m benchmarks.smaller sparsegpt-50-healed
+    python -m benchmarks.smaller sparsegpt-50-healed [--minutes 4 | --steps 100]
 
 One JSON object. Losses and top-1 accuracy are of the whole held-out set; ``retained`` is top-1 over the original's, ``bytes`` and
 ``cache_bytes`` (of a sequence as long as the context) are shares of the original's, ``decode`` is tokens a second at batch 1 over the

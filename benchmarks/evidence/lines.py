@@ -91,14 +91,14 @@ BATCHES = [
 ]  # fmt: skip
 SPARSE = [
     Line(
-        "B", f"decode, batch 1, {zeros} of the weights zero, {NAMES[weights]}: sparse over dense",
+        issue, f"decode, batch 1, {zeros} of the weights zero, {NAMES[weights]}: sparse over dense",
         tuple(f"hasten bench latency {{model}}@{zeros} --weights {form} --prompt 16 --new 32 --repeats 1 --json"
               for form in (f"{weights}-sparse", weights)),
         Ratio("decode_tokens_per_s"), least(asked), rounds=5,
     )
-    for zeros, (weights, asked) in (
-        *itertools.product(("50%", "2:4"), (("bf16", 1.5), ("int8", 1.3))),
-        ("2:4", ("int4", 1.1)),
+    for issue, zeros, (weights, asked) in (
+        *itertools.product("B", ("50%", "2:4"), (("bf16", 1.5), ("int8", 1.3))),
+        ("F", "2:4", ("int4", 1.1)),
     )
 ]  # fmt: skip
 CONTEXT = "hasten bench context {model} --weights %s --cache %s --context 128,1024,2048,4096,8192,16384,24576,32768 --json"
@@ -297,9 +297,9 @@ LEARNED = [
         line
         for form in ("int4-g64", "int3-g64")
         for line in (
-            Line("F", f"{form}, trained 4 minutes: share of what round-to-nearest loses that is recovered",
+            Line("F", f"{form}, 4 minutes of text and original: share of what round-to-nearest loses that is recovered",
                  (MADE % f"qat-{form}{LEARNS}", MADE % f"rtn-{form}"), Recovered(), least(0.9)),
-            Line("F", f"{form}, trained 4 minutes: loss over GPTQ's", (MADE % f"qat-{form}{LEARNS}", MADE % f"gptq-{form}"),
+            Line("F", f"{form}, 4 minutes of text and original: loss over GPTQ's", (MADE % f"qat-{form}{LEARNS}", MADE % f"gptq-{form}"),
                  Ratio("loss"), most(1), unit="×"),
         )
     ),

@@ -15,7 +15,7 @@ from hasten.base import hardware, heap
 from hasten.base.errors import ConfigError, UserError
 from hasten.checkpoint import load_directory
 from hasten.model import load_backend
-from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, SoftLabels, Steps, Teacher, Work
+from hasten.train import Batches, Example, Labels, Masked, Minutes, Plain, Settings, Soft, SoftLabels, Steps, Teacher, Work
 from hasten.train.muon import Muon, orthogonal
 from hasten.train.optimizers import Optimizers
 
@@ -222,7 +222,7 @@ def test_only_answers_are_learned(model, tmp_path):
 def test_a_student_comes_nearer_to_its_teacher(model, tmp_path):
     asked = settings(budget=Steps(30))
     program = asked.program(model.spec, 32)
-    objective = SoftLabels(Teacher(load_backend("reference").session(model, 32).score, "itself"), temperature=2.0)
+    objective = SoftLabels(Teacher(load_backend("reference").session(model, 32).score, "itself"), Soft(2.0))
     same = run(model, tmp_path / "same", settings(budget=Steps(1)), objective=objective)
     assert same.losses == pytest.approx([0.0], abs=1e-5)
     student = Plain.of(program, train.untrained(program, 0))

@@ -30,6 +30,7 @@ from hasten.train import (
     Parameters,
     Plain,
     Settings,
+    Soft,
     SoftLabels,
     Steps,
     Trained,
@@ -174,4 +175,4 @@ def _objective(settings: Heal, training: Settings, original: Model, context: int
     if settings.labels == 1:
         return Labels()
     teacher = teacher_of(original, context, run.threads, training.precision)
-    return SoftLabels(teacher, settings.temperature, settings.divergence, settings.labels)
+    return SoftLabels(teacher, Soft(settings.temperature, settings.divergence), settings.labels)

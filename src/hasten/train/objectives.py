@@ -1,4 +1,4 @@
-"""What is to become small: the loss of labels, or the distance from a teacher."""
+"""What is to become small: the loss of labels, and what losses over a vocabulary are made of."""
 
 import dataclasses
 import math
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hasten.program import Batch
 from hasten.train.batches import Example
-from hasten.train.teachers import Teacher
 
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 """KL(teacher ‖ student), KL(student ‖ teacher), or the mean of both against their mixture."""
@@ -56,38 +55,6 @@ class Labels:
             return hard, {"labels": hard}
 
         return Loss(*in_pieces(logits, one))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SoftLabels:
-    """Distillation (Hinton et al. 2015, arXiv:1503.02531): ``labels`` of the loss is the text's, the rest T² times the divergence of the
-    student's distribution from the teacher's at ``temperature`` T."""
-
-    teacher: Teacher
-    temperature: float = 1.0
-    divergence: Divergence = "forward"
-    labels: float = 0.0
-    taps: tuple[str, ...] = ("logits",)
-
-    @property
-    def key(self) -> str:
-        """Of the teacher and how it teaches."""
-        return f"soft {self.temperature} {self.divergence} {self.labels} {self.teacher.key}"
-
-    def __call__(self, values: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Loss:
-        """See Objective."""
-        rows, targets = learned_rows(examples)
-        teacher = at_rows(self.teacher.logits(batch), rows)
-
-        def distance(student: Tensor, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            own = log_probabilities(student, 1.0)
-            hard = F.nll_loss(own, targets[at], reduction="sum")
-            if self.temperature != 1:
-                own = log_probabilities(own, self.temperature)
-            soft = divergence(own, log_probabilities(teacher[at], self.temperature), self.divergence) * self.temperature**2
-            return self.labels * hard + (1 - self.labels) * soft, {"labels": hard, "soft": soft}
-
-        return Loss(*in_pieces(at_rows(values["logits"], rows).float(), distance))
 
 
 PIECE = 1 << 20

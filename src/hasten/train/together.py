@@ -21,6 +21,28 @@ from hasten.train.teachers import Teacher
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SoftLabels:
+    """Distillation (Hinton et al. 2015, arXiv:1503.02531) of one model alone: ``labels`` of the loss is the text's, the rest its distance
+    from what ``teacher`` says."""
+
+    teacher: Teacher
+    soft: Soft = Soft()
+    labels: float = 0.0
+    taps: tuple[str, ...] = ("logits",)
+
+    @property
+    def key(self) -> str:
+        """Of the teacher and how it teaches."""
+        return f"{self.soft.key} {self.labels} {self.teacher.key}"
+
+    def __call__(self, values: Mapping[str, Tensor], batch: Batch, examples: Sequence[Example]) -> Loss:
+        """See Objective."""
+        rows, targets = learned_rows(examples)
+        heard = Heard("soft", 1 - self.labels, self.soft, [at_rows(self.teacher.logits(batch), rows)])
+        return Loss(*in_pieces(at_rows(values["logits"], rows).float(), _said(self.labels, [heard], targets)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Follows:
     """``weight`` times the mean distance from ``others``, which are called by their names; ``name`` is what the log calls it."""
 

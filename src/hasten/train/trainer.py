@@ -118,15 +118,14 @@ def train(program: Program, parameters: Parameters, batches: Batches, objective:
 def _train(program: Program, parameters: Parameters, batches: Batches, objective: Objective, settings: Settings, work: Work) -> Trained:
     key = _key(program, parameters, batches, objective, settings, work)
     work.folder.mkdir(parents=True, exist_ok=True)
-    optimizers = Optimizers(parameters, rate=settings.rate, decay=settings.weight_decay, muon=settings.muon)
+    optimizers = _optimizers(parameters, settings)
     schedule = Schedule(settings.warmup, settings.decay)
     parts = _parts(program.with_outputs(objective.taps), settings.recompute)
     losses: list[float] = []
     with _threads(work.threads):
         done = take_up(work.folder / STATE, key, parameters.masters, optimizers)
         if done is None:
-            rehearsed = Optimizers(parameters, rate=settings.rate, decay=settings.weight_decay, muon=settings.muon)
-            steps = _steps(settings.budget, lambda step: _update(parts, parameters, batches.at(step), objective, settings, rehearsed, 0.0))
+            steps = _steps(parts, parameters, batches, objective, settings)
             done = Progress(0, steps, 0.0)
             keep(work.folder / STATE, key, done, parameters.masters, optimizers)
         losses += _cut_losses(work.folder / LOSSES, done.step)
@@ -229,16 +228,22 @@ def _passes(examples: Sequence[Example], tokens: int) -> Iterator[tuple[Example,
     yield tuple(together)
 
 
-def _steps(budget: Steps | Minutes, learn: Callable[[int], object]) -> int:
-    """How many steps the budget is."""
-    if isinstance(budget, Steps):
-        return budget.count
-    times = []
+def _optimizers(parameters: Parameters, settings: Settings) -> Optimizers:
+    return Optimizers(parameters, rate=settings.rate, decay=settings.weight_decay, muon=settings.muon)
+
+
+def _steps(parts: Sequence[Program], parameters: Parameters, batches: Batches, objective: Objective, settings: Settings) -> int:
+    """How many steps the budget is; where that takes some to tell, they teach nothing and leave nothing behind."""
+    if isinstance(settings.budget, Steps):
+        return settings.budget.count
+    times, optimizers = [], _optimizers(parameters, settings)
     for step in range(REHEARSED + 1):
         began = time.monotonic()
-        learn(step)
+        _update(parts, parameters, batches.at(step), objective, settings, optimizers, 0.0)
         times.append(time.monotonic() - began)
-    return max(1, round(60 * budget.minutes / statistics.median(times[1:])))
+    for master in parameters.masters.values():
+        master.grad = None  # of a step whose loss was no number
+    return max(1, round(60 * settings.budget.minutes / statistics.median(times[1:])))
 
 
 def _key(
