@@ -28,8 +28,6 @@ using namespace nb::literals;
 namespace hasten {
 namespace {
 
-constexpr int kMostIn = 131072;  // so that no integer sum overflows
-
 constexpr std::pair<const char*, WeightFormat> kFormats[] = {
     {"f32", WeightFormat::f32},   {"f16", WeightFormat::f16},   {"bf16", WeightFormat::bf16}, {"fp8", WeightFormat::fp8},
     {"int8", WeightFormat::int8}, {"int4", WeightFormat::int4}, {"int3", WeightFormat::int3}, {"int2", WeightFormat::int2},

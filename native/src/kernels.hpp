@@ -44,10 +44,12 @@ struct SparsePanel {
 // Zero points, where there are any (int4, int3, int2), have the same shape; an element stands for (q − zero) · scale.
 // A sparse weight (bf16, int8, int4) has masks and its nonzero elements. Masks are 64 bits for 4 k of 16 channels: bit 4 c + j for k number
 // j of channel c, but bit 16 j + c in panels of bf16 that are not 2:4. Elements follow one another in the order of the bits, panel by panel.
-// Of int4 a tile's two halves lie beside each other in the nibbles of as many bytes as the fuller half has nonzero elements. Where a panel of
-// bf16 or int8 is 2:4, zeros are added so that every four k have two elements exactly, which a product may then find without counting. Up to
-// 64 bytes beyond the last are read.
-// A sparse weight of int8 never has -128. `in` is at most 131072, up to which no int32 sum overflows.
+// Of int4 a tile's two halves lie beside each other in the nibbles of as many bytes as the fuller half has elements. Where a panel is 2:4,
+// zeros are added so that every four k have two elements exactly, which a product may then find without counting. Up to 64 bytes beyond
+// the last are read.
+// A sparse weight of int8 never has -128. `in` is at most kMostIn, up to which no int32 sum overflows.
+constexpr int kMostIn = 131072;
+
 struct PackedLinear {
   WeightFormat format;
   int out, in;

@@ -178,6 +178,9 @@ struct Avx2 {
 struct Vbmi2 {
     static constexpr int kRows = 4, kExactRows = 4;
     static constexpr bool kTogether = true;  // two panels of bf16: a row's sum of a channel waits for the one before it
+    static constexpr int kHalfTile = 16;     // lines of 4 k of either half of int4
+
+    VBMI2 HASTEN_INLINE static __m512i quad(const std::int8_t* x) { return _mm512_set1_epi32(load<std::int32_t>(x)); }
 
     template <int rows>
     VBMI2 static const std::byte* add_bf16(const std::uint64_t* mask, int lines, const std::byte* from, const bf16* x, std::ptrdiff_t stride, Floats sums) {
@@ -218,21 +221,101 @@ struct Vbmi2 {
             UNROLLED for (int r = 0; r < rows; ++r) _mm512_storeu_ps(sums[p * rows + r], total[p][r]);
     }
 
-    // Activations + 128, for one side of the product of bytes has no sign; 128 · (sum of the weights) comes off at the end.
+    // Activations + 128, for one side of the product of bytes has no sign; 128 · (sum of the weights) comes off at the end. Sums are exact, so
+    // that few rows take theirs in several chains: a product would wait for the one before it.
     template <int rows>
     VBMI2 static const std::byte* add_int8(const std::uint64_t* mask, int lines, const std::byte* from, const std::int8_t* x, std::ptrdiff_t stride, Exacts sums) {
+        constexpr int chains = rows <= 2 ? 2 : 1;
         const __m512i offset = _mm512_set1_epi8(static_cast<char>(0x80));
-        __m512i total[rows], excess = _mm512_setzero_si512();
-        for (int r = 0; r < rows; ++r) total[r] = _mm512_loadu_si512(sums[r]);
-        for (int line = 0; line < lines; ++line, x += 4) {
-            far_prefetch(from);
-            const __m512i w = ExpandVbmi2::bytes(mask[line], from);
-            excess = _mm512_dpbusd_epi32(excess, offset, w);
-            for (int r = 0; r < rows; ++r)
-                total[r] = _mm512_dpbusd_epi32(total[r], _mm512_xor_si512(_mm512_set1_epi32(load<std::int32_t>(x + r * stride)), offset), w);
+        __m512i total[chains][rows], excess[chains];
+        UNROLLED for (int c = 0; c < chains; ++c) {
+            excess[c] = _mm512_setzero_si512();
+            UNROLLED for (int r = 0; r < rows; ++r) total[c][r] = c ? _mm512_setzero_si512() : _mm512_loadu_si512(sums[r]);
         }
-        for (int r = 0; r < rows; ++r) _mm512_storeu_si512(sums[r], _mm512_sub_epi32(total[r], excess));
+        for (int line = 0; line < lines; line += chains, x += 4 * chains)
+            UNROLLED for (int c = 0; c < chains; ++c) {
+                far_prefetch(from);
+                const __m512i w = ExpandVbmi2::bytes(mask[line + c], from);
+                excess[c] = _mm512_dpbusd_epi32(excess[c], offset, w);
+                UNROLLED for (int r = 0; r < rows; ++r) total[c][r] = _mm512_dpbusd_epi32(total[c][r], _mm512_xor_si512(quad(x + r * stride + 4 * c), offset), w);
+            }
+        UNROLLED for (int c = 1; c < chains; ++c) {
+            excess[0] = _mm512_add_epi32(excess[0], excess[c]);
+            UNROLLED for (int r = 0; r < rows; ++r) total[0][r] = _mm512_add_epi32(total[0][r], total[c][r]);
+        }
+        UNROLLED for (int r = 0; r < rows; ++r) _mm512_storeu_si512(sums[r], _mm512_sub_epi32(total[0][r], excess[0]));
         return from;
+    }
+
+    // What `lines` lines of a tile's lower half, and as many of its upper one, add to the sums of either; low and high are where their elements
+    // lie, and move on. A weight counts as q + 8, one that is left out too, so that weights have no sign.
+    template <int rows, bool two_of_four>
+    VBMI2 HASTEN_INLINE static void add_nibbles(const std::uint64_t* mask, int lines, const std::byte*& low, const std::byte*& high, const std::int8_t* x,
+                                                std::ptrdiff_t stride, __m512i (&sums)[2][rows]) {
+        const __m512i nibble = _mm512_set1_epi8(0x0f), eights = _mm512_set1_epi8(8);
+        for (int line = 0; line < lines; line += 2)
+            UNROLLED for (int odd = 0; odd < 2; ++odd, ++mask, x += 4) {
+                __m512i w[2];
+                far_prefetch(low);
+                if constexpr (two_of_four) {  // both move on by as much
+                    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+                    w[0] = _mm512_castsi256_si512(both), w[1] = _mm512_castsi256_si512(_mm256_srli_epi16(both, 4));
+                    low += 32, high += 32;
+                } else {
+                    w[0] = _mm512_loadu_si512(low), w[1] = _mm512_srli_epi16(_mm512_loadu_si512(high), 4);
+                    low += std::popcount(mask[0]), high += std::popcount(mask[kHalfTile]);
+                }
+                UNROLLED for (int half = 0; half < 2; ++half) {
+                    const __m512i plus_eight = _mm512_xor_si512(_mm512_and_si512(w[half], nibble), eights);
+                    w[half] = _mm512_mask_expand_epi8(eights, mask[kHalfTile * half], plus_eight);
+                    UNROLLED for (int r = 0; r < rows; ++r)
+                        sums[half][r] = _mm512_dpbusd_epi32(sums[half][r], w[half], quad(x + r * stride + 4 * kHalfTile * half));
+                }
+            }
+    }
+
+    // The groups' sums, scaled and added up, of a panel of int4. A tile at a time, for its halves lie in the same bytes: a group is some tiles, or
+    // a half of one, or half of that. A group's sums begin with what `beginnings` [groups][rows] says.
+    template <int rows, bool two_of_four>
+    VBMI2 static void add_int4(const PackedLinear& weight, int panel, const Activations& x, const std::int32_t* beginnings, Floats totals) {
+        constexpr int kTile = 2 * kHalfTile;
+        const int lines = weight.padded_in() / 4, groups = scale_groups(weight), per_group = groups > 1 ? weight.group / 4 : lines;
+        const std::uint64_t* mask = weight.masks + static_cast<std::ptrdiff_t>(panel) * lines;
+        const std::byte *low = weight.tiles + weight.sparse_panels[panel].start, *high = low;
+        const std::int8_t* from = static_cast<const std::int8_t*>(x.rows);
+        const float* scales = panel_scales(weight, panel);
+        __m512 total[rows];
+        UNROLLED for (int r = 0; r < rows; ++r) total[r] = _mm512_setzero_ps();
+        const auto begin = [&](int group, int r) VBMI2 __attribute__((always_inline)) { return _mm512_set1_epi32(beginnings[group * rows + r]); };
+        const auto fold = [&](const __m512i (&sums)[rows], int group) VBMI2 __attribute__((always_inline)) {
+            const __m512 scale = _mm512_loadu_ps(scales + group * kChannels);
+            UNROLLED for (int r = 0; r < rows; ++r) total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scale, total[r]);
+        };
+        if (per_group >= kTile) {
+            for (int group = 0, line = 0; group < groups; ++group) {
+                __m512i sums[2][rows];
+                UNROLLED for (int r = 0; r < rows; ++r) sums[0][r] = begin(group, r), sums[1][r] = _mm512_setzero_si512();
+                for (const int end = std::min(line + per_group, lines); line < end; line += kTile, mask += kTile, from += 4 * kTile) {
+                    add_nibbles<rows, two_of_four>(mask, kHalfTile, low, high, from, x.stride, sums);
+                    low = high = std::max(low, high);
+                }
+                UNROLLED for (int r = 0; r < rows; ++r) sums[0][r] = _mm512_add_epi32(sums[0][r], sums[1][r]);
+                fold(sums[0], group);
+            }
+        } else {
+            const int parts = kHalfTile / per_group;  // of a half
+            for (int group = 0; group < groups; group += 2 * parts, mask += kTile, from += 4 * kTile) {
+                __m512i sums[2][2][rows];
+                for (int part = 0; part < parts; ++part) {
+                    UNROLLED for (int half = 0; half < 2; ++half)
+                        UNROLLED for (int r = 0; r < rows; ++r) sums[part][half][r] = begin(std::min(group + half * parts + part, groups - 1), r);
+                    add_nibbles<rows, two_of_four>(mask + part * per_group, per_group, low, high, from + 4 * part * per_group, x.stride, sums[part]);
+                }
+                low = high = std::max(low, high);
+                for (int i = 0; i < std::min(2 * parts, groups - group); ++i) fold(sums[i % parts][i / parts], group + i);  // in k order
+            }
+        }
+        UNROLLED for (int r = 0; r < rows; ++r) _mm512_storeu_ps(totals[r], total[r]);
     }
 
     // Expanding costs no more than choosing activations.
@@ -282,11 +365,20 @@ HASTEN_INLINE void product_bf16(const PackedLinear& weight, const Activations& x
     }
 }
 
+HASTEN_INLINE void finish_exact(const PackedLinear& weight, const Activations& x, int rows, int panel, Floats total, const float* bias, float* y,
+                                std::ptrdiff_t y_stride) {
+    for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < panel_channels(weight, panel); ++c) {
+            const int channel = panel * kChannels + c;
+            y[r * y_stride + channel] = bias ? std::fma(total[r][c], x.scales[r], bias[channel]) : total[r][c] * x.scales[r];
+        }
+}
+
 template <class Level, int rows>
 HASTEN_INLINE void product_int8(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
     const int lines = weight.padded_in() / 4, groups = scale_groups(weight), per_group = groups > 1 ? weight.group / 4 : lines;
     for (int panel = first; panel < last; ++panel) {
-        alignas(64) float so_far[rows][kChannels] = {};
+        alignas(64) float total[rows][kChannels] = {};
         const std::uint64_t* mask = weight.masks + static_cast<std::ptrdiff_t>(panel) * lines;
         const SparsePanel& its = weight.sparse_panels[panel];
         const std::byte* elements = weight.tiles + its.start;
@@ -300,24 +392,45 @@ HASTEN_INLINE void product_int8(const PackedLinear& weight, const Activations& x
             else
                 elements = Level::template add_int8<rows>(mask + line, count, elements, from, x.stride, sums);
             for (int r = 0; r < rows; ++r)
-                for (int c = 0; c < kChannels; ++c) so_far[r][c] = std::fma(static_cast<float>(sums[r][c]), scales[group * kChannels + c], so_far[r][c]);
+                for (int c = 0; c < kChannels; ++c) total[r][c] = std::fma(static_cast<float>(sums[r][c]), scales[group * kChannels + c], total[r][c]);
         }
-        for (int r = 0; r < rows; ++r)
-            for (int c = 0; c < panel_channels(weight, panel); ++c) {
-                const int channel = panel * kChannels + c;
-                y[r * y_stride + channel] = bias ? std::fma(so_far[r][c], x.scales[r], bias[channel]) : so_far[r][c] * x.scales[r];
-            }
+        finish_exact(weight, x, rows, panel, total, bias, y, y_stride);
+    }
+}
+
+template <class Level, int rows>
+HASTEN_INLINE void product_int4(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
+    const int k = weight.padded_in(), groups = scale_groups(weight), per_group = groups > 1 ? weight.group : k;
+    std::int32_t beginnings[kMostIn / 32][rows];  // 8 · (sum of a group's activations) less, for weights count as q + 8
+    for (int group = 0; group < groups; ++group)
+        for (int r = 0; r < rows; ++r) {
+            const std::int8_t* const from = static_cast<const std::int8_t*>(x.rows) + r * x.stride + group * per_group;
+            std::int32_t sum = 0;
+            for (int i = 0; i < std::min(per_group, k - group * per_group); ++i) sum += from[i];
+            beginnings[group][r] = -8 * sum;
+        }
+    for (int panel = first; panel < last; ++panel) {
+        alignas(64) float total[rows][kChannels];
+        if (weight.sparse_panels[panel].two_of_four)
+            Level::template add_int4<rows, true>(weight, panel, x, beginnings[0], total);
+        else
+            Level::template add_int4<rows, false>(weight, panel, x, beginnings[0], total);
+        finish_exact(weight, x, rows, panel, total, bias, y, y_stride);
     }
 }
 
 // One function a number of rows, so that sums stay in registers.
 template <class Level>
 HASTEN_INLINE bool product(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
-    const bool exact = weight.format == WeightFormat::int8 && x.scales;
+    const bool exact = x.scales && (weight.format == WeightFormat::int8 || (weight.format == WeightFormat::int4 && requires { Level::kHalfTile; }));
     if (!weight.masks || !(exact || weight.format == WeightFormat::bf16) || x.count > (exact ? Level::kExactRows : Level::kRows)) return false;
     const auto play = [&]<int rows>() __attribute__((always_inline)) {
         if constexpr (rows <= Level::kExactRows)
-            if (exact) return product_int8<Level, rows>(weight, x, first, last, bias, y, y_stride);
+            if (exact) {
+                if constexpr (requires { Level::kHalfTile; })
+                    if (weight.format == WeightFormat::int4) return product_int4<Level, rows>(weight, x, first, last, bias, y, y_stride);
+                return product_int8<Level, rows>(weight, x, first, last, bias, y, y_stride);
+            }
         if constexpr (rows <= Level::kRows) product_bf16<Level, rows>(weight, x, first, last, bias, y, y_stride);
     };
     switch (x.count) {

@@ -179,7 +179,7 @@ void masks_body(const PackedLinear& dense, int first, int last, std::uint64_t* m
         }
         // Not where that adds more than an eighth to what is not padding.
         const std::int64_t half = std::int64_t{panel_channels(dense, panel)} * dense.in / 2;
-        const bool regular = dense.format != WeightFormat::int4 && !more_than_two && present * 9 >= half * 8;
+        const bool regular = !more_than_two && present * 9 >= half * 8;
         panels[panel] = {0, regular};
         for (int t = 0; t < tiles; ++t) {
             std::uint64_t* const its = mask + static_cast<std::ptrdiff_t>(t) * words;

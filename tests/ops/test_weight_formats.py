@@ -232,11 +232,11 @@ def two_of_four(seed, out, size):
 
 
 @every_isa
-@pytest.mark.parametrize("name", ["bf16", "int8", "int8-g32", "int8-g128"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int8-g32", "int8-g128", "int4", "int4-g32", "int4-g64", "int4-g256", "int4-channel"])
 @pytest.mark.parametrize("pattern", ["2:4", "half", "tenth", "none", "all"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 def test_what_is_left_out_changes_no_bit(isa, name, pattern, rows):
-    dense = two_of_four(14, 53, 640)
+    dense = two_of_four(14, 53, 600)
     if pattern != "2:4":
         shape = dense.shape
         dense = weights(name, 14, *shape) * (
@@ -244,7 +244,7 @@ def test_what_is_left_out_changes_no_bit(isa, name, pattern, rows):
         )
     one, other = packed(name, dense), packed(f"{name}-sparse", dense)
     np.testing.assert_array_equal(one.unpack(), other.unpack())
-    x = rows_of(16, rows, 640)
+    x = rows_of(16, rows, 600)
     bias = np.random.default_rng(17).normal(size=53).astype(np.float32)
     for activations in native_activations(name):
         if isa == "amx" and activations == "bf16":
@@ -268,15 +268,28 @@ def test_the_smallest_byte_of_a_row_times_sparse_weights(isa, pattern):
         np.testing.assert_allclose(results[0], np.sign(dense).sum(axis=1)[None] * float(q[0, 0]), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("number", "element"), [("bf16", 2), ("int8", 1)])
-def test_a_weight_that_is_2_4_holds_two_elements_in_every_four(number, element):
+def element_bytes(number, codes):
+    """What the elements of a sparse weight without padding take."""
+    if number != "int4":
+        return np.count_nonzero(codes) * {"bf16": 2, "int8": 1}[number]
+    halves = np.count_nonzero(codes.reshape(len(codes) // 16, 16, -1, 2, 64), axis=(1, 4))  # of tiles of 128, beside each other in nibbles
+    return int(halves.max(axis=-1).sum())
+
+
+@pytest.mark.parametrize("number", ["bf16", "int8", "int4"])
+def test_a_weight_that_is_2_4_holds_two_elements_in_every_four(number):
     """So products on it need not count; where that would add more than an eighth, nothing is added."""
     dense = two_of_four(19, 64, 1024)
-    count, masks, others = 64 * 1024, 64 * 1024 // 8, (64 * 4 if number == "int8" else 0) + 5 * 16 + 64
-    assert packed(f"{number}-sparse", dense).nbytes == count // 2 * element + masks + others
+    scales = {"bf16": 0, "int8": 64, "int4": 64 * 1024 // 128}[number]
+    others = 64 * 1024 // 8 + 4 * scales + 5 * 16 + 64  # masks, scales, where panels begin, and what is read beyond
+    kept = np.tile([1, 0, 1, 0], (64, 256))
+    one = packed(f"{number}-sparse", dense)
+    assert one.two_of_four
+    assert one.nbytes == element_bytes(number, kept) + others
     dense[:, ::2] = 0
-    kept = np.count_nonzero(packed(number, dense).unpack())
-    assert packed(f"{number}-sparse", dense).nbytes == kept * element + masks + others
+    one = packed(f"{number}-sparse", dense)
+    assert not one.two_of_four
+    assert one.nbytes == element_bytes(number, packed(number, dense).unpack()) + others
 
 
 @pytest.mark.parametrize(("name", "kind"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16), ("fp8", ml_dtypes.float8_e4m3fn)])
