@@ -310,7 +310,9 @@ struct Halves {
         Chains<rows, panels> sums(total);
         for (int i = 0; i < k;) {
             if ((at + i) % 128 == 0 && k - i >= 128) {
-                add_tile(meaning, panel, at + i, x + i, sums);
+                const std::byte* w[panels];
+                UNROLLED for (int p = 0; p < panels; ++p) w[p] = NibbleUnit(panel[p], at + i).lines;
+                add_lines<16>(meaning, w, x + i, kStretch, sums);
                 i += 128;
             } else {
                 if (NibbleUnit(panel[0], at + i).upper)
@@ -323,14 +325,14 @@ struct Halves {
         total = sums.sum();
     }
 
-   private:
-    // All 128 k of a tile: each byte is taken apart once.
-    template <int rows, int panels>
-    AVX512_INLINE static void add_tile(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Chains<rows, panels>& sums) {
-        const std::byte* w[panels];
-        UNROLLED for (int p = 0; p < panels; ++p) w[p] = NibbleUnit(panel[p], at).lines;
-        for (int i = 0; i < 64; i += 8)
-            UNROLLED for (int line = 0; line < 2; ++line, x += 4) {
+    // Of a tile, or of part of it, the k of `lines` lines in the lower nibbles and the k 64 after them in the upper ones: each byte is taken
+    // apart once. Moves w on.
+    template <int lines, int rows, int panels>
+    AVX512_INLINE static void add_lines(const Meaning& meaning, const std::byte* (&w)[panels], const X* x, std::ptrdiff_t stride, Chains<rows, panels>& lower,
+                                        Chains<rows, panels>& upper) {
+        constexpr int together = rows * panels <= 4 ? lines : 2;
+        for (int i = 0; i < lines; i += together)
+            UNROLLED for (int line = 0; line < together; ++line, x += 4) {
                 __m512i low[panels], high[panels];
                 UNROLLED for (int p = 0; p < panels; ++p) {
                     ahead<rows>(w[p]);
@@ -340,13 +342,18 @@ struct Halves {
                 }
                 UNROLLED for (int r = 0; r < rows; ++r)
                     UNROLLED for (int p = 0; p < panels; ++p) {
-                        __m512i &first = sums.at(2 * line, p, r), &second = sums.at(2 * line + 1, p, r);
-                        first = _mm512_dpbusd_epi32(first, low[p], quad(x + r * kStretch));
-                        second = _mm512_dpbusd_epi32(second, high[p], quad(x + r * kStretch + 64));
+                        __m512i &first = lower.at(2 * line, p, r), &second = upper.at(2 * line + 1, p, r);
+                        first = _mm512_dpbusd_epi32(first, low[p], quad(x + r * stride));
+                        second = _mm512_dpbusd_epi32(second, high[p], quad(x + r * stride + 64));
                     }
             }
     }
+    template <int lines, int rows, int panels>
+    AVX512_INLINE static void add_lines(const Meaning& meaning, const std::byte* (&w)[panels], const X* x, std::ptrdiff_t stride, Chains<rows, panels>& sums) {
+        add_lines<lines>(meaning, w, x, stride, sums, sums);
+    }
 
+   private:
     template <bool upper, int rows, int panels>
     AVX512_INLINE static void add_unit(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Chains<rows, panels>& sums) {
         const std::byte* w[panels];
