@@ -16,6 +16,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the headers' undefined vectors (gcc bug 105593)
 #endif
 
+#include "linear_avx512_nibbles.hpp"
 #include "linear_avx512_products.hpp"
 
 namespace hasten {
@@ -52,32 +53,9 @@ struct PanelSums {
 template <class Product>
 constexpr bool kTakesPanels = false;  // whose add() finds its k in a panel as it lies
 template <>
-constexpr bool kTakesPanels<Int4> = true;
-template <>
-constexpr bool kTakesPanels<Lut4> = true;
-template <>
 constexpr bool kTakesPanels<Int8Bf16> = true;
 template <>
 constexpr bool kTakesPanels<Int4Bf16> = true;
-
-// Σ x of `k` of one row.
-AVX512 std::int32_t sum_of(const std::int8_t* x, int k) {
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < k; i += 64) {
-        const __mmask64 run = k - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (k - i)) - 1;
-        total = _mm512_dpbusd_epi32(total, ones, _mm512_maskz_loadu_epi8(run, x + i));
-    }
-    return _mm512_reduce_add_epi32(total);
-}
-
-// y of one row and panel = total · its scale + bias.
-AVX512_INLINE void finish_exact(const PackedLinear& weight, int panel, __m512 total, float scale, const float* bias, float* y) {
-    const auto real = static_cast<__mmask16>((1u << panel_channels(weight, panel)) - 1);
-    const __m512 by = _mm512_set1_ps(scale);
-    y += panel * kChannels;
-    _mm512_mask_storeu_ps(y, real, bias ? _mm512_fmadd_ps(total, by, _mm512_maskz_loadu_ps(real, bias + panel * kChannels)) : _mm512_mul_ps(total, by));
-}
 
 // Room for a stretch of two panels' weights as they are multiplied, where that is not how they lie.
 struct Room {
@@ -204,31 +182,21 @@ struct Body {
                                               PanelSums<Product>* sums) const {
         const std::byte* tiles[panels];
         for (int p = 0; p < panels; ++p) tiles[p] = from[p];
-        Block<float, rows, panels> total;  // of the groups before; those of few sums stay in registers
-        if (groups) load_totals(row, sums, total);
         int group = stretch.begin / per_group;
         for (int at = stretch.begin, until; at < stretch.end; at = until) {
             const int end = std::min((group + 1) * per_group, depth);
             until = std::min(end, stretch.end);
             Block<Sum, rows, panels> block;
             start(stretch.panel, group, at, at == group * per_group, row, widened, sums, block);
-            if constexpr (std::is_same_v<Product, Lut4>)
-                Product::add(Looked(weight.codebook), tiles, at, until - at, widened.at(row, at), block);
-            else if constexpr (std::is_same_v<Product, Int4>)
-                Product::add(PlusEight(), tiles, at, until - at, widened.at(row, at), block);
-            else
-                Product::add(tiles, at, until - at, widened.at(row, at), block);
+            Product::add(tiles, at, until - at, widened.at(row, at), block);
             if constexpr (!kTakesPanels<Product>)
                 UNROLLED for (int p = 0; p < panels; ++p) tiles[p] += static_cast<std::ptrdiff_t>(until - at) * kChannels * kElement;
             if (groups && until == end)
-                fold(stretch.panel, group++, block, total);
+                fold(stretch.panel, group++, row, sums, block);
             else
                 UNROLLED for (int p = 0; p < panels; ++p)
                     UNROLLED for (int r = 0; r < rows; ++r) store(sums[p].group[row + r], block.at[p][r]);
         }
-        if (groups)
-            UNROLLED for (int p = 0; p < panels; ++p)
-                UNROLLED for (int r = 0; r < rows; ++r) store(sums[p].total[row + r], total.at[p][r]);
     }
 
     // What sums are before the k from `at` on: what they came to, nothing where a group begins, less what bytes will have too much.
@@ -255,18 +223,15 @@ struct Body {
         }
     }
 
-    template <int rows, int panels>
-    AVX512_INLINE static void load_totals(int row, const PanelSums<Product>* sums, Block<float, rows, panels>& total) {
-        UNROLLED for (int p = 0; p < panels; ++p)
-            UNROLLED for (int r = 0; r < rows; ++r) total.at[p][r] = load(sums[p].total[row + r]);
-    }
-
     // total = fma(sum of the group, scale, total).
     template <int rows, int panels>
-    AVX512_INLINE void fold(int panel, int group, const Block<Sum, rows, panels>& block, Block<float, rows, panels>& total) const {
+    AVX512_INLINE void fold(int panel, int group, int row, PanelSums<Product>* sums, const Block<Sum, rows, panels>& block) const {
         UNROLLED for (int p = 0; p < panels; ++p) {
             const __m512 scale = _mm512_mul_ps(load(panel_scales(weight, panel + p) + group * kChannels), _mm512_set1_ps(factor));
-            UNROLLED for (int r = 0; r < rows; ++r) total.at[p][r] = _mm512_fmadd_ps(as_floats(block.at[p][r]), scale, total.at[p][r]);
+            UNROLLED for (int r = 0; r < rows; ++r) {
+                float* const total = sums[p].total[row + r];
+                store(total, _mm512_fmadd_ps(as_floats(block.at[p][r]), scale, load(total)));
+            }
         }
     }
 
@@ -299,98 +264,6 @@ AVX512 void play(const PackedLinear& weight, const Activations& x, int first, in
             body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels, room);
 }
 
-// Nibbles with few rows: a panel from end to end with all its sums in registers, from the second-level cache 1.8 times as fast as Body is.
-template <class Product, class Meaning, int rows>
-struct Few {
-    using Sums = Block<std::int32_t, rows, 1>;
-
-    const Meaning meaning;
-    const PackedLinear& weight;
-    const Activations& x;
-    const int k = weight.padded_in(), groups = scale_groups(weight), per_group = groups > 1 ? weight.group : k;
-    const std::int8_t* const from = static_cast<const std::int8_t*>(x.rows);
-    std::int32_t activations[kMostIn / kNibbleUnit][rows];  // less the sum of a group's
-
-    AVX512 Few(const Meaning& its, const PackedLinear& weight_, const Activations& x_) : meaning(its), weight(weight_), x(x_) {
-        for (int group = 0; group < groups; ++group)
-            for (int r = 0; r < rows; ++r)
-                activations[group][r] = -sum_of(from + r * x.stride + group * per_group, std::min(per_group, k - group * per_group));
-    }
-
-    AVX512 void play(int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) const {
-        for (int panel = first; panel < last; ++panel) {
-            Block<float, rows, 1> total;
-            UNROLLED for (int r = 0; r < rows; ++r) total.at[0][r] = _mm512_setzero_ps();
-            if (per_group >= 128)
-                add_whole(panel, total);
-            else if (per_group == 64)
-                add_parts<1>(panel, total);
-            else
-                add_parts<2>(panel, total);
-            for (int r = 0; r < rows; ++r) finish_exact(weight, panel, total.at[0][r], x.scales[r], bias, y + r * y_stride);
-        }
-    }
-
-   private:
-    // Groups of whole tiles.
-    AVX512_INLINE void add_whole(int panel, Block<float, rows, 1>& total) const {
-        const std::byte* w[] = {panel_tiles(weight, panel)};
-        for (int group = 0, at = 0; group < groups; ++group) {
-            Chains<rows, 1> sums(beginning(panel, group));
-            for (const int end = std::min(at + per_group, k); at < end; at += 128)
-                Product::template add_lines<16>(meaning, w, from + at, x.stride, sums);
-            fold(panel, group, sums.sum(), total);
-        }
-    }
-
-    // Groups of which a tile's half has `parts`.
-    template <int parts>
-    AVX512_INLINE void add_parts(int panel, Block<float, rows, 1>& total) const {
-        const std::byte* w[] = {panel_tiles(weight, panel)};
-        for (int group = 0, at = 0; group < groups; group += 2 * parts, at += 128) {
-            Sums each[2 * parts];
-            UNROLLED for (int part = 0; part < parts; ++part) {
-                Chains<rows, 1> sums(beginning(panel, group + part)), upper(beginning(panel, std::min(group + parts + part, groups - 1)));
-                Product::template add_lines<16 / parts>(meaning, w, from + at + 64 / parts * part, x.stride, sums, upper);
-                each[part] = sums.sum(), each[parts + part] = upper.sum();
-            }
-            UNROLLED for (int i = 0; i < 2 * parts; ++i)
-                if (group + i < groups) fold(panel, group + i, each[i], total);
-        }
-    }
-
-    // What sums of a group are before its first k: less what its weights have too much.
-    AVX512_INLINE Sums beginning(int panel, int group) const {
-        Sums begin;
-        UNROLLED for (int r = 0; r < rows; ++r) begin.at[0][r] = _mm512_set1_epi32(Product::kExcess * activations[group][r]);
-        if (weight.zeros) {
-            const auto* const its = panel_zeros(weight, panel) + group * kChannels;
-            const __m512i zeros = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(its)));
-            UNROLLED for (int r = 0; r < rows; ++r)
-                begin.at[0][r] = _mm512_add_epi32(begin.at[0][r], _mm512_mullo_epi32(zeros, _mm512_set1_epi32(activations[group][r])));
-        }
-        return begin;
-    }
-
-    AVX512_INLINE void fold(int panel, int group, const Sums& sums, Block<float, rows, 1>& total) const {
-        const __m512 scale = load(panel_scales(weight, panel) + group * kChannels);
-        UNROLLED for (int r = 0; r < rows; ++r) total.at[0][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.at[0][r]), scale, total.at[0][r]);
-    }
-};
-
-// Few, or false for more rows.
-template <class Product, class Meaning>
-AVX512 bool plays_few(const Meaning& meaning, const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y,
-                      std::ptrdiff_t y_stride) {
-    switch (x.count) {
-        case 1: return Few<Product, Meaning, 1>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 2: return Few<Product, Meaning, 2>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 3: return Few<Product, Meaning, 3>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 4: return Few<Product, Meaning, 4>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        default: return false;
-    }
-}
-
 // One product for few rows, another for more.
 template <class Few, class Many>
 AVX512 void play_by_count(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
@@ -412,10 +285,9 @@ AVX512 void linear_avx512(const PackedLinear& weight, const Activations& x, int 
             if (lies_in(WeightFormat::int4) && !weight.zeros) return play_by_count<Int4Bf16, Expanded<Int4Bf16>>(weight, x, first, last, bias, y, y_stride);
             return play<Bf16>(weight, x, first, last, bias, y, y_stride);
         default:
-            if (lies_in(WeightFormat::int4) && plays_few<Int4>(PlusEight(), weight, x, first, last, bias, y, y_stride)) return;
-            if (lies_in(WeightFormat::lut4) && plays_few<Lut4>(Looked(weight.codebook), weight, x, first, last, bias, y, y_stride)) return;
-            if (lies_in(WeightFormat::int4)) return play_by_count<Int4, Int4Expanded>(weight, x, first, last, bias, y, y_stride);
-            if (lies_in(WeightFormat::lut4)) return play_by_count<Lut4, Int8>(weight, x, first, last, bias, y, y_stride);
+            if (lies_in(WeightFormat::int4) && plays_few(PlusEight(), weight, x, first, last, bias, y, y_stride)) return;
+            if (lies_in(WeightFormat::lut4) && plays_few(Looked(weight.codebook), weight, x, first, last, bias, y, y_stride)) return;
+            if (lies_in(WeightFormat::int4)) return play<Int4Expanded>(weight, x, first, last, bias, y, y_stride);
             return play<Int8>(weight, x, first, last, bias, y, y_stride);
     }
 }

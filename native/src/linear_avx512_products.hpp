@@ -39,6 +39,25 @@ AVX512_INLINE __m512i load(const std::int32_t* at) { return _mm512_loadu_si512(a
 AVX512_INLINE void store(float* at, __m512 value) { _mm512_storeu_ps(at, value); }
 AVX512_INLINE void store(std::int32_t* at, __m512i value) { _mm512_storeu_si512(at, value); }
 
+// Σ x of `k` of one row.
+AVX512 inline std::int32_t sum_of(const std::int8_t* x, int k) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < k; i += 64) {
+        const __mmask64 run = k - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (k - i)) - 1;
+        total = _mm512_dpbusd_epi32(total, ones, _mm512_maskz_loadu_epi8(run, x + i));
+    }
+    return _mm512_reduce_add_epi32(total);
+}
+
+// y of one row and panel = total · its scale + bias.
+AVX512_INLINE void finish_exact(const PackedLinear& weight, int panel, __m512 total, float scale, const float* bias, float* y) {
+    const auto real = static_cast<__mmask16>((1u << panel_channels(weight, panel)) - 1);
+    const __m512 by = _mm512_set1_ps(scale);
+    y += panel * kChannels;
+    _mm512_mask_storeu_ps(y, real, bias ? _mm512_fmadd_ps(total, by, _mm512_maskz_loadu_ps(real, bias + panel * kChannels)) : _mm512_mul_ps(total, by));
+}
+
 // Sums of a register block: `panels` panels of 16 channels with `rows` rows of activations.
 template <class Sum, int rows, int panels>
 struct Block;
@@ -294,83 +313,6 @@ struct Int8 {
     }
 };
 
-// What 16 of a byte's halves stand for, in registers: taken apart where they are multiplied.
-template <class Meaning>
-struct Halves {
-    using X = std::int8_t;
-    using Sum = std::int32_t;
-    static constexpr Feed kFeed = Feed::int8;
-    static constexpr int kStretch = 1024, kExcess = Meaning::kExcess;
-
-    AVX512 static void widen(const void* row, int at, int k, X* to) { copy_bytes(row, at, k, to); }
-
-    template <int rows, int panels>
-    AVX512_INLINE static void add(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, int k, const X* x,
-                                  Block<std::int32_t, rows, panels>& total) {
-        Chains<rows, panels> sums(total);
-        for (int i = 0; i < k;) {
-            if ((at + i) % 128 == 0 && k - i >= 128) {
-                const std::byte* w[panels];
-                UNROLLED for (int p = 0; p < panels; ++p) w[p] = NibbleUnit(panel[p], at + i).lines;
-                add_lines<16>(meaning, w, x + i, kStretch, sums);
-                i += 128;
-            } else {
-                if (NibbleUnit(panel[0], at + i).upper)
-                    add_unit<true>(meaning, panel, at + i, x + i, sums);
-                else
-                    add_unit<false>(meaning, panel, at + i, x + i, sums);
-                i += kNibbleUnit;
-            }
-        }
-        total = sums.sum();
-    }
-
-    // Of a tile, or of part of it, the k of `lines` lines in the lower nibbles and the k 64 after them in the upper ones: each byte is taken
-    // apart once. Moves w on.
-    template <int lines, int rows, int panels>
-    AVX512_INLINE static void add_lines(const Meaning& meaning, const std::byte* (&w)[panels], const X* x, std::ptrdiff_t stride, Chains<rows, panels>& lower,
-                                        Chains<rows, panels>& upper) {
-        constexpr int together = rows * panels <= 4 ? lines : 2;
-        for (int i = 0; i < lines; i += together)
-            UNROLLED for (int line = 0; line < together; ++line, x += 4) {
-                __m512i low[panels], high[panels];
-                UNROLLED for (int p = 0; p < panels; ++p) {
-                    ahead<rows>(w[p]);
-                    const __m512i both = words(w[p]);
-                    low[p] = meaning.template of<false>(both), high[p] = meaning.template of<true>(both);
-                    w[p] += 64;
-                }
-                UNROLLED for (int r = 0; r < rows; ++r)
-                    UNROLLED for (int p = 0; p < panels; ++p) {
-                        __m512i &first = lower.at(2 * line, p, r), &second = upper.at(2 * line + 1, p, r);
-                        first = _mm512_dpbusd_epi32(first, low[p], quad(x + r * stride));
-                        second = _mm512_dpbusd_epi32(second, high[p], quad(x + r * stride + 64));
-                    }
-            }
-    }
-    template <int lines, int rows, int panels>
-    AVX512_INLINE static void add_lines(const Meaning& meaning, const std::byte* (&w)[panels], const X* x, std::ptrdiff_t stride, Chains<rows, panels>& sums) {
-        add_lines<lines>(meaning, w, x, stride, sums, sums);
-    }
-
-   private:
-    template <bool upper, int rows, int panels>
-    AVX512_INLINE static void add_unit(const Meaning& meaning, const std::byte* const (&panel)[panels], int at, const X* x, Chains<rows, panels>& sums) {
-        const std::byte* w[panels];
-        UNROLLED for (int p = 0; p < panels; ++p) w[p] = NibbleUnit(panel[p], at).lines;
-        for (int i = 0; i < kNibbleUnit; i += 16)
-            UNROLLED for (int line = 0; line < 4; ++line, x += 4) {
-                __m512i q[panels];
-                UNROLLED for (int p = 0; p < panels; ++p) {
-                    if (!upper) ahead<rows>(w[p]);
-                    q[p] = meaning.template of<upper>(words(w[p])), w[p] += 64;
-                }
-                UNROLLED for (int r = 0; r < rows; ++r)
-                    UNROLLED for (int p = 0; p < panels; ++p) sums.at(line, p, r) = _mm512_dpbusd_epi32(sums.at(line, p, r), q[p], quad(x + r * kStretch));
-            }
-    }
-};
-
 template <bool upper>
 AVX512_INLINE __m512i half_bytes(__m512i both) {
     return _mm512_and_si512(upper ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(0x0f));
@@ -395,16 +337,13 @@ struct Looked {
     AVX512_INLINE __m512i of(__m512i both) const { return _mm512_shuffle_epi8(table, half_bytes<upper>(both)); }
 };
 
-using Int4 = Halves<PlusEight>;
-using Lut4 = Halves<Looked>;
-
-// Int4 for more rows: a stretch of nibbles is taken apart once, to bytes of q + 8.
+// Int4: a stretch of nibbles is taken apart once, to bytes of q + 8.
 struct Int4Expanded {
     using X = std::int8_t;
     using W = std::uint8_t;
     using Sum = std::int32_t;
     static constexpr Feed kFeed = Feed::int8;
-    static constexpr int kStretch = Int4::kStretch, kExcess = Int4::kExcess;
+    static constexpr int kStretch = 1024, kExcess = PlusEight::kExcess;
 
     AVX512 static void widen(const void* row, int at, int k, X* to) { copy_bytes(row, at, k, to); }
     AVX512_INLINE static __m512i flip(__m512i line) { return line; }

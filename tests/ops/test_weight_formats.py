@@ -129,6 +129,16 @@ def test_products_with_bf16_have_the_same_bits_at_every_level_without_tiles(name
 
 
 @every_isa
+@pytest.mark.parametrize("name", [name for name in NAMES if "int8" in LinearFormat.parse(name).activations])
+def test_a_row_has_the_same_bits_among_up_to_nine(isa, name):
+    """As many as kernels for few rows take, and one more; groups end within tiles, and tiles beyond the last group."""
+    weight, x = packed(name, weights(name, 21, 33, 600)), rows_of(22, 9, 600)
+    alone = np.concatenate([product(isa, weight, x[i : i + 1], "int8") for i in range(9)])
+    for rows in range(2, 10):
+        np.testing.assert_array_equal(product(isa, weight, x[:rows], "int8"), alone[:rows], f"{rows} rows")
+
+
+@every_isa
 @pytest.mark.parametrize("number", ["bf16", "int8", "int4"])
 def test_a_sparse_weight_is_the_dense_one_in_fewer_bytes(isa, number):
     dense = weights(f"{number}-sparse", 10, 64, 1024)
