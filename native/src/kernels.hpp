@@ -29,6 +29,8 @@ struct SparsePanel {
   std::uint64_t two_of_four;  // 1: two elements in every four k
 };
 
+constexpr int kMostIn = 131072;  // inputs of a linear layer
+
 // A weight [out, in] rearranged into panels of 16 output channels, each a run of tiles in the order a product reads them, so that one
 // path serves every instruction set. K is padded with zeros to whole tiles, out to whole panels. A tile is, of 16 channels,
 //   f32:  16 k, channel by channel.                              No scales.
@@ -48,8 +50,6 @@ struct SparsePanel {
 // zeros are added so that every four k have two elements exactly, which a product may then find without counting. Up to 64 bytes beyond
 // the last are read.
 // A sparse weight of int8 never has -128. `in` is at most kMostIn, up to which no int32 sum overflows.
-constexpr int kMostIn = 131072;
-
 struct PackedLinear {
   WeightFormat format;
   int out, in;

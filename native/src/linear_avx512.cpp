@@ -1,6 +1,6 @@
 // Linear layers at AVX-512 without tiles. Rows of activations are widened a stretch of k at a time, for several panels; weights are widened
-// in registers, for up to 12 rows of two panels. The blocking is that of Goto & van de Geijn 2008. The order of sums is written at
-// linear_generic.cpp: it does not depend on how rows and panels are blocked.
+// in registers, for up to 12 rows of two panels; few rows of four bits are in linear_avx512_nibbles.hpp. The blocking is that of Goto & van de
+// Geijn 2008. The order of sums is written at linear_generic.cpp: it does not depend on how rows and panels are blocked.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -285,8 +285,8 @@ AVX512 void linear_avx512(const PackedLinear& weight, const Activations& x, int 
             if (lies_in(WeightFormat::int4) && !weight.zeros) return play_by_count<Int4Bf16, Expanded<Int4Bf16>>(weight, x, first, last, bias, y, y_stride);
             return play<Bf16>(weight, x, first, last, bias, y, y_stride);
         default:
-            if (lies_in(WeightFormat::int4) && plays_few(PlusEight(), weight, x, first, last, bias, y, y_stride)) return;
-            if (lies_in(WeightFormat::lut4) && plays_few(Looked(weight.codebook), weight, x, first, last, bias, y, y_stride)) return;
+            if (lies_in(WeightFormat::int4) && plays_few_nibbles(PlusEight(), weight, x, first, last, bias, y, y_stride)) return;
+            if (lies_in(WeightFormat::lut4) && plays_few_nibbles(Looked(weight.codebook), weight, x, first, last, bias, y, y_stride)) return;
             if (lies_in(WeightFormat::int4)) return play<Int4Expanded>(weight, x, first, last, bias, y, y_stride);
             return play<Int8>(weight, x, first, last, bias, y, y_stride);
     }

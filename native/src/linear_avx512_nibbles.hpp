@@ -9,9 +9,9 @@
 namespace hasten {
 namespace {
 
-// Nibbles with few rows: a panel from end to end, with all its sums in registers.
+// A panel from end to end; where groups are whole tiles, all its sums are in registers.
 template <class Meaning, int rows>
-struct Few {
+struct FewNibbles {
     using Sums = Block<std::int32_t, rows, 1>;
 
     const Meaning meaning;  // of a nibble
@@ -21,7 +21,7 @@ struct Few {
     const std::int8_t* const from = static_cast<const std::int8_t*>(x.rows);
     std::int32_t activations[kMostIn / kNibbleUnit][rows];  // minus the sum of a group's
 
-    AVX512 Few(const Meaning& its, const PackedLinear& weight_, const Activations& x_) : meaning(its), weight(weight_), x(x_) {
+    AVX512 FewNibbles(const Meaning& its, const PackedLinear& weight_, const Activations& x_) : meaning(its), weight(weight_), x(x_) {
         for (int group = 0; group < groups; ++group)
             for (int r = 0; r < rows; ++r)
                 activations[group][r] = -sum_of(from + r * x.stride + group * per_group, std::min(per_group, k - group * per_group));
@@ -75,7 +75,7 @@ struct Few {
         for (int group = 0, at = 0; group < groups; group += 2 * parts, at += 128) {
             Sums each[2 * parts];
             UNROLLED for (int part = 0; part < parts; ++part) {
-                Chains<rows, 1> sums(beginning(panel, group + part)), upper(beginning(panel, std::min(group + parts + part, groups - 1)));
+                Chains<rows, 1> sums(beginning(panel, group + part)), upper(beginning(panel, group + parts + part));
                 add_lines<16 / parts>(w, from + at + 64 / parts * part, sums, upper);
                 each[part] = sums.sum(), each[parts + part] = upper.sum();
             }
@@ -84,8 +84,9 @@ struct Few {
         }
     }
 
-    // What sums of a group are before its first k: less what its weights have too much.
+    // What sums of a group are before its first k: less what its weights have too much. Beyond the last group what they are does not matter.
     AVX512_INLINE Sums beginning(int panel, int group) const {
+        group = std::min(group, groups - 1);
         Sums begin;
         UNROLLED for (int r = 0; r < rows; ++r) begin.at[0][r] = _mm512_set1_epi32(Meaning::kExcess * activations[group][r]);
         if (weight.zeros) {
@@ -103,19 +104,19 @@ struct Few {
     }
 };
 
-// Few, or false for more rows.
+// FewNibbles, or false for more rows.
 template <class Meaning>
-AVX512 bool plays_few(const Meaning& meaning, const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y,
+AVX512 bool plays_few_nibbles(const Meaning& meaning, const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y,
                       std::ptrdiff_t y_stride) {
     switch (x.count) {
-        case 1: return Few<Meaning, 1>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 2: return Few<Meaning, 2>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 3: return Few<Meaning, 3>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 4: return Few<Meaning, 4>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 5: return Few<Meaning, 5>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 6: return Few<Meaning, 6>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 7: return Few<Meaning, 7>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
-        case 8: return Few<Meaning, 8>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 1: return FewNibbles<Meaning, 1>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 2: return FewNibbles<Meaning, 2>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 3: return FewNibbles<Meaning, 3>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 4: return FewNibbles<Meaning, 4>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 5: return FewNibbles<Meaning, 5>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 6: return FewNibbles<Meaning, 6>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 7: return FewNibbles<Meaning, 7>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
+        case 8: return FewNibbles<Meaning, 8>(meaning, weight, x).play(first, last, bias, y, y_stride), true;
         default: return false;
     }
 }

@@ -222,7 +222,7 @@ struct Vbmi2 {
     }
 
     // Activations + 128, for one side of the product of bytes has no sign; 128 · (sum of the weights) comes off at the end. Sums are exact, so
-    // that few rows take theirs in several chains: a product would wait for the one before it.
+    // that few rows take theirs in two chains: a product would wait for the one before it. `lines` is even, as those of every group are.
     template <int rows>
     VBMI2 static const std::byte* add_int8(const std::uint64_t* mask, int lines, const std::byte* from, const std::int8_t* x, std::ptrdiff_t stride, Exacts sums) {
         constexpr int chains = rows <= 2 ? 2 : 1;
@@ -248,7 +248,7 @@ struct Vbmi2 {
     }
 
     // What `lines` lines of a tile's lower half, and as many of its upper one, add to the sums of either; low and high are where their elements
-    // lie, and move on. A weight counts as q + 8, one that is left out too, so that weights have no sign.
+    // lie, and move on. A weight counts as q + 8, one that is left out too, so that weights have no sign. `lines` is even.
     template <int rows, bool two_of_four>
     VBMI2 HASTEN_INLINE static void add_nibbles(const std::uint64_t* mask, int lines, const std::byte*& low, const std::byte*& high, const std::int8_t* x,
                                                 std::ptrdiff_t stride, __m512i (&sums)[2][rows]) {
@@ -272,6 +272,13 @@ struct Vbmi2 {
                         sums[half][r] = _mm512_dpbusd_epi32(sums[half][r], w[half], quad(x + r * stride + 4 * kHalfTile * half));
                 }
             }
+    }
+
+    // Σ x of k, a multiple of 32.
+    VBMI2 static std::int32_t sum_of(const std::int8_t* x, int k) {
+        __m256i total = _mm256_setzero_si256();
+        for (int i = 0; i < k; i += 32) total = _mm256_dpbusd_epi32(total, _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
+        return _mm512_reduce_add_epi32(_mm512_zextsi256_si512(total));
     }
 
     // The groups' sums, scaled and added up, of a panel of int4. A tile at a time, for its halves lie in the same bytes: a group is some tiles, or
@@ -401,20 +408,17 @@ HASTEN_INLINE void product_int8(const PackedLinear& weight, const Activations& x
 template <class Level, int rows>
 HASTEN_INLINE void product_int4(const PackedLinear& weight, const Activations& x, int first, int last, const float* bias, float* y, std::ptrdiff_t y_stride) {
     const int k = weight.padded_in(), groups = scale_groups(weight), per_group = groups > 1 ? weight.group : k;
-    std::int32_t beginnings[kMostIn / 32][rows];  // 8 · (sum of a group's activations) less, for weights count as q + 8
+    const auto* const from = static_cast<const std::int8_t*>(x.rows);
+    std::int32_t beginnings[kMostIn / 32 * rows];  // [groups][rows]: 8 · (sum of a group's activations) less, for weights count as q + 8
     for (int group = 0; group < groups; ++group)
-        for (int r = 0; r < rows; ++r) {
-            const std::int8_t* const from = static_cast<const std::int8_t*>(x.rows) + r * x.stride + group * per_group;
-            std::int32_t sum = 0;
-            for (int i = 0; i < std::min(per_group, k - group * per_group); ++i) sum += from[i];
-            beginnings[group][r] = -8 * sum;
-        }
+        for (int r = 0; r < rows; ++r)
+            beginnings[group * rows + r] = -8 * Level::sum_of(from + r * x.stride + group * per_group, std::min(per_group, k - group * per_group));
     for (int panel = first; panel < last; ++panel) {
         alignas(64) float total[rows][kChannels];
         if (weight.sparse_panels[panel].two_of_four)
-            Level::template add_int4<rows, true>(weight, panel, x, beginnings[0], total);
+            Level::template add_int4<rows, true>(weight, panel, x, beginnings, total);
         else
-            Level::template add_int4<rows, false>(weight, panel, x, beginnings[0], total);
+            Level::template add_int4<rows, false>(weight, panel, x, beginnings, total);
         finish_exact(weight, x, rows, panel, total, bias, y, y_stride);
     }
 }

@@ -164,11 +164,15 @@ def test_the_smallest_byte(isa, form, group, rows):
 
 @every_isa
 @every_integer
-def test_the_longest_sum_is_exact(isa, form, group):
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 8, 17])
+def test_the_longest_sum_is_exact(isa, form, group, rows, sparse):
+    if sparse and form not in {"int8", "int4"}:
+        pytest.skip("has no sparse form")
     size = 131072
-    packed = weight_buffer(form, group, as_bf16(np.ones((2, size))))
-    q = np.full((17, size), -127, np.int8)
-    y = product(isa, packed, q, scales=np.ones(17, np.float32))
+    packed = weight_buffer(form, group, as_bf16(np.ones((2, size))), sparse=sparse)
+    q = np.full((rows, size), -127, np.int8)
+    y = product(isa, packed, q, scales=np.ones(rows, np.float32))
     np.testing.assert_allclose(y, -127.0 * size, rtol=1e-4 if group else 1e-6)
     assert (y == y[0, 0]).all()
 

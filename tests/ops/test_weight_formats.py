@@ -11,8 +11,8 @@ from tests.ops.packing import POOL, native_activations, weight_buffer
 
 ISAS = _native.available_isas()
 NAMES = [
-    "f32", "f16", "bf16", "fp8", "fp8-g128", "int8", "int8-g32", "int8-g128", "int4", "int4-g32", "int4-channel", "int4-zp", "int4-g64-zp",
-    "int3", "int3-g32", "int3-channel", "int3-g64-zp", "int2", "int2-g32", "int2-g128-zp", "int2-channel-zp",
+    "f32", "f16", "bf16", "fp8", "fp8-g128", "int8", "int8-g32", "int8-g128", "int4", "int4-g32", "int4-channel", "int4-zp", "int4-g32-zp",
+    "int4-g64-zp", "int3", "int3-g32", "int3-channel", "int3-g64-zp", "int2", "int2-g32", "int2-g128-zp", "int2-channel-zp",
     "lut4", "lut4-g32", "lut4-g64", "lut4-channel",
     "bf16-sparse", "int8-sparse", "int8-g64-sparse", "int4-sparse", "int4-g32-sparse",
 ]  # fmt: skip
