@@ -167,8 +167,6 @@ def test_the_smallest_byte(isa, form, group, rows):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 8, 17])
 def test_the_longest_sum_is_exact(isa, form, group, rows, sparse):
-    if sparse and form not in {"int8", "int4"}:
-        pytest.skip("has no sparse form")
     size = 131072
     packed = weight_buffer(form, group, as_bf16(np.ones((2, size))), sparse=sparse)
     q = np.full((rows, size), -127, np.int8)
