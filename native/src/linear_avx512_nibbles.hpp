@@ -9,6 +9,18 @@
 namespace hasten {
 namespace {
 
+// Places in a codebook of bytes, as what is there + 128.
+struct Looked {
+    static constexpr int kExcess = 128;
+    __m512i table;
+
+    AVX512_INLINE explicit Looked(const std::int8_t* codebook)
+        : table(_mm512_xor_si512(_mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook))),
+                                 _mm512_set1_epi8(static_cast<char>(0x80)))) {}
+    template <bool upper>
+    AVX512_INLINE __m512i of(__m512i both) const { return _mm512_shuffle_epi8(table, half_bytes<upper>(both)); }
+};
+
 // A panel from end to end; where groups are whole tiles, all its sums are in registers.
 template <class Meaning, int rows>
 struct FewNibbles {

@@ -325,18 +325,6 @@ struct PlusEight {
     AVX512_INLINE __m512i of(__m512i both) const { return half_bytes<upper>(_mm512_xor_si512(both, _mm512_set1_epi8(static_cast<char>(0x88)))); }
 };
 
-// Places in a codebook of bytes, as what is there + 128.
-struct Looked {
-    static constexpr int kExcess = 128;
-    __m512i table;
-
-    AVX512_INLINE explicit Looked(const std::int8_t* codebook)
-        : table(_mm512_xor_si512(_mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook))),
-                                 _mm512_set1_epi8(static_cast<char>(0x80)))) {}
-    template <bool upper>
-    AVX512_INLINE __m512i of(__m512i both) const { return _mm512_shuffle_epi8(table, half_bytes<upper>(both)); }
-};
-
 // Int4: a stretch of nibbles is taken apart once, to bytes of q + 8.
 struct Int4Expanded {
     using X = std::int8_t;
