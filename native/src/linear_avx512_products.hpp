@@ -28,6 +28,25 @@ AVX512_INLINE void ahead(const std::byte* at) {
     else
         _mm_prefetch(reinterpret_cast<const char*>(at) + kAheadBytes, _MM_HINT_T0);
 }
+
+// Weights that blocks of bytes ask for while they multiply others: where several blocks of rows multiply the same weights, those of the next
+// stretch, or memory would be read by the first block alone and wait while the others multiply what it left in the caches.
+struct Coming {
+    const std::byte* line;     // of the first of two panels
+    std::ptrdiff_t to_second;  // bytes to the second's
+    int every, wait;           // steps from one line to the next, and till the next
+
+    template <int panels>
+    AVX512_INLINE void step() {
+        if (--wait) return;
+        wait = every;
+        _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+        if (panels == 2) _mm_prefetch(reinterpret_cast<const char*>(line + to_second), _MM_HINT_T1);
+        line += 64;
+    }
+};
+
+constexpr int kQuad = 4;  // k that a product of bytes takes in a step
 AVX512_INLINE __m512i quad(const std::int8_t* x) {
     std::int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
@@ -95,7 +114,7 @@ struct Chains {
 
 // What a product multiplies: X, activations as widened, kStretch k of each row apart; Sum, what sums are; add(), what `k` of some rows
 // contribute to a block, with weights as PanelReader gives them, as expand() makes them (W), or, where there is nothing to decode them in,
-// as they lie (`at` is where in the panel the k begin). kExcess, of products of bytes, whose one side has no sign: what weights have too much.
+// as they lie (`at` is where in the panel the k begin); of bytes, asking for what is coming meanwhile. kExcess, of products of bytes, whose one side has no sign: what weights have too much.
 
 // Products with float32: of every line of 64 bytes, Weight::widened<j> is k j of all channels.
 template <class Weight, int rows, int panels>
@@ -283,15 +302,19 @@ AVX512_INLINE void copy_bytes(const void* row, int at, int k, std::int8_t* to) {
 
 // Lines of bytes, of which flip() makes numbers without a sign; `k` is a multiple of 32.
 template <class Weight, int rows, int panels>
-AVX512_INLINE void add_bytes(const std::byte* const (&tiles)[panels], int k, const std::int8_t* x, Block<std::int32_t, rows, panels>& total) {
+AVX512_INLINE void add_bytes(const std::byte* const (&tiles)[panels], int k, const std::int8_t* x, Block<std::int32_t, rows, panels>& total, Coming& coming) {
     constexpr int kLines = Chains<rows, panels>::count;
     Chains<rows, panels> sums(total);
     const std::byte* w[panels];
     UNROLLED for (int p = 0; p < panels; ++p) w[p] = tiles[p];
     for (int i = 0; i < k; i += 4 * kLines)
         UNROLLED for (int line = 0; line < kLines; ++line, x += 4) {
+            if constexpr (rows <= 4)
+                UNROLLED for (int p = 0; p < panels; ++p) ahead<rows>(w[p]);
+            else
+                coming.step<panels>();
             __m512i q[panels];
-            UNROLLED for (int p = 0; p < panels; ++p) ahead<rows>(w[p]), q[p] = Weight::flip(words(w[p])), w[p] += 64;
+            UNROLLED for (int p = 0; p < panels; ++p) q[p] = Weight::flip(words(w[p])), w[p] += 64;
             UNROLLED for (int r = 0; r < rows; ++r)
                 UNROLLED for (int p = 0; p < panels; ++p) sums.at(line, p, r) = _mm512_dpbusd_epi32(sums.at(line, p, r), q[p], quad(x + r * Weight::kStretch));
         }
@@ -308,8 +331,8 @@ struct Int8 {
     AVX512_INLINE static __m512i flip(__m512i line) { return _mm512_xor_si512(line, _mm512_set1_epi8(static_cast<char>(0x80))); }
 
     template <int rows, int panels>
-    AVX512_INLINE static void add(const std::byte* const (&tiles)[panels], int, int k, const X* x, Block<std::int32_t, rows, panels>& total) {
-        add_bytes<Int8>(tiles, k, x, total);
+    AVX512_INLINE static void add(const std::byte* const (&tiles)[panels], int, int k, const X* x, Block<std::int32_t, rows, panels>& total, Coming& coming) {
+        add_bytes<Int8>(tiles, k, x, total, coming);
     }
 };
 
@@ -342,7 +365,6 @@ struct Int4Expanded {
         for (int i = 0; i < k; i += kNibbleUnit) {
             const NibbleUnit unit(panel, at + i);
             for (int j = 0; j < kTileBytes / 2; j += 64, to += 64) {
-                if (!unit.upper) ahead<kMany>(unit.lines + j);
                 const __m512i both = words(unit.lines + j);
                 _mm512_storeu_si512(to, unit.upper ? meaning.of<true>(both) : meaning.of<false>(both));
             }
@@ -350,8 +372,8 @@ struct Int4Expanded {
     }
 
     template <int rows, int panels>
-    AVX512_INLINE static void add(const std::byte* const (&tiles)[panels], int, int k, const X* x, Block<std::int32_t, rows, panels>& total) {
-        add_bytes<Int4Expanded>(tiles, k, x, total);
+    AVX512_INLINE static void add(const std::byte* const (&tiles)[panels], int, int k, const X* x, Block<std::int32_t, rows, panels>& total, Coming& coming) {
+        add_bytes<Int4Expanded>(tiles, k, x, total, coming);
     }
 };
 
