@@ -4,8 +4,9 @@
 
 makes each peer's environment below --environments at the first call (one after another), writes the checkpoint and its conversions below
 --work, and starts a process a runner, which is stopped (SIGSTOP) while another one runs, so that no idle threads of it spin. Prefill is the
-time to the first token; decoding goes by slope: the times to --short and to --long new tokens, subtracted. A runner that cannot run says
-why and is left out. Speeds are medians over rounds; a ratio is hasten's speed over the peer's within a round, then the median."""
+time to the first token; decoding goes by slope: the times to --short and to --long new tokens, subtracted. A runner that cannot run, or
+that ends midway, says why and is left out. Speeds are medians over rounds; a ratio is hasten's speed over the peer's within a round,
+then the median."""
 
 import argparse
 import dataclasses
@@ -81,10 +82,10 @@ class Runner:
             raise RuntimeError(f"{self.label} ended: {said[-1] if said else 'without a word'} (see {self.log})")
         return json.loads(line)
 
-    def time(self, batch: int, prompt: int, new: int) -> tuple[float, list[int]]:
-        """Seconds, and the first token of each sequence."""
+    def time(self, batch: int, prompt: int, new: int, seed: str) -> tuple[float, list[int]]:
+        """Seconds, and the first token of each sequence. A prompt follows from its length and ``seed``."""
         self.signal(signal.SIGCONT)
-        print(json.dumps({"batch": batch, "prompt": prompt, "new": new}), file=self.process.stdin, flush=True)
+        print(json.dumps({"batch": batch, "prompt": prompt, "new": new, "seed": seed}), file=self.process.stdin, flush=True)
         answer = self.answer()
         self.signal(signal.SIGSTOP)
         return answer["seconds"], answer["first"]
@@ -128,11 +129,12 @@ def start_all(given: argparse.Namespace, checkpoint: Path, context: int, runners
                 print(f"left out: {error}", file=sys.stderr, flush=True)
 
 
-def measure(runner: Runner, given: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second: one round of everything."""
-    speeds = {"prefill": given.prompt / runner.time(1, given.prompt, 1)[0]}
+def measure(runner: Runner, given: argparse.Namespace, number: int) -> dict[str, float]:
+    """Tokens a second: round ``number`` of everything. What others pushed out of memory while it was stopped is read back before."""
+    runner.time(1, 16, 2, f"awake {number}")
+    speeds = {"prefill": given.prompt / runner.time(1, given.prompt, 1, f"prefill {number}")[0]}
     for batch in given.batch:
-        short, long = (runner.time(batch, given.context, new)[0] for new in (given.short, given.long))
+        short, long = (runner.time(batch, given.context, new, f"{new} {number}")[0] for new in (given.short, given.long))
         slope = (long - short) / (given.long - given.short)
         speeds[f"batch {batch}"] = batch / slope if slope > 0 else math.nan  # a disturbed pair says nothing
     return speeds
@@ -203,7 +205,7 @@ def main() -> None:
         if not runners:
             raise SystemExit("no runner is left")
         firsts = {
-            runner.label: runner.time(max(given.batch), 16, 2)[1] for runner in runners
+            runner.label: runner.time(max(given.batch), 16, 2, "first")[1] for runner in runners
         }  # warms up, and shows whether all play one model
         reference = firsts[runners[0].label]
         for label, first in firsts.items():
@@ -211,9 +213,18 @@ def main() -> None:
             print(f"{label}: first token as {runners[0].label} in {same} of {len(first)}", file=sys.stderr)
         rounds: dict[str, list[dict[str, float]]] = {runner.label: [] for runner in runners}
         for number in range(given.rounds):
-            for runner in runners if number % 2 == 0 else reversed(runners):
+            for runner in list(runners if number % 2 == 0 else reversed(runners)):
                 print(f"round {number + 1} of {given.rounds}: {runner.label}", file=sys.stderr, flush=True)
-                rounds[runner.label].append(measure(runner, given))
+                try:
+                    rounds[runner.label].append(measure(runner, given, number))
+                except RuntimeError as error:
+                    if runner.name == "hasten":
+                        raise
+                    print(f"left out: {error}", file=sys.stderr, flush=True)
+                    runner.end()
+                    runners.remove(runner)
+                else:
+                    print(f"  {json.dumps(rounds[runner.label][-1])}", file=sys.stderr, flush=True)
         rows = table(runners, rounds)
     finally:
         for runner in runners:

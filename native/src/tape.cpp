@@ -165,7 +165,7 @@ std::size_t Tape::each_op(const StepInput& step, Play play) const {
         for (std::size_t i = 0; i < ops_.size(); ++i) {
             const bool alone = ops_[i]->alone(step);
             if (i && (together || !alone)) {
-                pool_->barrier().wait();
+                pool_->barrier().wait(thread);
                 ++met;
             }
             if (!alone || thread == 0) play(i, thread);

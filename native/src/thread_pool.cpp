@@ -1,5 +1,6 @@
 #include "thread_pool.hpp"
 
+#include <bit>
 #include <chrono>
 
 #include "cpu.hpp"
@@ -56,15 +57,16 @@ void pin(int cpu) {
 
 }  // namespace
 
-void Barrier::wait() {
-    if (threads_ == 1) return;
-    const std::uint32_t round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-        arrived_.store(0, std::memory_order_relaxed);
-        round_.store(round + 1, std::memory_order_release);
-        round_.notify_all();
-    } else {
-        await_change(round_, round, kBetweenOps);
+Barrier::Barrier(unsigned threads) : threads_(threads), told_(std::bit_width(threads - 1) * threads), own_(threads) {}
+
+void Barrier::wait(unsigned thread) {
+    const std::uint32_t before = own_[thread].round++;
+    Told* turn = told_.data();
+    for (unsigned step = 1; step < threads_; step *= 2, turn += threads_) {
+        std::atomic<std::uint32_t>& other = turn[(thread + step) % threads_].round;
+        other.store(before + 1, std::memory_order_release);
+        other.notify_one();
+        await_change(turn[thread].round, before, kBetweenOps);  // it may be a round further already
     }
 }
 

@@ -10,16 +10,23 @@
 
 namespace hasten {
 
-// All threads of a step wait here for each other between ops. They spin for a moment, then sleep.
+// All threads of a step wait here for each other between ops, by dissemination (Hensgen, Finkel & Manber 1988): in turn k of log2(threads)
+// each tells the one 2^k after it, and waits to be told by the one 2^k before it. They spin for a moment, then sleep.
 class Barrier {
    public:
-    explicit Barrier(unsigned threads) : threads_(threads) {}
-    void wait();
+    explicit Barrier(unsigned threads);
+    void wait(unsigned thread);
 
    private:
+    struct alignas(64) Told {
+        std::atomic<std::uint32_t> round{0};
+    };
+    struct alignas(64) Own {
+        std::uint32_t round = 0;
+    };
     const unsigned threads_;
-    alignas(64) std::atomic<unsigned> arrived_{0};
-    alignas(64) std::atomic<std::uint32_t> round_{0};
+    std::vector<Told> told_;  // [turns, threads]; each has one writer and one reader
+    std::vector<Own> own_;
 };
 
 // The calling thread is number 0; the others are made once, each pinned to a CPU this process may use, and sleep between steps.
