@@ -261,3 +261,10 @@ def test_messages_are_text(messages):
 
 def test_special_tokens_do_not_displace_the_messages():
     assert render_chat(None, CHATS[0], add_generation_prompt=False, special_tokens={"messages": "x", "tools": "y"}) == "user: Hi\n"
+
+
+def test_a_deep_expression_is_compiled_in_no_time():
+    began = time.thread_time()
+    with pytest.raises(UserError):
+        render_chat("{{" + "+" * 236 + "x }}", [{"role": "user", "content": "Hi"}], add_generation_prompt=True, special_tokens={})
+    assert time.thread_time() - began < 1  # it took 3.5 s when Jinja folded its constants

@@ -224,7 +224,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             meter.step()
             return meter.made(value if isinstance(value, str) else _text(value))
 
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=finalize)
+        # Folding constants takes time that grows with the cube of how deep an expression nests, before anything is measured.
+        super().__init__(optimized=False, trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=finalize)
         self._meter = meter
         self.filters["tojson"] = _tojson
         self.filters = {name: self._measured(name, function) for name, function in self.filters.items()}
