@@ -26,7 +26,7 @@ class Barrier {
     };
     const unsigned threads_;
     std::vector<Told> told_;  // [turns, threads]; each has one writer and one reader
-    std::vector<Own> own_;
+    std::vector<Own> own_;    // how often each thread was here: what it was told may be a round further
 };
 
 // The calling thread is number 0; the others are made once, each pinned to a CPU this process may use, and sleep between steps.
